@@ -1,0 +1,64 @@
+"""The interface of a direction sampler, and the keys that make directions repeatable."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.tree import Params
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names one estimate, so that its random directions can be drawn again anywhere.
+
+    Attributes:
+        seed: the user's seed.
+        estimate: how many estimates the strategy made before this one.
+        episode: position of the episode within the batch.
+        rank: the process, where each process draws its own directions; 0 otherwise.
+        share: (i, n): evaluate the i-th of n shares of the directions.
+    """
+
+    seed: int = 0
+    estimate: int = 0
+    episode: int = 0
+    rank: int = 0
+    share: tuple[int, int] = (0, 1)
+
+    def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a fresh generator for the direction with global number ``index``."""
+        words = (self.seed, self.estimate, self.episode, self.rank, index)
+        digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class DirectionSampler(ABC):
+    """Draws random directions v over all outer parameters jointly, with E[v vᵀ] = I.
+
+    A direction is a pure function of its key and its global number: it is drawn again rather
+    than stored, and one process draws the same directions as many. How the range of numbers
+    is cut into calls must not change what is drawn.
+    """
+
+    @abstractmethod
+    def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
+        """Return directions ``start`` to ``stop - 1`` as rows of a ``(stop - start, N)`` tensor.
+
+        Args:
+            key: names the estimate.
+            start: global number of the first direction.
+            stop: one past the last.
+            like: a vector of shape ``(N,)`` that sets N, dtype and device.
+        """
+
+    def draw(self, key: Key, start: int, stop: int, like: Params) -> Params:
+        """Return directions ``start`` to ``stop - 1``, stacked: ``(stop - start, *shape)`` per parameter."""
+        reference = max(like.values(), key=lambda value: torch.finfo(value.dtype).bits)
+        empty = reference.new_empty(1).expand(tree.numel(like))
+        return tree.unflatten(self.flat(key, start, stop, empty), like)

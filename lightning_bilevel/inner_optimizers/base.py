@@ -1,0 +1,45 @@
+"""The interface of a differentiable inner optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_bilevel.tree import Params
+
+Slots = dict[str, Params]
+"""Optimizer state: slot name (such as ``"momentum"``) to tensors keyed by parameter name."""
+
+Hyperparameter = float | Tensor | Mapping[str, float | Tensor]
+"""A number, a tensor, or a mapping from parameter-name patterns (``fnmatch``) to either."""
+
+
+class InnerOptimizer(ABC):
+    """A pure update rule: no tensor is changed in place, so any order of derivative passes through.
+
+    Instances are cheap: one is built per inner step, with the current outer parameters in place,
+    so that a hyperparameter may be a tensor that depends on them.
+
+    Attributes:
+        elementwise: whether entry i of the new parameters depends on entry i of the old ones
+            only; rules that mix entries (a global norm, say) set it to ``False``.
+    """
+
+    elementwise: bool = True
+
+    def init(self, params: Params) -> Slots:
+        """Return the state before the first step; none by default."""
+        return {}
+
+    @abstractmethod
+    def update(self, params: Params, grads: Params, slots: Slots, step: int) -> tuple[Params, Slots]:
+        """Return the new parameters and the new state.
+
+        Args:
+            params: current inner parameters, possibly with a leading dimension of stacked episodes.
+            grads: inner gradients, shaped as ``params``.
+            slots: state from :meth:`init` or the previous update.
+            step: number of this update, from 1.
+        """

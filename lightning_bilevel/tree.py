@@ -1,0 +1,197 @@
+"""Arithmetic on named tensors: ``Params``, the vectors of this library.
+
+Inner parameters, outer parameters, hypergradients, tangents and directions are all
+``dict[str, Tensor]`` keyed by the parameter's name in the module. Every function here is
+out of place, differentiable, and visits the keys in the order of its first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def map(fn: Callable[..., Tensor], *trees: Params) -> Params:
+    """Apply ``fn`` to the tensors of the same name.
+
+    >>> map(torch.mul, {"w": torch.tensor(2.0)}, {"w": torch.tensor(3.0)})
+    {'w': tensor(6.)}
+    """
+    first, *rest = trees
+    return {name: fn(value, *(tree[name] for tree in rest)) for name, value in first.items()}
+
+
+def add(a: Params, b: Params, alpha: float | Tensor = 1.0) -> Params:
+    """Return ``a + alpha * b``.
+
+    >>> add({"w": torch.tensor(2.0)}, {"w": torch.tensor(3.0)}, alpha=2.0)
+    {'w': tensor(8.)}
+    """
+    if isinstance(alpha, Tensor):
+        return {name: value + alpha * b[name] for name, value in a.items()}
+    return {name: torch.add(value, b[name], alpha=alpha) for name, value in a.items()}
+
+
+def sub(a: Params, b: Params) -> Params:
+    """Return ``a - b``.
+
+    >>> sub({"w": torch.tensor(2.0)}, {"w": torch.tensor(3.0)})
+    {'w': tensor(-1.)}
+    """
+    return {name: value - b[name] for name, value in a.items()}
+
+
+def scale(a: Params, factor: float | Tensor) -> Params:
+    """Return ``factor * a``.
+
+    >>> scale({"w": torch.tensor(2.0)}, 0.5)
+    {'w': tensor(1.)}
+    """
+    return {name: value * factor for name, value in a.items()}
+
+
+def zeros_like(a: Params) -> Params:
+    """Return zeros of the same names, shapes, dtypes and devices.
+
+    >>> zeros_like({"w": torch.tensor([2.0])})
+    {'w': tensor([0.])}
+    """
+    return {name: torch.zeros_like(value) for name, value in a.items()}
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Return the inner product over all entries jointly, a 0-dim tensor.
+
+    >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
+    tensor(3.)
+    """
+    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+
+
+def norm(a: Params) -> Tensor:
+    """Return the Euclidean norm over all entries jointly, a 0-dim tensor.
+
+    >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    norms = [torch.linalg.vector_norm(value) for value in a.values()]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def numel(a: Params) -> int:
+    """Return the number of entries over all tensors.
+
+    >>> numel({"w": torch.zeros(2, 3), "b": torch.zeros(2)})
+    8
+    """
+    return sum(value.numel() for value in a.values())
+
+
+def flatten(a: Params) -> Tensor:
+    """Concatenate all entries to one vector of shape ``(numel(a),)``.
+
+    >>> flatten({"w": torch.ones(1, 2), "b": torch.zeros(1)})
+    tensor([1., 1., 0.])
+    """
+    return torch.cat([value.reshape(-1) for value in a.values()])
+
+
+def unflatten(flat: Tensor, like: Params) -> Params:
+    """Cut ``flat`` of shape ``(..., numel(like))`` into views shaped ``(..., *like[name].shape)``.
+
+    >>> unflatten(torch.arange(3.0), {"w": torch.zeros(1, 2), "b": torch.zeros(1)})
+    {'w': tensor([[0., 1.]]), 'b': tensor([2.])}
+    """
+    pieces = flat.split([value.numel() for value in like.values()], dim=-1)
+    return {
+        name: piece.reshape(*flat.shape[:-1], *value.shape).to(value.dtype)
+        for (name, value), piece in zip(like.items(), pieces, strict=True)
+    }
+
+
+def detach(a: Params) -> Params:
+    """Cut every tensor off its graph; storage is shared.
+
+    >>> detach({"w": torch.ones(1, requires_grad=True)})
+    {'w': tensor([1.])}
+    """
+    return {name: value.detach() for name, value in a.items()}
+
+
+def leaves(a: Params) -> Params:
+    """Return detached leaves that require gradients; storage is shared.
+
+    >>> leaves({"w": torch.ones(1)})
+    {'w': tensor([1.], requires_grad=True)}
+    """
+    return {name: value.detach().requires_grad_() for name, value in a.items()}
+
+
+def stack(trees: Sequence[Params]) -> Params:
+    """Stack trees of equal names and shapes along a new first dimension.
+
+    >>> stack([{"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}])
+    {'w': tensor([1., 2.])}
+    """
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def expand(a: Params, count: int) -> Params:
+    """Repeat every tensor ``count`` times along a new first dimension, as views.
+
+    >>> expand({"w": torch.tensor(1.0)}, 2)
+    {'w': tensor([1., 1.])}
+    """
+    return {name: value.expand(count, *value.shape) for name, value in a.items()}
+
+
+def index(a: Params, position: int) -> Params:
+    """Take one entry along the first dimension of every tensor, as views.
+
+    >>> index({"w": torch.tensor([1.0, 2.0])}, 1)
+    {'w': tensor(2.)}
+    """
+    return {name: value[position] for name, value in a.items()}
+
+
+def like(a: Params, values: Iterable[Tensor | None]) -> Params:
+    """Name ``values`` as ``a`` is named, with zeros where a value is ``None``.
+
+    >>> like({"w": torch.ones(1), "b": torch.ones(1)}, [torch.ones(1), None])
+    {'w': tensor([1.]), 'b': tensor([0.])}
+    """
+    return {
+        name: torch.zeros_like(reference) if value is None else value
+        for (name, reference), value in zip(a.items(), values, strict=True)
+    }
+
+
+def grad(output: Tensor, inputs: Params, **options: bool) -> Params:
+    """Return the gradient of a scalar ``output``, zeros for inputs it does not depend on.
+
+    Args:
+        output: a 0-dim tensor; one that carries no graph has a zero gradient.
+        inputs: tensors that require gradients.
+        options: ``create_graph`` and ``retain_graph`` of :func:`torch.autograd.grad`.
+
+    >>> w = {"w": torch.tensor(3.0, requires_grad=True)}
+    >>> grad(w["w"] ** 2, w)
+    {'w': tensor(6.)}
+    """
+    if not output.requires_grad:
+        return zeros_like(inputs)
+    values = torch.autograd.grad(output, list(inputs.values()), allow_unused=True, **options)
+    return like(inputs, values)
+
+
+def first_nonfinite(a: Params) -> str | None:
+    """Return the name of the first tensor with a nan or an infinity, or ``None``.
+
+    >>> first_nonfinite({"w": torch.ones(1), "b": torch.tensor(float("nan"))})
+    'b'
+    """
+    return next((name for name, value in a.items() if not torch.isfinite(value).all()), None)
