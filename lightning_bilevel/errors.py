@@ -41,8 +41,8 @@ def combination_error(what: str, because: str, instead: str) -> Misconfiguration
         because: the reason, a clause without a full stop.
         instead: the way out, a sentence without a full stop.
 
-    >>> combination_error("`FSLA` with `inner_steps=5`", "it takes one step", "Use `inner_steps=1`")
-    MisconfigurationError('Cannot use `FSLA` with `inner_steps=5`. This is because it takes one step. Use `inner_steps=1`.')
+    >>> print(combination_error("`FSLA` with `inner_steps=5`", "it takes one step", "Use `inner_steps=1`"))
+    Cannot use `FSLA` with `inner_steps=5`. This is because it takes one step. Use `inner_steps=1`.
     """
     return MisconfigurationError(f"Cannot use {what}. This is because {because}. {instead}.")
 

@@ -15,12 +15,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.tree import Params
 
 Batch = Any
+
+InnerLoss = Callable[[Params, Params, Batch, Params], tuple[Tensor, Params]]
+"""(θ, φ, batch, buffers) to the scalar g and the buffers it left behind."""
+
+OuterLoss = Callable[[Params, Params, Batch, Params], Tensor]
+"""(θ, φ, batch, buffers) to the scalar f."""
+
+Initial = Callable[[Params, Params], Params]
+"""Ω_0: (θ of the memory, φ) to θ_0."""
+
+InitSlots = Callable[[Params, Params], Slots]
+"""(θ_0, φ) to the inner optimizer's first state."""
+
+Update = Callable[[Params, Params, Slots, Params, int], tuple[Params, Slots]]
+"""(θ, ∇_θ g, optimizer state, φ, number of the step from 1) to the next θ and optimizer state."""
+
+Solver = Callable[[Params, Params, Sequence[Batch], Params], Params]
+"""(θ_0, φ, inner batches, buffers) to θ_T: a user's own solver in place of the gradient loop."""
 
 
 class Episode(NamedTuple):
@@ -45,9 +65,9 @@ class InnerState:
     """Everything an inner step reads and writes.
 
     Attributes:
-        params: θ, keyed by parameter name.
+        params: θ, keyed by parameter name; what is carried over from before lacks the shared ones.
         buffers: module buffers such as BatchNorm statistics, keyed by buffer name; never differentiated.
-        slots: inner optimizer state.
+        slots: inner optimizer state; empty before the first step.
         steps: inner steps taken so far.
     """
 
@@ -56,10 +76,24 @@ class InnerState:
     slots: Slots = field(default_factory=dict)
     steps: int = 0
 
+    def flat(self) -> Params:
+        """Return θ and the optimizer state, all that is differentiated, as one tree.
+
+        >>> InnerState({"w": torch.ones(1)}, slots={"momentum": {"w": torch.zeros(1)}}).flat()
+        {'w': tensor([1.]), 'momentum:w': tensor([0.])}
+        """
+        slots = {f"{slot}:{name}": value for slot, values in self.slots.items() for name, value in values.items()}
+        return {**self.params, **slots}
+
+    def unflat(self, flat: Params) -> InnerState:
+        """Return this state with the tensors of ``flat``, as :meth:`flat` names them."""
+        params = {name: flat[name] for name in self.params}
+        slots = {slot: {name: flat[f"{slot}:{name}"] for name in values} for slot, values in self.slots.items()}
+        return replace(self, params=params, slots=slots)
+
     def detach(self) -> InnerState:
         """Cut θ and the optimizer state off their graphs."""
-        slots = {slot: tree.detach(values) for slot, values in self.slots.items()}
-        return replace(self, params=tree.detach(self.params), slots=slots)
+        return self.unflat(tree.detach(self.flat()))
 
 
 class Hypergradient(NamedTuple):
@@ -76,3 +110,128 @@ class Hypergradient(NamedTuple):
     grads: Params
     state: InnerState
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """A bilevel problem as pure functions; what every hypergradient strategy is written against.
+
+    Attributes:
+        inner_loss: g, see :data:`InnerLoss`.
+        outer_loss: f, see :data:`OuterLoss`.
+        initial: Ω_0, see :data:`Initial`.
+        init_slots: the inner optimizer's first state, see :data:`InitSlots`.
+        update: the inner optimizer's step, see :data:`Update`.
+        inner_steps: T.
+        shared: names that are in θ and in φ: there θ_0 = φ.
+        solver: the user's own inner solver, see :data:`Solver`, or ``None`` for the gradient loop.
+        differentiable_solve: whether autograd may go through ``solver``.
+        update_uses_phi: whether ``update`` depends on φ directly (a learned learning rate, say).
+        elementwise: whether ``update`` treats every entry of θ alike, so that stacked θ can pass as one.
+        proximal: λ of the term λ/2 ‖θ − φ‖² that ``inner_loss`` adds for shared parameters.
+        count: episodes stacked in this problem.
+    """
+
+    inner_loss: InnerLoss
+    outer_loss: OuterLoss
+    initial: Initial
+    init_slots: InitSlots
+    update: Update
+    inner_steps: int
+    shared: frozenset[str] = frozenset()
+    solver: Solver | None = None
+    differentiable_solve: bool = True
+    update_uses_phi: bool = True
+    elementwise: bool = True
+    proximal: float = 0.0
+    count: int = 1
+
+    def batches(self, episode: Episode) -> list[Batch]:
+        """Return the T inner batches of an episode, cycled."""
+        return [episode.inner[t % len(episode.inner)] for t in range(self.inner_steps)]
+
+    def start(self, memory: InnerState, phi: Params) -> InnerState:
+        """Return the state before the first step: θ_0 = Ω_0(φ) and the optimizer's state, differentiable in φ."""
+        params = self.initial(memory.params, phi)
+        fresh = self.init_slots(params, phi)
+        slots = {slot: {**values, **memory.slots.get(slot, {})} for slot, values in fresh.items()}
+        return replace(memory, params=params, slots=slots)
+
+    def step(
+        self, state: InnerState, phi: Params, batch: Batch, create_graph: bool = False
+    ) -> tuple[InnerState, Tensor]:
+        """Return θ_t = Ω_t(θ_{t-1}, φ) and the inner loss at θ_{t-1}, detached.
+
+        Args:
+            state: the state before the step.
+            phi: outer parameters; leaves that require gradients where ``create_graph``.
+            batch: the inner batch.
+            create_graph: keep the graph of the new state in φ and the old one.
+        """
+        theta = tree.leaves(state.params)
+        if create_graph:
+            theta = {name: p if p.requires_grad else theta[name] for name, p in state.params.items()}
+        with torch.enable_grad():
+            loss, buffers = self.inner_loss(theta, phi, batch, state.buffers)
+            grads = tree.grad(loss, theta, create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            before = theta if create_graph else tree.detach(theta)
+            params, slots = self.update(before, grads, state.slots, phi, state.steps + 1)
+        return InnerState(params, buffers, slots, state.steps + 1), loss.detach()
+
+    def stack(self, count: int) -> BilevelProblem:
+        """Return the problem of ``count`` episodes at once, again a bilevel problem.
+
+        θ, optimizer state, buffers and batches gain a leading dimension of size ``count``; φ does not. The inner
+        loss is the *sum* over episodes, so that every episode has its own gradient, and the outer loss the
+        *mean*, so that the hypergradient is the mean of theirs.
+
+        Args:
+            count: number of episodes. Batches of the stacked problem are made by :func:`stack_episodes`.
+        """
+        inner = vmap(self.inner_loss, in_dims=(0, None, 0, 0), randomness="different")
+        outer = vmap(self.outer_loss, in_dims=(0, None, 0, 0), randomness="different")
+        members = vmap(lambda _, memory, phi: self.initial(memory, phi), in_dims=(0, 0, None))
+
+        def initial(memory: Params, phi: Params) -> Params:
+            return members(torch.empty(count), memory, phi)  # where all is shared, the memory is empty
+
+        def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
+            losses, buffers = inner(theta, phi, batch, buffers)
+            return losses.sum(), buffers
+
+        def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
+            return outer(theta, phi, batch, buffers).mean()
+
+        def update(params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
+            one = lambda p, g, s, outer_params: self.update(p, g, s, outer_params, step)  # noqa: E731
+            return vmap(one, in_dims=(0, 0, 0, None))(params, grads, slots, phi)
+
+        return replace(
+            self,
+            inner_loss=inner_loss,
+            outer_loss=outer_loss,
+            initial=initial,
+            init_slots=self.init_slots if self.elementwise else vmap(self.init_slots, in_dims=(0, None)),
+            update=self.update if self.elementwise else update,
+            count=count,
+        )
+
+
+def stackable(a: Episode, b: Episode) -> bool:
+    """Return whether two episodes have the same structure, shapes and dtypes, so that they can be stacked."""
+    leaves_a, spec_a = tree_flatten((list(a.inner), a.outer))
+    leaves_b, spec_b = tree_flatten((list(b.inner), b.outer))
+    return spec_a == spec_b and all(_alike(x, y) for x, y in zip(leaves_a, leaves_b, strict=True))
+
+
+def stack_episodes(episodes: Sequence[Episode]) -> Episode:
+    """Stack the tensors of :func:`stackable` episodes along a new first dimension."""
+    flat = [tree_flatten((list(episode.inner), episode.outer)) for episode in episodes]
+    stacked = [torch.stack(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return Episode(*tree_unflatten(stacked, flat[0][1]))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Return whether two batch entries can share a stack; what is no tensor cannot be vectorized over."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype

@@ -108,7 +108,7 @@ def unflatten(flat: Tensor, like: Params) -> Params:
     """
     pieces = flat.split([value.numel() for value in like.values()], dim=-1)
     return {
-        name: piece.reshape(*flat.shape[:-1], *value.shape).to(value.dtype)
+        name: piece.reshape(flat.shape[:-1] + value.shape).to(value.dtype)
         for (name, value), piece in zip(like.items(), pieces, strict=True)
     }
 
@@ -158,6 +158,15 @@ def index(a: Params, position: int) -> Params:
     return {name: value[position] for name, value in a.items()}
 
 
+def combine(weights: Tensor, stacked: Params) -> Params:
+    """Return Σ_i weights_i · stacked_i over the first dimension of every tensor.
+
+    >>> combine(torch.tensor([1.0, 2.0]), {"w": torch.tensor([[1.0], [10.0]])})
+    {'w': tensor([21.])}
+    """
+    return {name: torch.tensordot(weights.to(value.dtype), value, 1) for name, value in stacked.items()}
+
+
 def like(a: Params, values: Iterable[Tensor | None]) -> Params:
     """Name ``values`` as ``a`` is named, with zeros where a value is ``None``.
 
@@ -170,13 +179,13 @@ def like(a: Params, values: Iterable[Tensor | None]) -> Params:
     }
 
 
-def grad(output: Tensor, inputs: Params, **options: bool) -> Params:
+def grad(output: Tensor, inputs: Params, create_graph: bool = False) -> Params:
     """Return the gradient of a scalar ``output``, zeros for inputs it does not depend on.
 
     Args:
         output: a 0-dim tensor; one that carries no graph has a zero gradient.
         inputs: tensors that require gradients.
-        options: ``create_graph`` and ``retain_graph`` of :func:`torch.autograd.grad`.
+        create_graph: keep the graph, for further derivatives.
 
     >>> w = {"w": torch.tensor(3.0, requires_grad=True)}
     >>> grad(w["w"] ** 2, w)
@@ -184,7 +193,7 @@ def grad(output: Tensor, inputs: Params, **options: bool) -> Params:
     """
     if not output.requires_grad:
         return zeros_like(inputs)
-    values = torch.autograd.grad(output, list(inputs.values()), allow_unused=True, **options)
+    values = torch.autograd.grad(output, list(inputs.values()), create_graph=create_graph, allow_unused=True)
     return like(inputs, values)
 
 

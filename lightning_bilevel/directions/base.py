@@ -43,7 +43,7 @@ class DirectionSampler(ABC):
 
     A direction is a pure function of its key and its global number: it is drawn again rather
     than stored, and one process draws the same directions as many. How the range of numbers
-    is cut into calls must not change what is drawn.
+    is cut into calls must not change what is drawn, beyond rounding.
     """
 
     @abstractmethod

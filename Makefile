@@ -1,0 +1,80 @@
+# Everything is installed into .venv and nowhere else; delete it, or `make clean`, to start over.
+#
+#   make demo          train the data-cleaning example and draw its result
+#   make test          run the tests          make test ARGS="-m slow"
+#   make lint          ruff and mypy          make format   lets ruff mend what it can
+#   make docs          build the documentation
+#   make bench         run every benchmark
+#   make learn2learn   add learn2learn to .venv, for comparisons
+#
+# PYTHON is the interpreter .venv is made from. PIP_FLAGS goes to `pip install`: the plain torch for Linux brings the
+# CUDA libraries along, several gigabytes; name the index of its CPU builds here to do without them.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs bench learn2learn clean
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: .venv/installed-examples
+	.venv/bin/python examples/data_cleaning.py $(ARGS)
+	@echo "The picture is $(CURDIR)/outputs/data_cleaning.png"
+
+test: .venv/installed-test,examples
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/installed-lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/installed-lint
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docs: .venv/installed-docs
+	.venv/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
+bench: .venv/installed-bench
+	@for script in benchmarks/[!_]*.py; do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit 1; done
+
+learn2learn: .venv/installed-learn2learn-itself
+
+clean:
+	rm -rf .venv build dist *.egg-info docs/_build outputs lightning_logs checkpoints
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# `$(call install,ARGUMENTS)` is `pip install ARGUMENTS` on one line of the terminal; the full log is .venv/install.log.
+# awk ends with pip's own exit status.
+define install
+	@echo "Installing $(1) (log in .venv/install.log)"
+	@{ .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_FLAGS) $(1) \
+	    2>&1; echo "status $$?"; } | tee .venv/install.log | \
+	awk -v tty="$$(test -t 1 && echo 1)" \
+	    '/^status /{status = $$2} \
+	    tty && /^ *(Collecting|Downloading|Building|Installing) /{printf "\r\033[K%.70s", $$0; fflush()} \
+	    END{if (tty) printf "\r\033[K"; exit status}' \
+	|| { tail -n 25 .venv/install.log; exit 1; }
+endef
+
+# One stamp for each set of extras: a second call installs nothing unless the packaging changed.
+.venv/installed-%: .venv/pyvenv.cfg setup.cfg pyproject.toml constraints.txt
+	$(call install,-e '.[$*]')
+	@touch $@
+
+# learn2learn's C files were generated for older Pythons; build_ext makes Cython write them anew. It is installed
+# without its dependencies, which are those of its vision and gym modules; the extra has the others.
+.venv/installed-learn2learn-itself: .venv/installed-learn2learn
+	$(call install,--no-deps learn2learn --config-settings="--build-option=build_ext")
+	@touch $@
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -m venv .venv || { rm -f $@; \
+	    echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }

@@ -1,0 +1,40 @@
+"""Bilevel optimization for PyTorch Lightning: hypergradients as callbacks."""
+
+from lightning_bilevel import directions, inner_optimizers, linear_solvers, strategies
+from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from lightning_bilevel.loaders import EpisodeLoader
+from lightning_bilevel.module import BilevelModule, hypergradient
+from lightning_bilevel.problem import Episode, Hypergradient
+from lightning_bilevel.strategies import (
+    FirstOrder,
+    ForwardGradient,
+    ForwardUnroll,
+    HypergradientStrategy,
+    ReverseUnroll,
+    TruncatedReverse,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BilevelModule",
+    "Episode",
+    "EpisodeLoader",
+    "FirstOrder",
+    "ForwardGradient",
+    "ForwardUnroll",
+    "Hypergradient",
+    "HypergradientStrategy",
+    "RMSprop",
+    "ReverseUnroll",
+    "TruncatedReverse",
+    "directions",
+    "hypergradient",
+    "inner_optimizers",
+    "linear_solvers",
+    "strategies",
+]

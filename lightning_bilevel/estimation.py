@@ -1,0 +1,157 @@
+"""One estimate on the episodes of a batch: stacked where shapes agree, looped otherwise, averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lightning_bilevel import tree
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import nonfinite_error
+from lightning_bilevel.host import rank_zero_warn
+from lightning_bilevel.problem import (
+    BilevelProblem,
+    Episode,
+    Hypergradient,
+    InnerState,
+    stack_episodes,
+    stackable,
+)
+from lightning_bilevel.safe import Randomness
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.tree import Params
+
+STACKED_ENTRIES = 2**24
+"""Inner parameters that one stack may hold on a CPU; more gains no speed and costs memory."""
+
+
+def estimate(
+    problem: BilevelProblem,
+    strategy: HypergradientStrategy,
+    memories: Callable[[int], InnerState],
+    phi: Params,
+    episodes: Sequence[Episode],
+    key: Key,
+    chunk_size: int,
+) -> Hypergradient:
+    """Return the mean estimate over episodes.
+
+    Args:
+        problem: the problem of one episode.
+        strategy: the estimator.
+        memories: returns the memory of one episode (0) or of k stacked ones (k).
+        phi: outer parameters.
+        episodes: at least one.
+        key: of this estimate. All episodes get the same directions, so that a stack equals the loop.
+        chunk_size: episodes in one stack at most.
+
+    Returns:
+        The mean of values, estimates and metrics. With several episodes the tensors of ``state`` are
+        stacked, ``(len(episodes), *shape)``.
+    """
+    if len(episodes) == 1:
+        return checked(strategy.estimate(problem, memories(0), phi, episodes[0], key))
+    parts: list[tuple[int, Hypergradient]] = []
+    for chunk in _chunks(problem, episodes, chunk_size):
+        if len(chunk) > 1:
+            vectorized = problem.stack(len(chunk))
+            part = strategy.estimate(vectorized, memories(len(chunk)), phi, stack_episodes(chunk), key)
+        else:
+            part = strategy.estimate(problem, memories(0), phi, chunk[0], key)
+            part = part._replace(state=_map_state(lambda value: value[None], part.state))
+        parts.append((len(chunk), part))
+    return checked(_mean(parts, len(episodes)))
+
+
+def default_chunk_size(module: nn.Module, theta: Params) -> int:
+    """Return how many episodes to stack: a fixed rule, so that a run and its repetition agree bit for bit.
+
+    Small nets gain several times from one vectorized call. Convolutions lose on a CPU, where their
+    vectorized form is slower than the loop.
+    """
+    if next(iter(theta.values())).device.type != "cpu":
+        return 2**30
+    if any(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()):
+        return 1
+    return max(1, STACKED_ENTRIES // tree.numel(theta))
+
+
+def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:
+    """Return whether the losses run under ``vmap``; warn with the reason where they do not."""
+    device = next(iter(phi.values())).device
+    with torch.no_grad(), Randomness(device).preserved():
+        stacked = problem.stack(1)
+        batch = stack_episodes([episode])
+        try:
+            theta = stacked.start(_map_state(lambda value: value[None], memory), phi).params
+            buffers = tree.map(lambda value: value[None], memory.buffers)
+            stacked.inner_loss(theta, phi, batch.inner[0], buffers)
+            stacked.outer_loss(theta, phi, batch.outer, buffers)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            rank_zero_warn(
+                "The losses cannot be vectorized over episodes, so the episodes of a batch are looped: "
+                f"{str(error).splitlines()[0]} Set `episode_chunk_size=1` to choose this without a warning."
+            )
+            return False
+    return True
+
+
+def checked(result: Hypergradient) -> Hypergradient:
+    """Raise if the outer loss or the estimate is nan or infinite, with names; one synchronization."""
+    total = tree.norm(result.grads) + result.value.abs()
+    if torch.isfinite(total):
+        return result
+    if not torch.isfinite(result.value):
+        raise nonfinite_error(
+            "outer loss", result.value.item(), "Look at the outer loss at θ_T; lower the inner learning rate."
+        )
+    name = tree.first_nonfinite(result.grads)
+    if name is None:  # finite entries whose squares overflow
+        return result
+    raise nonfinite_error(
+        f"hypergradient of `{name}`",
+        "nan or inf",
+        "Lower the inner learning rate, take fewer inner steps, or truncate with `TruncatedReverse`.",
+    )
+
+
+def _chunks(problem: BilevelProblem, episodes: Sequence[Episode], size: int) -> list[list[Episode]]:
+    chunks: list[list[Episode]] = [[]]
+    for episode in episodes:
+        last = chunks[-1]
+        fits = not last or (len(last) < size and problem.solver is None and stackable(last[0], episode))
+        if fits:
+            last.append(episode)
+        else:
+            chunks.append([episode])
+    return chunks
+
+
+def _mean(parts: Sequence[tuple[int, Hypergradient]], count: int) -> Hypergradient:
+    value = torch.stack([n / count * part.value for n, part in parts]).sum()
+    grads = tree.scale(parts[0][1].grads, parts[0][0] / count)
+    for n, part in parts[1:]:
+        grads = tree.add(grads, part.grads, alpha=n / count)
+    metrics = {
+        name: torch.stack([n / count * part.metrics[name] for n, part in parts]).sum() for name in parts[0][1].metrics
+    }
+    states = [part.state for _, part in parts]
+    first = states[0]
+    state = InnerState(
+        params=_cat([s.params for s in states]),
+        buffers=_cat([s.buffers for s in states]),
+        slots={slot: _cat([s.slots[slot] for s in states]) for slot in first.slots},
+        steps=first.steps,
+    )
+    return Hypergradient(value, grads, state, metrics)
+
+
+def _cat(trees: Sequence[Params]) -> Params:
+    return {name: torch.cat([values[name] for values in trees]) for name in trees[0]}
+
+
+def _map_state(fn: Callable[[torch.Tensor], torch.Tensor], state: InnerState) -> InnerState:
+    slots = {slot: tree.map(fn, values) for slot, values in state.slots.items()}
+    return InnerState(tree.map(fn, state.params), tree.map(fn, state.buffers), slots, state.steps)

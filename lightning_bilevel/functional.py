@@ -1,0 +1,250 @@
+"""From a module's hooks to pure functions: builds the :class:`BilevelProblem` of a bilevel module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel import tree
+from lightning_bilevel.errors import missing_error, value_error
+from lightning_bilevel.hooks import BilevelHooks
+from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
+from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.levels import Levels
+from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState
+from lightning_bilevel.recorder import LogRecorder
+from lightning_bilevel.safe import Randomness, differentiable_kernels
+from lightning_bilevel.swap import Swapper
+from lightning_bilevel.tree import Params
+
+
+class FunctionalModule:
+    """The pure functions of one bilevel module, valid as long as its parameters stay the same objects.
+
+    The user's methods are called on the module itself, with tensors swapped in place of parameters and
+    buffers, so that they read as if no bilevel problem were there.
+
+    Args:
+        module: the module; its levels, optimizer and solver are looked up once.
+
+    Attributes:
+        levels: which parameter names are inner and outer.
+        swapper: puts tensors in place.
+        problem: the pure functions.
+        recorder: what the losses logged.
+        episode_chunk_size: episodes vectorized together; ``None`` until the first estimate has chosen.
+    """
+
+    def __init__(self, module: BilevelHooks) -> None:
+        self.module = module
+        self.levels = Levels.of(module, module.inner_parameters(), module.outer_parameters())
+        self.swapper = Swapper(module)
+        self.recorder = LogRecorder()
+        self.episode_chunk_size: int | None = None
+        self._autocast_dtype: torch.dtype | None = None
+        self._owners = [child for child in module.modules() if child._buffers]
+        self._mutable: dict[tuple[bool, ...], tuple[str, ...]] = {}
+        self._solves = module.has_solver
+        self._converted: InnerOptimizer | None = None
+        configured = None if self._solves else self._configured()
+        self.problem = BilevelProblem(
+            inner_loss=self._inner_loss,
+            outer_loss=self._outer_loss,
+            initial=self._initial,
+            init_slots=self._init_slots,
+            update=self._update,
+            inner_steps=module.inner_steps,
+            shared=self.levels.shared,
+            solver=self._solve if self._solves else None,
+            differentiable_solve=module.differentiable_solve,
+            elementwise=configured is None or configured.elementwise,
+            proximal=module.proximal,
+        )
+        self.problem = replace(self.problem, update_uses_phi=bool(self._phi_in_update()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now."""
+        return self.swapper.current(self.levels.inner[0]).device
+
+    def phi(self) -> Params:
+        """Return the outer parameters, detached; storage is the module's own."""
+        return {name: _usable(self.swapper.current(name)) for name in self.levels.outer}
+
+    def theta(self) -> Params:
+        """Return the inner parameters as they stand in the module, detached."""
+        return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
+
+    def buffers(self, batch: Batch) -> Params:
+        """Return clones of the buffers that the inner loss changes in the module's present mode.
+
+        Which ones it changes is found by evaluating it once on ``batch``, and remembered.
+        """
+        mode = tuple(owner.training for owner in self._owners)
+        if not mode or self._solves:
+            return {}
+        if mode not in self._mutable:
+            everything = {name: _usable(buffer).clone() for name, buffer in self.module.named_buffers()}
+            in_place = self._in_place({**self.phi(), **self.theta(), **everything})
+            with torch.no_grad(), Randomness(self.device).preserved(), in_place:
+                self.module.inner_loss(batch)
+                self._mutable[mode] = tuple(
+                    name
+                    for name, clone in everything.items()
+                    if self.swapper.current(name) is not clone or clone._version
+                )
+        return {name: _usable(self.swapper.current(name)).clone() for name in self._mutable[mode]}
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Enter the surroundings of one estimate: safe kernels, no autocast but in the losses, logs recorded."""
+        kind = self.device.type
+        with ExitStack() as stack:
+            stack.enter_context(differentiable_kernels(self.module))
+            stack.enter_context(self.recorder.recording(self.module))
+            if torch.is_autocast_enabled(kind):
+                self._autocast_dtype = torch.get_autocast_dtype(kind)
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            try:
+                yield
+            finally:
+                self._autocast_dtype = None
+
+    def untouched(self, episode: Episode, memory: InnerState) -> list[str]:
+        """Return the outer parameters that no loss, start or update reads, by one evaluation of each."""
+        phi = tree.leaves(self.phi())
+        start = self.problem.start(memory, phi)
+        theta = tree.leaves(start.params)
+        names = set(self._phi_in_update()) | _names_reached(list(start.params.values()), self._not_shared(phi))
+        losses = [self._outer_loss(theta, phi, episode.outer, memory.buffers)]
+        if not self._solves:
+            losses.append(self._inner_loss(theta, phi, episode.inner[0], memory.buffers)[0])
+            if not _names_reached(losses[1:], theta):
+                raise missing_error(
+                    type(self.module).__name__,
+                    "inner loss that depends on the inner parameters",
+                    f"Use {', '.join(self.levels.inner[:3])} in `inner_loss(batch)`, not detached",
+                )
+        for loss in losses:
+            names |= _names_reached([loss], phi) | _names_reached([loss], theta)
+        opaque = self._solves
+        return [name for name in self.levels.outer if name not in names and not opaque]
+
+    def _not_shared(self, phi: Params) -> Params:
+        return {name: value for name, value in phi.items() if name not in self.levels.shared}
+
+    @contextmanager
+    def _in_place(self, tensors: Params) -> Iterator[None]:
+        """Swap tensors in and run under the user's autocast.
+
+        The cast cache is off: it would keep one cast copy of θ per inner step.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.swapper.swapped(tensors))
+            if self._autocast_dtype is not None:
+                stack.enter_context(torch.autocast(self.device.type, self._autocast_dtype, cache_enabled=False))
+            yield
+
+    def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
+        own = tree.map(torch.clone, buffers) if buffers else {}
+        with self._in_place({**phi, **theta, **own}):
+            loss = _scalar(self.module, "inner_loss", self.module.inner_loss(batch))
+            after = {name: self.swapper.current(name).detach() for name in own}
+        if self.module.proximal:
+            for name in self.levels.shared:
+                loss = loss + 0.5 * self.module.proximal * (theta[name] - phi[name]).square().sum()
+        return loss, after
+
+    def _outer_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
+        own = tree.map(torch.clone, buffers) if buffers else {}
+        with self._in_place({**phi, **theta, **own}):
+            return _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
+
+    def _initial(self, memory: Params, phi: Params) -> Params:
+        own = {name: value for name, value in memory.items() if name not in self.levels.shared}
+        with self._in_place({**phi, **own}):
+            default = {name: self.swapper.current(name) for name in self.levels.inner}
+            chosen = self.module.initial_inner_parameters()
+        return _named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
+
+    def _init_slots(self, params: Params, phi: Params) -> Slots:
+        if self._solves:
+            return {}
+        with self.swapper.swapped(phi):
+            return self._configured().init(params)
+
+    def _update(self, params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
+        with self.swapper.swapped(phi):
+            return self._configured().update(params, grads, slots, step)
+
+    def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
+        with self._in_place({**phi, **params}):
+            solution = self.module.solve_inner(batches)
+        return _named(self.module, "solve_inner(batches)", params, solution)
+
+    def _configured(self) -> InnerOptimizer:
+        """Call the user's hook; a ``torch.optim`` instance is built once, with the real parameters."""
+        if self._converted is not None:
+            return self._converted
+        optimizer = self.module.configure_inner_optimizer()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._converted = from_torch(optimizer, dict(self.module.named_parameters()))
+            return self._converted
+        if not isinstance(optimizer, InnerOptimizer):
+            raise value_error(
+                f"{type(self.module).__name__}.configure_inner_optimizer()",
+                "an `InnerOptimizer` or a `torch.optim` instance",
+                optimizer,
+            )
+        return optimizer
+
+    def _phi_in_update(self) -> set[str]:
+        """Return the outer parameters that the inner optimizer's update reads, found by two updates."""
+        if self._solves:
+            return set()
+        with torch.enable_grad():
+            phi, theta = tree.leaves(self.phi()), tree.map(torch.clone, self.theta())
+            slots = self._init_slots(theta, phi)
+            grads = tree.map(torch.ones_like, theta)
+            for step in (1, 2):
+                theta, slots = self._update(theta, grads, slots, phi, step)
+            return _names_reached([*theta.values(), *(v for slot in slots.values() for v in slot.values())], phi)
+
+
+def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
+    """Return the names of the inputs that any output depends on."""
+    outputs = [output.sum() for output in outputs if output.requires_grad]
+    if not outputs or not inputs:
+        return set()
+    grads = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, retain_graph=True)
+    return {name for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+
+
+def _scalar(module: nn.Module, hook: str, loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise value_error(
+            f"{type(module).__name__}.{hook}(batch)", "a 0-dim tensor", got, "Reduce it with `.mean()` or `.sum()`."
+        )
+    return loss
+
+
+def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Tensor]) -> Params:
+    """Check that a hook returned the inner parameters, by name and shape, and put them in order."""
+    if not isinstance(got, Mapping) or set(got) != set(expected):
+        names = sorted(got) if isinstance(got, Mapping) else type(got).__name__
+        raise value_error(f"{type(module).__name__}.{hook}", f"a mapping with the keys {sorted(expected)}", names)
+    for name, value in got.items():
+        if value.shape != expected[name].shape:
+            shape = tuple(expected[name].shape)
+            raise value_error(f"{type(module).__name__}.{hook}[{name!r}]", f"of shape {shape}", tuple(value.shape))
+    return {name: got[name] for name in expected}
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Detach; tensors made under inference mode are cloned, for autograd refuses them."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()

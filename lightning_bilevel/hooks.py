@@ -1,0 +1,143 @@
+"""What a user of :class:`BilevelModule` overrides: the two levels, their losses, the inner optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.errors import missing_error, positive_integer, value_error
+from lightning_bilevel.host import LightningModule
+from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.levels import Levels, Selection, rest
+from lightning_bilevel.problem import Batch, Episode
+
+InnerStart = Literal["warm", "reset", "reinit"]
+
+
+class BilevelHooks(LightningModule):
+    """The hooks of a bilevel module with their defaults; see :class:`BilevelModule` for the whole.
+
+    Attributes:
+        differentiable_solve: whether autograd may go through :meth:`solve_inner`.
+    """
+
+    differentiable_solve: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        inner_steps: int = 1,
+        inner_start: InnerStart = "warm",
+        proximal: float = 0.0,
+        episode_chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.inner_steps = positive_integer("BilevelModule(inner_steps=...)", inner_steps)
+        if not isinstance(proximal, (int, float)) or not 0 <= proximal < float("inf"):
+            raise value_error("BilevelModule(proximal=...)", "a non-negative number", proximal)
+        self.proximal = float(proximal)
+        if episode_chunk_size is not None:
+            positive_integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
+        self.episode_chunk_size = episode_chunk_size
+        if inner_start not in get_args(InnerStart):
+            names = " or ".join(repr(name) for name in get_args(InnerStart))
+            raise value_error("BilevelModule(inner_start=...)", names, inner_start)
+        self.inner_start = inner_start
+        self._levels: Levels | None = None  # known while a fit runs
+
+    def inner_parameters(self) -> Selection:
+        """Return θ: parameters, or a submodule. Default: all that :meth:`outer_parameters` leaves.
+
+        Example: ``return self.net``
+        """
+        return self._other_level("inner", "outer")
+
+    def outer_parameters(self) -> Selection:
+        """Return φ: parameters, or a submodule. Default: all that :meth:`inner_parameters` leaves.
+
+        Example: ``return [self.example_weights]``
+        """
+        return self._other_level("outer", "inner")
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        """Return g(θ, φ), a 0-dim tensor, written against ``self`` as usual.
+
+        Example: ``return F.cross_entropy(self.net(batch[0]), batch[1])``
+        """
+        raise missing_error(type(self).__name__, "`inner_loss`", "Add `def inner_loss(self, batch): ...`")
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        """Return f(θ_T, φ), a 0-dim tensor, written against ``self``, which computes with θ_T.
+
+        Example: ``return F.cross_entropy(self.net(batch[0]), batch[1])``
+        """
+        raise missing_error(type(self).__name__, "`outer_loss`", "Add `def outer_loss(self, batch): ...`")
+
+    def configure_inner_optimizer(self) -> InnerOptimizer | torch.optim.Optimizer:
+        """Return the inner optimizer; called at every inner step with the current φ in place.
+
+        Example: ``return SGD(lr=self.log_lr.exp())``, whose learning rate is an outer parameter. A ``torch.optim``
+        instance on ``self.inner_parameters()`` is taken once and converted.
+        """
+        raise missing_error(
+            type(self).__name__,
+            "`configure_inner_optimizer`",
+            "Add `def configure_inner_optimizer(self): return SGD(lr=0.1)`, "
+            "with `from lightning_bilevel.inner_optimizers import SGD`",
+        )
+
+    def initial_inner_parameters(self) -> Mapping[str, Tensor]:
+        """Return Ω_0(φ) by parameter name, for those that should not start as ``inner_start`` says.
+
+        Called with φ in place, so the values may depend on it. Shared parameters start at φ by themselves.
+
+        Example: ``return {"head.weight": self.hypernetwork(self.code)}``
+        """
+        return {}
+
+    def episodes(self, batch: Any) -> Sequence[Episode]:
+        """Split what the loader yields into episodes. Default: one, or a list of them as it is.
+
+        Example: ``return [Episode([support], query) for support, query in zip(*batch)]``
+        """
+        if isinstance(batch, Episode):
+            return [batch]
+        if isinstance(batch, Mapping) and set(batch) == {"inner", "outer"}:
+            return [Episode([batch["inner"]], batch["outer"])]
+        if isinstance(batch, (list, tuple)) and batch and all(isinstance(entry, Episode) for entry in batch):
+            return list(batch)
+        raise value_error(
+            "the training batch",
+            "an `Episode`, a list of them, or a mapping of 'inner' and 'outer'",
+            type(batch).__name__,
+            "Pass `EpisodeLoader(inner=..., outer=...)` to `trainer.fit`, or override `episodes(batch)`.",
+        )
+
+    def solve_inner(self, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+        """Return θ_T by parameter name: your own solver in place of the gradient loop.
+
+        Called with φ in place and θ at its start. Differentiable in φ, or set ``differentiable_solve = False`` on
+        the class and use a strategy that differentiates nothing.
+
+        Example: ``return {"weight": torch.linalg.solve(x.T @ x + penalty, x.T @ y)}``
+        """
+        raise missing_error(type(self).__name__, "`solve_inner`", "Add `def solve_inner(self, batches): ...`")
+
+    @property
+    def has_solver(self) -> bool:
+        """Whether :meth:`solve_inner` is overridden."""
+        return type(self).solve_inner is not BilevelHooks.solve_inner
+
+    def _other_level(self, level: str, other: str) -> Selection:
+        if self._levels is not None:
+            # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags.
+            return [self.get_parameter(name) for name in getattr(self._levels, level)]
+        if getattr(type(self), f"{other}_parameters") is getattr(BilevelHooks, f"{other}_parameters"):
+            raise missing_error(
+                type(self).__name__,
+                "inner or outer parameters",
+                "Add `def inner_parameters(self): return self.net` or `def outer_parameters(self): ...`",
+            )
+        return rest(self, getattr(self, f"{other}_parameters")())

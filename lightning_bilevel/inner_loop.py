@@ -1,0 +1,154 @@
+"""Run the T inner steps: without a graph, with one, or recorded so that it can be run backward in segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.errors import nonfinite_error
+from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
+from lightning_bilevel.safe import Randomness
+from lightning_bilevel.tree import Params
+
+
+class Run(NamedTuple):
+    """The end of an inner run.
+
+    Attributes:
+        state: the state after the last step.
+        metrics: ``inner_loss`` of the last step, meaned over stacked episodes; empty for a user's own solver.
+    """
+
+    state: InnerState
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recorded run: the state and the randomness it started from, and its batches."""
+
+    state: InnerState
+    randomness: Randomness
+    batches: Sequence[Batch]
+
+
+def run(
+    problem: BilevelProblem,
+    state: InnerState,
+    phi: Params,
+    batches: Sequence[Batch],
+    create_graph: bool = False,
+) -> Run:
+    """Take one inner step per batch, or call the user's solver.
+
+    Args:
+        problem: the problem.
+        state: the state to start from.
+        phi: outer parameters; leaves that require gradients where ``create_graph``.
+        batches: one batch per step.
+        create_graph: keep the graph of the final state. Otherwise memory is flat in the number of steps.
+
+    Raises:
+        FloatingPointError: an inner loss is nan or infinite; the message names the step.
+    """
+    if problem.solver is not None:
+        return _solve(problem, state, phi, batches, create_graph)
+    losses = []
+    for batch in batches:
+        state, loss = problem.step(state, phi, batch, create_graph=create_graph)
+        losses.append(loss)
+    return Run(state, last_loss(problem, losses))
+
+
+def last_loss(problem: BilevelProblem, losses: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the metrics of a run from its inner losses, after a check that all are finite (one synchronization)."""
+    if not losses:
+        return {}
+    finite = torch.isfinite(torch.stack(list(losses)))
+    if not finite.all():
+        step = int(finite.logical_not().nonzero()[0])
+        raise nonfinite_error(
+            f"inner loss at step {step} of {len(losses)}",
+            losses[step].item(),
+            "Lower the inner learning rate, or take fewer inner steps.",
+        )
+    return {"inner_loss": losses[-1] / problem.count}
+
+
+def record(
+    problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequence[Batch], every: int
+) -> tuple[Run, list[Segment]]:
+    """Run without a graph and keep what is needed to run each ``every`` steps again.
+
+    Memory: one inner state per segment.
+    """
+    device = next(iter(state.params.values())).device
+    segments, losses = [], []
+    for first in range(0, len(batches), every):
+        segments.append(Segment(state, Randomness(device), batches[first : first + every]))
+        for batch in segments[-1].batches:
+            state, loss = problem.step(state, phi, batch)
+            losses.append(loss)
+    return Run(state, last_loss(problem, losses)), segments
+
+
+def pull_back(
+    problem: BilevelProblem, segments: list[Segment], phi: Params, cotangent: Params
+) -> tuple[Params, Params]:
+    """Run recorded segments backward: c ← c + d B_t, d ← d A_t, one segment of graph at a time.
+
+    Args:
+        problem: the problem.
+        segments: from :func:`record`; emptied, last first, to free memory on the way.
+        phi: outer parameters.
+        cotangent: d = ∂f/∂θ_T (and zeros for the optimizer's state), named as :meth:`InnerState.flat`.
+
+    Returns:
+        Σ_t d_t B_t, named as ``phi``, and the cotangent of the first segment's start.
+    """
+    total = tree.zeros_like(phi)
+    while segments:
+        segment = segments.pop()
+        segment.randomness.restore()
+        begin, outer = tree.leaves(segment.state.flat()), tree.leaves(phi)
+        state = segment.state.unflat(begin)
+        for batch in segment.batches:
+            state, _ = problem.step(state, outer, batch, create_graph=True)
+        products = vector_jacobian(state.flat(), {**begin, **_prefixed(outer)}, cotangent)
+        cotangent = {name: products[name] for name in begin}
+        total = {name: value + products[_PREFIX + name] for name, value in total.items()}
+    return total, cotangent
+
+
+def vector_jacobian(outputs: Params, inputs: Params, cotangent: Params) -> Params:
+    """Return Σ ⟨cotangent, ∂outputs/∂inputs⟩, zeros where nothing depends; frees the graph."""
+    pairs = [(value, cotangent[name]) for name, value in outputs.items() if value.requires_grad]
+    if not pairs:
+        return tree.zeros_like(inputs)
+    values = torch.autograd.grad(
+        [value for value, _ in pairs], list(inputs.values()), [vector for _, vector in pairs], allow_unused=True
+    )
+    return tree.like(inputs, values)
+
+
+_PREFIX = "outer:"
+
+
+def _prefixed(phi: Params) -> Params:
+    """Rename φ so that a shared parameter's two roles stay apart in one tree."""
+    return {_PREFIX + name: value for name, value in phi.items()}
+
+
+def _solve(
+    problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequence[Batch], create_graph: bool
+) -> Run:
+    assert problem.solver is not None
+    with torch.set_grad_enabled(create_graph):
+        params = problem.solver(state.params, phi, batches, state.buffers)
+    final = InnerState(params, state.buffers, state.slots, state.steps + len(batches))
+    return Run(final if create_graph else final.detach(), {})

@@ -1,0 +1,58 @@
+"""Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_bilevel.inner_optimizers.adam import AdamFamily
+from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.hyper import Value
+
+
+class AdamW(AdamFamily):
+    r"""Differentiable ``torch.optim.AdamW``: :class:`Adam` whose weight decay is not part of the gradient.
+
+    With m̂_t and v̂_t of :class:`Adam`, from gradients without decay::
+
+        θ_t = (1 - lr · weight_decay) θ_{t-1} - lr · m̂_t / (√v̂_t + eps).
+
+    Derivatives at zero gradients, slots and cost are those of :class:`Adam`.
+
+    Args:
+        lr: learning rate.
+        betas: the pair (β1, β2); each in [0, 1).
+        eps: added to the root.
+        weight_decay: the decay; a step shrinks θ by 1 - ``lr * weight_decay``.
+        amsgrad: never let the second moment shrink.
+        maximize: ascend.
+
+    Raises:
+        ValueError: a number is out of range; at the first use, also if a mapping has no pattern
+            for a parameter or a tensor does not broadcast to a parameter's shape.
+
+    References:
+        Loshchilov and Hutter, Decoupled weight decay regularization (2019), algorithm 2.
+
+    >>> import torch
+    >>> optimizer, theta = AdamW(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0, 1.0])}
+    >>> theta, slots = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
+    >>> theta
+    {'w': tensor([0.8500, 0.9500])}
+    """
+
+    def __init__(
+        self,
+        lr: Hyperparameter = 1e-3,
+        betas: Sequence[Hyperparameter] = (0.9, 0.999),
+        eps: Hyperparameter = 1e-8,
+        weight_decay: Hyperparameter = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
+
+    def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:
+        """Return a decay that shrinks the parameter."""
+        return 0.0, 1 - lr * weight_decay

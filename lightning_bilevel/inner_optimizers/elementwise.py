@@ -1,0 +1,89 @@
+"""The base of inner optimizers whose rule looks at one parameter at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, InnerOptimizer, Slots
+from lightning_bilevel.inner_optimizers.hyper import Value, check, resolve
+from lightning_bilevel.tree import Params
+
+Values = tuple[Value, ...]
+"""The hyperparameters at one parameter, in the order in which the constructor declared them."""
+
+State = dict[str, Tensor]
+"""The slots of one parameter, keyed by slot name."""
+
+Rule = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
+"""Maps a parameter, its gradient and its state to the new parameter and the new state."""
+
+T = TypeVar("T")
+
+
+class ElementwiseOptimizer(InnerOptimizer):
+    """Resolves hyperparameters, loops over parameters; a subclass says what happens to one of them.
+
+    Parameters that share all hyperparameters share one rule, so arithmetic among hyperparameters
+    (such as a bias correction) is done once an update and not once a parameter.
+
+    Args:
+        maximize: whether gradients change their sign.
+        hyperparameters: what :meth:`initial` and :meth:`rule` receive, keyed by argument name.
+
+    Raises:
+        ValueError: a Python number among the hyperparameters is negative, infinite or nan.
+    """
+
+    def __init__(self, maximize: bool, hyperparameters: dict[str, Hyperparameter]) -> None:
+        """See the class."""
+        for argument, value in hyperparameters.items():
+            check(type(self).__name__, argument, value)
+        self.maximize = maximize
+        self.hyperparameters = hyperparameters
+
+    @abstractmethod
+    def initial(self, values: Values) -> dict[str, Value]:
+        """Return what each slot of a parameter is filled with, keyed by slot name."""
+
+    @abstractmethod
+    def rule(self, values: Values, step: int) -> Rule:
+        """Return the rule of update number ``step`` for parameters with these hyperparameters."""
+
+    def init(self, params: Params) -> Slots:
+        """Return the state before the first step, shaped as ``params``; a slot no parameter needs does not exist."""
+        slots: Slots = {}
+        for (name, param), fills in zip(params.items(), self._per_parameter(self.initial, params), strict=True):
+            for slot, fill in fills.items():
+                slots.setdefault(slot, {})[name] = torch.zeros_like(param) + fill
+        return slots
+
+    def update(self, params: Params, grads: Params, slots: Slots, step: int) -> tuple[Params, Slots]:
+        """Return the new parameters and the new state; see :meth:`InnerOptimizer.update`."""
+        rules = self._per_parameter(lambda values: self.rule(values, step), params)
+        new_params: Params = {}
+        new_slots: Slots = {slot: {} for slot in slots}
+        for (name, param), rule in zip(params.items(), rules, strict=True):
+            grad = -grads[name] if self.maximize else grads[name]
+            state = {slot: tensors[name] for slot, tensors in slots.items() if name in tensors}
+            new_params[name], state = rule(param, grad, state)
+            for slot, tensor in state.items():
+                new_slots[slot][name] = tensor
+        return new_params, new_slots
+
+    def _per_parameter(self, make: Callable[[Values], T], params: Params) -> list[T]:
+        """Return ``make(values)`` of each parameter, made once for all parameters of the same values."""
+        owner = type(self).__name__
+        columns = [resolve(owner, argument, value, params) for argument, value in self.hyperparameters.items()]
+        made: dict[tuple[int, ...], T] = {}
+        results = []
+        for values in zip(*columns, strict=True):
+            key = tuple(map(id, values))
+            if key not in made:
+                made[key] = make(values)
+            results.append(made[key])
+        return results

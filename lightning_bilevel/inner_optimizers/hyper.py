@@ -1,0 +1,156 @@
+"""Hyperparameters that are numbers, tensors or mappings, and arithmetic that is shortest for each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.errors import value_error
+from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.tree import Params
+
+Value = float | Tensor
+"""A hyperparameter at one parameter: patterns are resolved."""
+
+
+def check(owner: str, argument: str, value: Any, below: float = math.inf) -> None:
+    """Check the Python numbers of a hyperparameter; tensors pass unread, so that nothing waits for a device.
+
+    Args:
+        owner: class name, for the message.
+        argument: argument name, for the message.
+        value: the hyperparameter.
+        below: numbers must be in ``[0, below)``.
+
+    Raises:
+        ValueError: a number is out of range, or ``value`` is no hyperparameter.
+
+    >>> check("SGD", "lr", {"bias": 0.1, "*": torch.tensor(-1.0)})
+    """
+    if isinstance(value, (float, int)):
+        if 0 <= value < below:
+            return
+    elif isinstance(value, Tensor):
+        return
+    elif isinstance(value, Mapping):
+        for pattern, item in value.items():
+            if isinstance(item, Mapping):
+                raise value_error(f"{owner}({argument}[{pattern!r}]=...)", "a number or a tensor", item)
+            check(owner, f"{argument}[{pattern!r}]", item, below)
+        return
+    expected = "a non-negative number" if below == math.inf else f"a number in [0, {below:g})"
+    raise value_error(f"{owner}({argument}=...)", expected, value)
+
+
+def resolve(owner: str, argument: str, value: Hyperparameter, params: Params) -> list[Value]:
+    """Return the hyperparameter of each parameter, in the order of ``params``.
+
+    Args:
+        owner: class name, for the message.
+        argument: argument name, for the message.
+        value: the hyperparameter; of the patterns of a mapping the first that matches wins.
+        params: the parameters, keyed by name.
+
+    Raises:
+        ValueError: no pattern matches a name, or a tensor does not broadcast to the parameter's shape.
+
+    >>> resolve("SGD", "lr", {"*.bias": 0.1, "*": 0.2}, {"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
+    [0.2, 0.1]
+    """
+    if isinstance(value, (float, int)):
+        return [value] * len(params)
+    if isinstance(value, Tensor):
+        return [_fit(owner, argument, name, value, param) for name, param in params.items()]
+    patterns = tuple(value)
+    values = []
+    for (name, param), pattern in zip(params.items(), _first_matches(patterns, tuple(params)), strict=True):
+        if pattern is None:
+            expected = f"a mapping with a pattern for the inner parameter {name!r}"
+            hint = 'A last pattern "*" matches the rest.'
+            raise value_error(f"{owner}({argument}=...)", expected, list(patterns), hint)
+        values.append(_fit(owner, argument, name, value[pattern], param))
+    return values
+
+
+def is_number(value: Hyperparameter, number: float) -> bool:
+    """Return whether ``value`` is this Python number; a tensor or a mapping is not, whatever is in it.
+
+    >>> is_number(0, 0.0), is_number(torch.tensor(0.0), 0.0)
+    (True, False)
+    """
+    return isinstance(value, (float, int)) and value == number
+
+
+def add_scaled(a: Tensor, b: Tensor, factor: Value) -> Tensor:
+    """Return ``a + factor * b``, or ``a`` itself if ``factor`` is the number 0.
+
+    >>> add_scaled(torch.ones(2), torch.ones(2), torch.tensor([1.0, 2.0]))
+    tensor([2., 3.])
+    """
+    if isinstance(factor, Tensor):
+        return torch.addcmul(a, b, factor)
+    return a if factor == 0 else torch.add(a, b, alpha=factor)
+
+
+def add_ratio(a: Tensor, numerator: Tensor, denominator: Tensor, factor: Value) -> Tensor:
+    """Return ``a + factor * numerator / denominator``.
+
+    >>> add_ratio(torch.ones(1), torch.ones(1), torch.full((1,), 2.0), 3.0)
+    tensor([2.5000])
+    """
+    if isinstance(factor, Tensor):
+        return torch.addcmul(a, numerator / denominator, factor)
+    return torch.addcdiv(a, numerator, denominator, value=factor)
+
+
+def average(old: Tensor, new: Tensor, weight: Value) -> Tensor:
+    """Return ``old + weight * (new - old)``.
+
+    >>> average(torch.zeros(1), torch.ones(1), 0.25)
+    tensor([0.2500])
+    """
+    if isinstance(weight, Tensor):  # not lerp, whose tensor weight has to have the dtype of the rest
+        return torch.addcmul(old, new - old, weight)
+    return torch.lerp(old, new, weight)
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """Return the square root, with derivative 0 where ``square`` is 0.
+
+    There the chain rule would give inf · 0 = nan. ``clamp_min`` selects instead of multiplying, so it cuts every order
+    of derivative off. The smallest normal number has a root (1e-154 in float64, 1e-19 in float32) that is lost
+    when an optimizer's ``eps`` is added: values do not change.
+
+    >>> square = torch.zeros(1, requires_grad=True)
+    >>> torch.autograd.grad(safe_sqrt(square).sum(), square)
+    (tensor([0.]),)
+    """
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+
+
+@lru_cache(maxsize=256)
+def _first_matches(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
+    return tuple(next((p for p in patterns if fnmatchcase(name, p)), None) for name in names)
+
+
+def _fit(owner: str, argument: str, name: str, value: Value, param: Tensor) -> Value:
+    """Return ``value`` such that arithmetic with it keeps the shape, dtype and device of ``param``."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim:
+        trailing = zip(reversed(value.shape), reversed(param.shape), strict=False)
+        if value.ndim > param.ndim and value.numel() == 1:
+            value = value.reshape(())
+        elif value.ndim > param.ndim or any(size not in (1, wanted) for size, wanted in trailing):
+            expected = f"a tensor that broadcasts to {tuple(param.shape)}, the shape of {name!r}"
+            raise value_error(f"{owner}({argument}=...)", expected, tuple(value.shape))
+    # A 0-dim tensor does not change the dtype of others, and a beta of 0.999 would be 1 in bfloat16.
+    if value.device != param.device or (value.dtype != param.dtype and (value.ndim or not param.ndim)):
+        return value.to(param)
+    return value

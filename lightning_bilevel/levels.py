@@ -1,0 +1,96 @@
+"""Which parameters of a module belong to the inner level, to the outer level, or to both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_bilevel.errors import missing_error, value_error
+
+Selection = nn.Module | nn.Parameter | Iterable[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Parameter names by level, in the module's order.
+
+    Attributes:
+        inner: names of θ.
+        outer: names of φ.
+    """
+
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names in both levels: θ starts at φ there."""
+        return frozenset(self.inner) & frozenset(self.outer)
+
+    @property
+    def inner_only(self) -> tuple[str, ...]:
+        """Names of θ that no outer optimizer touches."""
+        return tuple(name for name in self.inner if name not in self.shared)
+
+    @staticmethod
+    def of(module: nn.Module, inner: Selection, outer: Selection) -> Levels:
+        """Name the parameters that a module's hooks select.
+
+        Args:
+            module: the module that owns them.
+            inner: what ``inner_parameters()`` returned.
+            outer: what ``outer_parameters()`` returned.
+
+        Raises:
+            ValueError: a selected object is no parameter of ``module``.
+            MisconfigurationError: a level is empty (frozen parameters do not count).
+        """
+        owner = type(module).__name__
+        names = (
+            _select(module, f"{owner}.inner_parameters()", inner),
+            _select(module, f"{owner}.outer_parameters()", outer),
+        )
+        for level, chosen in zip(("inner", "outer"), names, strict=True):
+            if not chosen:
+                raise missing_error(
+                    owner,
+                    f"{level} parameters",
+                    f"Let `{level}_parameters()` return parameters that require gradients, or a submodule with some",
+                )
+        return Levels(*names)
+
+
+def rest(module: nn.Module, taken: Selection) -> list[nn.Parameter]:
+    """Return the trainable parameters that are not among ``taken``.
+
+    >>> net = nn.Linear(2, 2)
+    >>> rest(net, [net.weight])[0] is net.bias
+    True
+    """
+    ids = {id(parameter) for parameter in parameters(taken)}
+    return [p for p in module.parameters() if id(p) not in ids and p.requires_grad]
+
+
+def parameters(selection: Selection) -> list[nn.Parameter]:
+    """Return the parameters of a selection: of a module, of one parameter, or of an iterable."""
+    if isinstance(selection, nn.Module):
+        return list(selection.parameters())
+    return [selection] if isinstance(selection, nn.Parameter) else list(selection)
+
+
+def _select(module: nn.Module, hook: str, selection: Selection) -> tuple[str, ...]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    chosen = set()
+    for parameter in parameters(selection):
+        if id(parameter) not in names:
+            raise value_error(
+                hook,
+                "parameters of the module, or one of its submodules",
+                type(parameter).__name__,
+                "Register it as an attribute (`nn.Parameter` or `nn.Module`) of the module.",
+            )
+        if parameter.requires_grad:
+            chosen.add(names[id(parameter)])
+    return tuple(name for name in names.values() if name in chosen)

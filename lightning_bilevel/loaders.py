@@ -1,0 +1,314 @@
+"""Episodes from two data loaders, resumed exactly from the middle of an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, distributed
+from typing_extensions import Self, override
+
+from lightning_bilevel.errors import combination_error, positive_integer, value_error
+from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer
+from lightning_bilevel.problem import Batch, Episode
+
+
+class EpisodeLoader(CombinedLoader):
+    """Yield episodes: ``inner_batches`` batches of one loader and one batch of another.
+
+    An epoch is one pass over ``outer``; ``inner`` goes round and round, across epochs. Lightning treats both as any
+    training loader: it puts in samplers for data parallel training and turns shuffling off to overfit. Its limits,
+    such as ``limit_train_batches``, count episodes; for a fraction, both loaders need a length. In validation and
+    test, too, ``inner`` goes on from run to run.
+
+    **Resuming.** A checkpoint holds the seed of each loader, its finished passes and the batches read of this one. The
+    pass is then opened again under the same seed, and the batches read are read again and dropped; no step is
+    trained again. This is exact because a pass depends on (seed, loader, number of the pass, rank) only: all torch
+    generators that it can reach, the global one and those of the loader, sampler and dataset, are put on a stream of
+    its own while it reads and put back, so it moves none of them; and whatever in it has a ``set_epoch`` is given
+    the number of the pass. Two things stay outside. In the main process (``num_workers=0``), random transforms have
+    to draw from torch: those of NumPy and ``random`` are replayed in workers only. And torch seeds
+    ``persistent_workers`` once, so that the order of the examples is resumed but not random transforms in them.
+
+    **Reloading.** A loader made anew for every epoch (``reload_dataloaders_every_n_epochs`` and a
+    ``train_dataloader`` hook) starts at pass 0 again: give each another seed, such as ``seed=self.current_epoch``.
+
+    Args:
+        inner: a ``DataLoader``, a list of batches, or what else can be iterated again and again.
+        outer: likewise.
+        inner_batches: inner batches in an episode; with fewer than inner steps, the steps cycle through them.
+        seed: fixes all passes. By default each loader's own generator's (or its sampler's) initial seed, or else
+            ``torch.initial_seed()`` when its first pass begins: what ``seed_everything`` has set.
+
+    Attributes:
+        rank: the rank whose data this process sees; :func:`prepare_episodes` sets it. ``None`` is the process's own.
+
+    Raises:
+        ValueError: if ``inner_batches`` is not positive or, while iterating, if a loader yields no batch.
+        MisconfigurationError: if both are one loader with persistent workers.
+
+    >>> loader = EpisodeLoader(inner=[1, 2, 3], outer=["a", "b"], inner_batches=2)
+    >>> for epoch in range(2):
+    ...     print(*loader)
+    Episode(inner=[1, 2], outer='a') Episode(inner=[3, 1], outer='b')
+    Episode(inner=[2, 3], outer='a') Episode(inner=[1, 2], outer='b')
+    """
+
+    def __init__(
+        self, inner: Iterable[Batch], outer: Iterable[Batch], inner_batches: int = 1, seed: int | None = None
+    ) -> None:
+        # Set afterwards, a list is a list of batches; Lightning would take it for a list of loaders. The outer loader
+        # is first because Lightning's progress bars in validation show the length of the first.
+        super().__init__({"outer": None, "inner": None}, "max_size_cycle")
+        self.flattened = [outer, inner]
+        self.inner_batches = positive_integer("EpisodeLoader(inner_batches=...)", inner_batches)
+        if inner is outer and getattr(inner, "persistent_workers", False):
+            raise combination_error(
+                "one loader with `persistent_workers=True` as `inner` and `outer`",
+                "its workers serve one pass at a time",
+                "Make two loaders",
+            )
+        self.rank: int | None = None
+        self._outer, self._inner = _Reader("outer", seed), _Reader("inner", seed)
+        self._handed_out = self._positions()
+        self._ended = False
+        self._resumed = 0  # `__iter__` goes on with a pass of which at most so many batches were handed out
+
+    @override
+    def __len__(self) -> int:
+        episodes = self._episodes()
+        if math.isinf(episodes):
+            raise TypeError("`EpisodeLoader(outer=...)` has no length.")
+        return int(episodes)
+
+    @override
+    def __iter__(self) -> Self:
+        self._outer.position, self._inner.position = self._handed_out
+        if self._outer.batches > self._resumed:
+            self._next_pass()
+        self._ended = False
+        return self
+
+    @override
+    def __next__(self) -> Any:
+        """Return the next episode; in a Trainer, the triple that Lightning expects: with its number, and 0."""
+        in_trainer = self.limits is not None
+        # Lightning reads one ahead then: an episode is handed out when the next is asked for.
+        reads_ahead = in_trainer and math.isinf(self._episodes())
+        if reads_ahead:
+            self._handed_out = self._positions()
+        if self._ended:
+            raise StopIteration
+        (outer_loader, inner_loader), rank = self.flattened, self._rank()
+        try:
+            outer = self._outer.read(outer_loader, rank)
+        except StopIteration:
+            self._end_pass()
+            raise
+        number = self._outer.batches - 1
+        episode = Episode([self._inner.read_on(inner_loader, rank) for _ in range(self.inner_batches)], outer)
+        if self._outer.batches >= self._episodes():
+            self._end_pass()
+        elif not reads_ahead:
+            self._handed_out = self._positions()
+        return (episode, number, 0) if in_trainer else episode
+
+    @override
+    def reset(self) -> None:
+        """Leave the Trainer and shut the workers down; the position is kept."""
+        self._outer.close()
+        self._inner.close()
+        super().reset()
+        self.limits = None
+
+    @override
+    def _state_dicts(self) -> list[dict[str, Any]]:
+        readers = zip((self._outer, self._inner), self._handed_out, strict=True)
+        return [{reader.name: {"seed": reader.seed, "position": position} for reader, position in readers}]
+
+    @override
+    def _load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        if not states:
+            return
+        if set(states[0]) != {"outer", "inner"}:
+            raise combination_error(
+                "this checkpoint with `EpisodeLoader`",
+                "the position in the data that it holds is that of another loader",
+                "Resume with the loader of that run",
+            )
+        for reader in (self._outer, self._inner):
+            reader.seed, reader.position = states[0][reader.name]["seed"], tuple(states[0][reader.name]["position"])
+        self._handed_out = self._positions()
+        self._ended = False
+        # With `max_steps`, Lightning may take one episode to end an epoch that had ended before it calls `__iter__`.
+        self._resumed = max(self._outer.batches, 1)
+        # Lightning looks at the two loaders one by one, which indeed cannot resume.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _episodes(self) -> float:
+        try:
+            length: float = len(self.flattened[0])
+        except (TypeError, NotImplementedError):  # what Lightning takes for unknown
+            length = math.inf
+        return length if self.limits is None else min(length, self.limits[0])
+
+    def _rank(self) -> int:
+        if self.rank is not None:
+            return self.rank
+        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+    def _positions(self) -> tuple[_Position, _Position]:
+        return self._outer.position, self._inner.position
+
+    def _next_pass(self) -> None:
+        self._outer.next_pass()
+        self._handed_out = self._positions()
+        self._resumed = 0
+
+    def _end_pass(self) -> None:
+        # Saved at its end, a pass is resumed at the start of the next; else Lightning would run an epoch of no batch.
+        self._next_pass()
+        self._ended = True
+
+
+def prepare_episodes(trainer: Trainer) -> None:
+    """Give the Trainer's :class:`EpisodeLoader` what Lightning does not; call this in ``on_train_start``.
+
+    That is its position in the data if the checkpoint was written at an epoch's end and training goes by
+    ``max_epochs``, or if ``configure_optimizers`` read ``trainer.estimated_stepping_batches`` (otherwise the episodes
+    of the first epoch come again); and the rank whose data the Trainer's strategy wants this process to see. Another
+    kind of loader is left alone. ``BilevelModule`` calls it.
+
+    Args:
+        trainer: in ``fit``.
+    """
+    loop = trainer.fit_loop
+    loader, fetcher, states = loop._combined_loader, loop._data_fetcher, loop._combined_loader_states_to_load
+    if not isinstance(loader, EpisodeLoader) or fetcher is None:
+        return
+    before = loader._rank()
+    loader.rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+    if states or loader.rank != before:
+        loop._combined_loader_states_to_load = []
+        loader._load_state_dicts(states)
+        iter(fetcher)  # what it read ahead is dropped
+
+
+_Position = tuple[int, int]
+
+
+class _Reader:
+    """Reads a loader pass after pass.
+
+    What a pass yields depends on (seed, name, number of the pass, rank) only, so ``position``, finished passes and
+    batches read of this one, says all.
+    """
+
+    def __init__(self, name: str, seed: int | None) -> None:
+        self.name, self.seed = name, seed
+        self.passes = self.batches = 0
+        self._iterator: Iterator[Batch] | None = None
+        self._generators: list[Generator] = []
+        self._streams: list[Tensor] = []
+
+    @property
+    def position(self) -> _Position:
+        return self.passes, self.batches
+
+    @position.setter
+    def position(self, position: _Position) -> None:
+        if position != self.position:
+            self.close()
+            self.passes, self.batches = position
+
+    def next_pass(self) -> None:
+        self.position = self.passes + 1, 0
+
+    def close(self) -> None:
+        """Let go of the iterator and with it of its workers; the next read opens the pass again."""
+        self._iterator = None
+
+    def read(self, loader: Any, rank: int) -> Batch:
+        """Return the next batch of this pass, or raise ``StopIteration`` at its end."""
+        iterator = self._open(loader, rank) if self._iterator is None else self._iterator
+        with self._streaming():
+            batch = next(iterator, _END)
+        if batch is _END:
+            self._expect(1, self.batches)
+            raise StopIteration
+        self.batches += 1
+        return batch
+
+    def read_on(self, loader: Any, rank: int) -> Batch:
+        """Return the next batch, of this pass or the next one."""
+        try:
+            return self.read(loader, rank)
+        except StopIteration:
+            self.next_pass()
+            return self.read(loader, rank)
+
+    def _open(self, loader: Any, rank: int) -> Iterator[Batch]:
+        parts = _parts(loader)
+        own = [part.generator for part in parts if isinstance(getattr(part, "generator", None), Generator)]
+        if self.seed is None:
+            self.seed = own[0].initial_seed() if own else torch.initial_seed()
+        for part in parts:
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(self.passes)
+        # What this sampler shuffles it deals out to the ranks, so they have to shuffle alike.
+        dealt_out = isinstance(getattr(loader, "sampler", None), DistributedSamplerWrapper)
+        words = self.seed, self.name, self.passes, 0 if dealt_out else rank
+        seed = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 1
+        self._generators = list({id(each): each for each in (torch.default_generator, *own)}.values())
+        streams = [Generator(each.device).manual_seed(seed).get_state() for each in self._generators]
+        if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
+            # A pass that starts workers draws their seed first. Have them started, so that all passes draw alike.
+            self._streams = streams
+            with self._streaming():
+                iter(loader)
+        self._streams = streams
+        with self._streaming():
+            self._iterator = iterator = iter(loader)
+            for read in range(self.batches):
+                if next(iterator, _END) is _END:
+                    self._expect(self.batches, read)
+        return iterator
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Put the generators on this reader's streams, and back."""
+        outside = [generator.get_state() for generator in self._generators]
+        for generator, stream in zip(self._generators, self._streams, strict=True):
+            generator.set_state(stream)
+        try:
+            yield
+        finally:
+            self._streams = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, outside, strict=True):
+                generator.set_state(state)
+
+    def _expect(self, least: int, batches: int) -> None:
+        if batches < least:
+            raise value_error(
+                f"number of batches in a pass over `EpisodeLoader({self.name}=...)`", f"at least {least}", batches
+            )
+
+
+_END = object()
+
+
+def _parts(loader: Any) -> list[Any]:
+    """Return the loader and the samplers and datasets in it."""
+    found: dict[int, Any] = {}
+    pending = [loader]
+    while pending:
+        part = pending.pop(0)
+        if part is not None and id(part) not in found:
+            found[id(part)] = part
+            pending += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "_sampler", "dataset")]
+    return list(found.values())

@@ -1,0 +1,150 @@
+"""What the inner level carries from one training step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel import tree
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import missing_error
+from lightning_bilevel.functional import FunctionalModule
+from lightning_bilevel.hooks import InnerStart
+from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.problem import Batch, InnerState
+from lightning_bilevel.tree import Params
+
+
+@dataclass
+class InnerMemory:
+    """Where θ that is not shared with the outer level starts, and what is kept for the next start.
+
+    Attributes:
+        start: ``"warm"`` continues θ and the inner optimizer's state; ``"reset"`` returns to the values at the
+            start of the fit; ``"reinit"`` draws fresh values with every submodule's ``reset_parameters()``.
+        slots: the inner optimizer's state, when warm.
+        steps: inner steps taken so far, when warm.
+        initial: values at the start of the fit, for ``"reset"``.
+        estimates: hypergradients estimated so far; numbers the random draws.
+        seed: of all random draws.
+    """
+
+    start: InnerStart
+    slots: Slots = field(default_factory=dict)
+    steps: int = 0
+    initial: Params = field(default_factory=dict)
+    estimates: int = 0
+    seed: int = 0
+
+    def begin(self, functional: FunctionalModule, seed: int) -> None:
+        """Start a fit: remember the present values where they will be needed again."""
+        self.slots, self.steps, self.estimates, self.seed = {}, 0, 0, seed
+        if self.start == "reset":
+            present = functional.theta()
+            self.initial = {name: present[name].clone() for name in functional.levels.inner_only}
+
+    def recall(self, functional: FunctionalModule, batch: Batch, count: int = 0) -> InnerState:
+        """Return the state to start from: of one episode (``count=0``) or of ``count`` stacked ones.
+
+        Args:
+            functional: the module.
+            batch: an inner batch of one episode, to find the buffers that inner steps change.
+            count: stacked episodes.
+        """
+        buffers = functional.buffers(batch)
+        if not count:
+            return InnerState(self._values(functional, 0), buffers, self._warm_slots(functional), self.steps)
+        values = [self._values(functional, episode) for episode in range(count)]
+        return InnerState(tree.stack(values) if values[0] else {}, tree.map(torch.clone, tree.expand(buffers, count)))
+
+    def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> None:
+        """Write the end of the inner run back into the module, in place.
+
+        Args:
+            functional: the module.
+            state: θ_T and buffers, stacked where ``count > 1``.
+            count: episodes. With several, θ of the episodes has no common value and is dropped; buffers are
+                averaged.
+        """
+        with torch.no_grad():
+            for name, value in state.buffers.items():
+                functional.swapper.current(name).copy_(_average(value) if count > 1 else value)
+            if count == 1:
+                for name in functional.levels.inner_only:
+                    functional.swapper.current(name).copy_(state.params[name])
+        if self.start == "warm" and functional.levels.inner_only:
+            own = functional.levels.inner_only
+            self.slots = {slot: {k: v for k, v in values.items() if k in own} for slot, values in state.slots.items()}
+            self.steps = state.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact resume needs."""
+        return {
+            "start": self.start,
+            "slots": self.slots,
+            "steps": self.steps,
+            "initial": self.initial,
+            "estimates": self.estimates,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore :meth:`state_dict`, with its tensors on ``device``."""
+        self.slots = {slot: _to(values, device) for slot, values in state["slots"].items()}
+        self.initial = _to(state["initial"], device)
+        self.steps, self.estimates, self.seed = state["steps"], state["estimates"], state["seed"]
+
+    def _warm_slots(self, functional: FunctionalModule) -> Slots:
+        # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
+        return {slot: _to(values, functional.device) for slot, values in self.slots.items()}
+
+    def _values(self, functional: FunctionalModule, episode: int) -> Params:
+        names = functional.levels.inner_only
+        if self.start == "reinit" and names:
+            return reinitialized(functional, Key(self.seed, self.estimates, episode).generator(0).initial_seed())
+        present = functional.theta()
+        if self.start == "reset" and self.initial:
+            return {name: value.to(present[name].device) for name, value in self.initial.items()}
+        return {name: present[name] for name in names}
+
+
+def reinitialized(functional: FunctionalModule, seed: int) -> Params:
+    """Return fresh values of the inner-only parameters from their submodules' own ``reset_parameters()``."""
+    module, own = functional.module, set(functional.levels.inner_only)
+    fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
+    with torch.random.fork_rng(), torch.no_grad(), functional.swapper.swapped(fresh):
+        torch.manual_seed(seed)
+        for prefix, child in module.named_modules():
+            names = {f"{prefix}.{name}" if prefix else name for name in child._parameters}
+            if not names & own:
+                continue
+            reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
+            if reset is None:
+                raise missing_error(
+                    type(child).__name__,
+                    f"`reset_parameters()`, which `inner_start='reinit'` calls for {sorted(names & own)}",
+                    "Define it, or override `initial_inner_parameters()`",
+                )
+            _reset(reset, child)
+    return fresh
+
+
+def _reset(reset: Any, child: nn.Module) -> None:
+    """Call a reset method, with swapped-in tensors changed in place whatever the method does with buffers."""
+    buffers = dict(child._buffers)
+    child._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        reset()
+    finally:
+        child._buffers.update(buffers)
+
+
+def _average(stacked: Tensor) -> Tensor:
+    return stacked.mean(0) if stacked.is_floating_point() else stacked[0]
+
+
+def _to(values: Params, device: torch.device) -> Params:
+    return {name: value.to(device) for name, value in values.items()}

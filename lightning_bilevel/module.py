@@ -1,0 +1,309 @@
+"""``BilevelModule``: a LightningModule whose training step is one hypergradient estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_bilevel import tree
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.estimation import default_chunk_size, estimate, vectorizes
+from lightning_bilevel.functional import FunctionalModule
+from lightning_bilevel.hooks import BilevelHooks, InnerStart
+from lightning_bilevel.host import Trainer
+from lightning_bilevel.inner_loop import run
+from lightning_bilevel.memory import InnerMemory
+from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState
+from lightning_bilevel.safe import Randomness
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.surrogate import surrogate_loss
+
+
+class BilevelModule(BilevelHooks):
+    """Declares an inner and an outer level; a hypergradient strategy among the callbacks does the rest.
+
+    min_φ f(θ_T(φ), φ), where θ_T is the end of ``inner_steps`` optimizer steps on g(θ, φ). Override
+    ``inner_parameters`` or ``outer_parameters`` (or both), ``inner_loss``, ``outer_loss``,
+    ``configure_inner_optimizer`` and Lightning's ``configure_optimizers`` (which optimizes φ). Lightning's
+    automatic optimization receives the hypergradient as the gradient of the outer loss, so that everything a
+    Trainer offers works as always.
+
+    A parameter in both levels is a learned initialization: θ starts at φ there (MAML).
+
+    Logged at every training step: ``outer_loss`` (in the progress bar), ``inner_loss`` of the last inner
+    step, ``hypergradient_norm``.
+
+    Args:
+        inner_steps: T.
+        inner_start: where inner parameters that are not shared start: ``"warm"`` continues θ and the inner
+            optimizer's state; ``"reset"`` returns to the values at the start of the fit; ``"reinit"`` draws fresh ones.
+        proximal: λ of the term λ/2 ‖θ − φ‖² added to the inner loss for shared parameters (iMAML).
+        episode_chunk_size: episodes of one batch that are vectorized together; ``None`` chooses by device and
+            kind of net, 1 loops.
+
+    Raises:
+        ValueError: a bad argument.
+
+    >>> import torch
+    >>> from lightning_bilevel import SGD, Episode, ReverseUnroll, hypergradient
+    >>> class Ridge(BilevelModule):
+    ...     def __init__(self):
+    ...         super().__init__(inner_steps=3, inner_start="reset")
+    ...         self.weight = torch.nn.Parameter(torch.zeros(2))
+    ...         self.log_penalty = torch.nn.Parameter(torch.tensor(0.0))
+    ...     def inner_parameters(self): return [self.weight]
+    ...     def inner_loss(self, batch):
+    ...         x, y = batch
+    ...         return (x @ self.weight - y).square().mean() + self.log_penalty.exp() * self.weight.square().sum()
+    ...     def outer_loss(self, batch):
+    ...         x, y = batch
+    ...         return (x @ self.weight - y).square().mean()
+    ...     def configure_inner_optimizer(self): return SGD(lr=0.1)
+    >>> batch = torch.eye(2), torch.ones(2)
+    >>> estimate = hypergradient(Ridge(), ReverseUnroll(), Episode([batch], batch))
+    >>> round(estimate.grads["log_penalty"].item(), 4)
+    0.0853
+    """
+
+    def __init__(
+        self,
+        inner_steps: int = 1,
+        inner_start: InnerStart = "warm",
+        proximal: float = 0.0,
+        episode_chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(inner_steps, inner_start, proximal, episode_chunk_size)
+        self._memory = InnerMemory(inner_start)
+        self._attachment: _Attachment | None = None
+
+    @contextmanager
+    def adapted(self, batches: Sequence[Batch], steps: int | None = None) -> Iterator[BilevelModule]:
+        """Compute with θ adapted on ``batches`` inside the block; for validation, test and prediction.
+
+        Works under Lightning's inference mode. The module itself is unchanged.
+
+        Args:
+            batches: inner batches, as in ``Episode.inner``: a list, also of one.
+            steps: inner steps; default ``inner_steps``; 0 is θ_0.
+
+        Example:
+            ``with self.adapted([support]): logits = self.net(query_x)``
+        """
+        functional = self.functional()
+        with torch.inference_mode(False), torch.enable_grad(), functional.session():
+            batches = tree_map(_outside_inference, list(batches))
+            episode = Episode(_some(batches), None)
+            problem = replace(functional.problem, inner_steps=self.inner_steps if steps is None else steps)
+            phi, memory = functional.phi(), self._memory.recall(functional, episode.inner[0])
+            state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
+        with functional.swapper.swapped({**state.params, **state.buffers}):
+            yield self
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Estimate the hypergradient and return the outer loss with it as its gradient."""
+        attachment = self._attached()
+        functional = attachment.functional
+        episodes = [Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch)]
+        result = self._estimate(attachment.strategy, functional, episodes, attachment.rank)
+        self._memory.keep(functional, result.state, len(episodes))
+        self._memory.estimates += 1
+        functional.recorder.replay(self)
+        self.log("outer_loss", result.value, prog_bar=True, batch_size=len(episodes))
+        metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
+        self.log_dict(metrics, batch_size=len(episodes))
+        names = functional.levels.outer
+        parameters = [functional.swapper.current(name) for name in names]
+        return surrogate_loss(result.value, [result.grads[name] for name in names], parameters)
+
+    def functional(self) -> FunctionalModule:
+        """Return the pure functions of this module: those of the running fit, or fresh ones."""
+        if self._attachment is not None and self._attachment.ready:
+            return self._attachment.functional
+        return FunctionalModule(self)
+
+    def attach_strategy(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
+        """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.
+
+        Freezing waits until ``configure_model`` has run, for the module may build its layers there.
+        """
+        if self._attachment is not None and self._attachment.strategy is not strategy:
+            first, second = type(self._attachment.strategy).__name__, type(strategy).__name__
+            raise combination_error(
+                f"`{first}` and `{second}` in one Trainer",
+                "a training step takes one hypergradient",
+                "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
+            )
+        if type(self).training_step is not BilevelModule.training_step:
+            raise combination_error(
+                f"an overridden `{type(self).__name__}.training_step`",
+                "the training step of a `BilevelModule` is the hypergradient estimate",
+                "Write `inner_loss(batch)` and `outer_loss(batch)` instead",
+            )
+        if not self.automatic_optimization:
+            raise combination_error(
+                "manual optimization with a `BilevelModule`",
+                "the hypergradient reaches the optimizer through automatic optimization",
+                "Remove `self.automatic_optimization = False`",
+            )
+        seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
+        self._attachment = attachment = _Attachment(strategy, trainer.global_rank, seed)
+        configure_model = self.configure_model
+
+        def configure_then_freeze() -> None:
+            configure_model()
+            self.__dict__.pop("configure_model", None)
+            attachment.prepare(self)
+
+        self.__dict__["configure_model"] = configure_then_freeze
+
+    def detach_strategy(self) -> None:
+        """Undo :meth:`attach_strategy`."""
+        self.__dict__.pop("configure_model", None)
+        if self._attachment is not None:
+            self._attachment.unfreeze()
+            self._attachment = self._levels = None
+
+    def inner_state_dict(self) -> dict[str, Any]:
+        """Return what the inner level carries from step to step, for a checkpoint."""
+        return self._memory.state_dict()
+
+    def load_inner_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`inner_state_dict`."""
+        self._memory.load_state_dict(state, self.device)
+
+    def on_fit_start(self) -> None:
+        """Refuse a fit without a strategy before the first batch."""
+        self._attached()
+
+    def _attached(self) -> _Attachment:
+        if self._attachment is None or not self._attachment.ready:
+            raise missing_error(
+                type(self).__name__,
+                "hypergradient strategy",
+                "Add one to the Trainer: `pl.Trainer(callbacks=[ReverseUnroll()])`",
+            )
+        return self._attachment
+
+    def _estimate(
+        self,
+        strategy: HypergradientStrategy,
+        functional: FunctionalModule,
+        episodes: Sequence[Episode],
+        rank: int,
+        seed: int | None = None,
+    ) -> Hypergradient:
+        """Return the mean estimate over episodes; checks the module on the first ones it sees."""
+        if not episodes:
+            raise value_error(
+                f"{type(self).__name__}.episodes(batch)", "at least one episode", [], "Look at the loader."
+            )
+        phi, several = functional.phi(), len(episodes) > 1
+        if several and self._memory.start == "warm" and functional.levels.inner_only:
+            raise combination_error(
+                f"`inner_start='warm'` with {len(episodes)} episodes in a batch",
+                f"{functional.levels.inner_only[0]} would continue from several ends at once",
+                "Use `inner_start='reset'`, or one episode per batch",
+            )
+        key = Key(self._memory.seed if seed is None else seed, self._memory.estimates, rank=rank)
+        with functional.session():
+
+            def memories(count: int) -> InnerState:
+                return self._memory.recall(functional, episodes[0].inner[0], count)
+
+            if functional.episode_chunk_size is None:
+                strategy.check(functional.problem)
+                self._check_losses(functional, episodes[0], memories(0))
+                size = self.episode_chunk_size or default_chunk_size(self, functional.theta())
+                if several and size > 1 and not vectorizes(functional.problem, memories(0), phi, episodes[0]):
+                    size = 1
+                functional.episode_chunk_size = size
+            return estimate(functional.problem, strategy, memories, phi, episodes, key, functional.episode_chunk_size)
+
+    def _check_losses(self, functional: FunctionalModule, episode: Episode, memory: InnerState) -> None:
+        with Randomness(functional.device).preserved():
+            untouched = functional.untouched(episode, memory)
+        if untouched:
+            raise missing_error(
+                type(self).__name__,
+                f"loss that depends on the outer parameters {untouched}",
+                "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, or do not select them "
+                "in `outer_parameters()`",
+            )
+
+
+class _Attachment:
+    """The tie between a module and the strategy of the running fit."""
+
+    def __init__(self, strategy: HypergradientStrategy, rank: int, seed: int) -> None:
+        self.strategy, self.rank, self.seed = strategy, rank, seed
+        self._functional: FunctionalModule | None = None
+        self._frozen: list[torch.nn.Parameter] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether the module's layers exist and its levels are known."""
+        return self._functional is not None
+
+    @property
+    def functional(self) -> FunctionalModule:
+        """The module's pure functions."""
+        assert self._functional is not None
+        return self._functional
+
+    def prepare(self, module: BilevelModule) -> None:
+        """Look up the levels, check the strategy, freeze what no outer optimizer steps."""
+        functional = FunctionalModule(module)
+        self.strategy.check(functional.problem)
+        module._memory.begin(functional, self.seed)
+        for name in functional.levels.inner_only:
+            parameter = module.get_parameter(name)
+            parameter.requires_grad_(False)
+            self._frozen.append(parameter)
+        self._functional, module._levels = functional, functional.levels
+
+    def unfreeze(self) -> None:
+        """Restore the flags that :meth:`prepare` changed."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+
+
+def hypergradient(
+    module: BilevelModule, strategy: HypergradientStrategy, episode: Episode | Sequence[Episode], *, seed: int = 0
+) -> Hypergradient:
+    """Return one hypergradient estimate, without a Trainer; nothing in the module changes.
+
+    Args:
+        module: the problem.
+        strategy: the estimator.
+        episode: one episode, or several for the mean of their estimates.
+        seed: of random directions, and of dropout.
+
+    >>> # see BilevelModule
+    """
+    functional = module.functional()
+    episodes = [episode] if isinstance(episode, Episode) else list(episode)
+    device = functional.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        return module._estimate(strategy, functional, episodes, rank=0, seed=seed)
+
+
+def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
+    if not isinstance(batches, Sequence) or not len(batches):
+        got = "none" if isinstance(batches, Sequence) else type(batches).__name__
+        raise value_error(
+            "Episode(inner=...)", "a list of at least one inner batch", got, "Write a single batch as `[batch]`."
+        )
+    return batches
+
+
+def _outside_inference(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -1,0 +1,83 @@
+"""Surroundings in which a user's losses can be differentiated twice, and can be run again exactly.
+
+PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
+fused weight norm is wrong, cuDNN's RNNs have none, and mkldnn's RNNs have no forward AD. The contexts
+below choose the plain kernels instead, only while a hypergradient is computed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Use kernels with a correct double backward.
+
+    Args:
+        module: decides whether cuDNN has to go (it does where there are RNNs).
+    """
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    old_style = sys.modules["torch.nn.utils.weight_norm"]
+    fused_weight_norm = torch._weight_norm
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
+            torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
+
+
+@contextmanager
+def forward_mode_kernels() -> Iterator[None]:
+    """Use kernels with forward AD: mkldnn's and cuDNN's RNNs have none."""
+    mkldnn = torch.backends.mkldnn.enabled
+    with torch.backends.cudnn.flags(enabled=False):
+        try:
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # its ``flags`` context warns about TF32
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = mkldnn
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return v · g / ‖v‖ in plain operations; the norm is taken over all dimensions but ``dim``."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+class Randomness:
+    """A snapshot of the global random generators, so that a run can be repeated with the same dropout masks.
+
+    Args:
+        device: the device of the run; its generator is kept as well as the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = device
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Put the generators back to where the snapshot was taken."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Restore the snapshot on exit: what runs inside leaves no trace in the generators."""
+        try:
+            yield
+        finally:
+            self.restore()

@@ -1,0 +1,85 @@
+"""The base of every hypergradient strategy."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import missing_error
+from lightning_bilevel.host import Callback, Trainer
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.tree import Params
+
+
+class HypergradientStrategy(Callback):
+    """Estimates ∇h(φ) for a :class:`~lightning_bilevel.BilevelModule`; one goes into ``Trainer(callbacks=[...])``.
+
+    A subclass implements :meth:`estimate` and states facts about itself as class attributes, which the
+    documentation and the tests read. As a callback it only ties itself to the module; everything else
+    stays Lightning's.
+
+    Attributes:
+        exact: whether the estimate equals ∇h up to rounding.
+        unbiased: whether its expectation does.
+        requires: what it calls: the whole ``"solve"``, every ``"step"``, or also second derivatives of
+            the ``"inner_loss"``. A user's ``solve_inner`` has no steps.
+        second_order: whether the user's losses are differentiated twice.
+        memory: order of the memory beyond θ and φ, in T, M = dim θ, N = dim φ.
+        cost: work per outer step, in inner steps and products.
+        direction_parallel: whether directions can be shared out over processes.
+    """
+
+    exact: ClassVar[bool]
+    unbiased: ClassVar[bool]
+    requires: ClassVar[Literal["solve", "step", "inner_loss"]]
+    second_order: ClassVar[bool]
+    memory: ClassVar[str]
+    cost: ClassVar[str]
+    direction_parallel: ClassVar[bool] = False
+
+    @abstractmethod
+    def estimate(
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+    ) -> Hypergradient:
+        """Return an estimate of ∇h(φ) on one episode (or several, stacked).
+
+        Args:
+            problem: pure functions of named tensors; ``problem.start(memory, phi)`` is θ_0.
+            memory: what the inner level carries over from before.
+            phi: outer parameters, detached.
+            episode: inner and outer batches.
+            key: makes random directions repeatable.
+        """
+
+    def check(self, problem: BilevelProblem) -> None:
+        """Raise if this strategy cannot work on ``problem``; called before the first batch."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
+        if not hasattr(pl_module, "attach_strategy"):
+            raise missing_error(
+                type(pl_module).__name__,
+                "inner and outer level",
+                f"`{type(self).__name__}` works on a `lightning_bilevel.BilevelModule`: derive from it",
+            )
+        if stage == "fit":
+            pl_module.attach_strategy(self, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Give the module back as it was."""
+        pl_module.detach_strategy()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the module back as it was; Lightning calls no ``teardown`` after an error."""
+        if hasattr(pl_module, "detach_strategy"):
+            pl_module.detach_strategy()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save what the inner level carries from step to step."""
+        checkpoint["lightning_bilevel"] = pl_module.inner_state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise simply start fresh."""
+        if "lightning_bilevel" in checkpoint:
+            pl_module.load_inner_state_dict(checkpoint["lightning_bilevel"])

@@ -1,0 +1,76 @@
+"""Directional derivatives of h in chunks: the inner run is repeated per chunk, with the same randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from torch import Tensor
+
+from lightning_bilevel.autodiff import Mode, directional_derivatives
+from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.safe import Randomness
+from lightning_bilevel.tree import Params
+
+TANGENT_BYTES = 512 * 2**20
+"""Memory that the tangents of one chunk may take when the user sets no chunk size."""
+
+
+def checked_chunk_size(owner: str, chunk_size: int | None) -> int | None:
+    """Return ``chunk_size``; raise the value error unless it is ``None`` or a positive integer."""
+    if chunk_size is None:
+        return None
+    return positive_integer(f"{owner}(chunk_size=...)", chunk_size)
+
+
+def check_mode(owner: str, mode: Mode) -> Mode:
+    """Return ``mode``; raise the value error unless it names an engine."""
+    if mode not in get_args(Mode):
+        raise value_error(f"{owner}(mode=...)", " or ".join(repr(name) for name in get_args(Mode)), mode)
+    return mode
+
+
+class DirectionalRun:
+    """Evaluates ⟨∇h(φ), v⟩ for any number of directions, a chunk of them per inner run.
+
+    Args:
+        problem: the problem.
+        memory: the inner state to start from.
+        phi: outer parameters.
+        episode: inner and outer batches.
+        mode: engine, see :mod:`lightning_bilevel.autodiff`.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, mode: Mode = "auto"
+    ) -> None:
+        self.problem, self.memory, self.phi, self.episode, self.mode = problem, memory, phi, episode, mode
+        self._randomness = Randomness(next(iter(phi.values())).device)
+        self._first: Hypergradient | None = None
+
+    def chunks(self, start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:
+        """Cut ``range(start, stop)`` into chunks of at most ``size``; ``None`` picks by memory."""
+        step = size or self._affordable()
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+    def derivatives(self, directions: Params) -> Tensor:
+        """Return ⟨∇h(φ), v_i⟩, shape ``(n,)``, for directions stacked to ``(n, *shape)``."""
+        if self._first is not None:
+            self._randomness.restore()
+        values, run = directional_derivatives(self.problem, self.memory, self.phi, self.episode, directions, self.mode)
+        self._first = self._first or run
+        return values
+
+    def hypergradient(self, grads: Params) -> Hypergradient:
+        """Return ``grads`` with the value, state and metrics of the run they were computed on."""
+        assert self._first is not None
+        return self._first._replace(grads=grads)
+
+    def _affordable(self) -> int:
+        state = self.problem.start(self.memory, self.phi).flat()
+        # The tangents before and after a step and the gradient's tangent are alive at once; so is the direction.
+        per_direction = sum(3 * value.numel() * value.element_size() for value in state.values())
+        per_direction += sum(value.numel() * value.element_size() for value in self.phi.values())
+        return max(1, TANGENT_BYTES // max(1, per_direction))

@@ -1,0 +1,40 @@
+"""Hypergradient without any derivative of the inner run."""
+
+from __future__ import annotations
+
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.truncated_reverse import truncated
+from lightning_bilevel.tree import Params
+
+
+class FirstOrder(HypergradientStrategy):
+    r"""ĝ = c + d ∂Ω_0/∂φ: the inner steps count as the identity, dθ_T/dφ ≈ dθ_0/dφ.
+
+    c = ∂f/∂φ and d = ∂f/∂θ_T at θ_T. For parameters shared by both levels this is first-order MAML; for others
+    it is the explicit gradient c alone.
+
+    Biased. Memory: nothing beyond θ. Cost: T steps and one gradient of the outer loss.
+
+    Useless where φ acts through the inner loss only (example weights, regularization, a learned rate): the
+    estimate is zero there.
+
+    Source: Finn et al., ICML 2017, section 5.2; γ-greedy, section 5.1 (FO).
+
+    >>> FirstOrder().second_order
+    False
+    """
+
+    exact = False
+    unbiased = False
+    requires = "solve"
+    second_order = False
+    memory = "O(1)"
+    cost = "T steps + 1 gradient"
+
+    def estimate(
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+    ) -> Hypergradient:
+        """Return the first-order estimate; see :meth:`HypergradientStrategy.estimate`."""
+        return truncated(problem, memory, phi, episode, steps=0)
