@@ -6,32 +6,44 @@ from lightning_bilevel.loaders import EpisodeLoader
 from lightning_bilevel.module import BilevelModule, hypergradient
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.strategies import (
+    FSLA,
+    PZOBO,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
+    GammaGreedy,
+    HypergradientSchedule,
     HypergradientStrategy,
+    ImplicitGradient,
     ReverseUnroll,
     TruncatedReverse,
+    ZerothOrder,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD",
     "Adagrad",
     "Adam",
     "AdamW",
     "BilevelModule",
     "Episode",
     "EpisodeLoader",
+    "FSLA",
     "FirstOrder",
     "ForwardGradient",
     "ForwardUnroll",
+    "GammaGreedy",
     "Hypergradient",
+    "HypergradientSchedule",
     "HypergradientStrategy",
+    "ImplicitGradient",
+    "PZOBO",
     "RMSprop",
     "ReverseUnroll",
+    "SGD",
     "TruncatedReverse",
+    "ZerothOrder",
     "directions",
     "hypergradient",
     "inner_optimizers",

@@ -62,7 +62,7 @@ def directional_derivatives(
             state, loss, tangents = push(problem, state, phi, batch, tangents, directions)
             losses.append(loss)
     value, d, c = outer_gradients(problem, state, phi, episode)
-    derivatives = _inner_products(tangents, d) + _inner_products(directions, c)
+    derivatives = tree.inner_products(tangents, d) + tree.inner_products(directions, c)
     return derivatives, Hypergradient(value, c, state, last_loss(problem, losses))
 
 
@@ -105,19 +105,6 @@ def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params
     inputs = [*theta.values(), *phi.values()]
     grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else [None] * len(inputs)
     return tree.like(theta, grads[: len(theta)]), tree.like(phi, grads[len(theta) :])
-
-
-def _inner_products(stacked: Params, vector: Params) -> Tensor:
-    """Return the inner product of every row of ``stacked`` with ``vector``, shape ``(n,)``."""
-    count = next(iter(stacked.values())).shape[0]
-    rows = {name: values.reshape(count, -1) for name, values in stacked.items()}
-    return _sum([rows[name] @ value.reshape(-1).to(rows[name].dtype) for name, value in vector.items()])
-
-
-def _sum(rows: list[Tensor]) -> Tensor:
-    """Add tensors of one shape in their widest dtype."""
-    widest = max((row.dtype for row in rows), key=lambda dtype: torch.finfo(dtype).bits)
-    return torch.stack([row.to(widest) for row in rows]).sum(0)
 
 
 def _start_tangents(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from lightning_bilevel import tree
 from lightning_bilevel.directions.base import Key
@@ -22,9 +21,6 @@ from lightning_bilevel.problem import (
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
-
-STACKED_ENTRIES = 2**24
-"""Inner parameters that one stack may hold on a CPU; more gains no speed and costs memory."""
 
 
 def estimate(
@@ -45,7 +41,7 @@ def estimate(
         phi: outer parameters.
         episodes: at least one.
         key: of this estimate. All episodes get the same directions, so that a stack equals the loop.
-        chunk_size: episodes in one stack at most.
+        chunk_size: episodes in one stack at most; some strategies take one at a time.
 
     Returns:
         The mean of values, estimates and metrics. With several episodes the tensors of ``state`` are
@@ -54,7 +50,7 @@ def estimate(
     if len(episodes) == 1:
         return checked(strategy.estimate(problem, memories(0), phi, episodes[0], key))
     parts: list[tuple[int, Hypergradient]] = []
-    for chunk in _chunks(problem, episodes, chunk_size):
+    for chunk in _chunks(problem, episodes, chunk_size if strategy.stacks else 1):
         if len(chunk) > 1:
             vectorized = problem.stack(len(chunk))
             part = strategy.estimate(vectorized, memories(len(chunk)), phi, stack_episodes(chunk), key)
@@ -63,19 +59,6 @@ def estimate(
             part = part._replace(state=_map_state(lambda value: value[None], part.state))
         parts.append((len(chunk), part))
     return checked(_mean(parts, len(episodes)))
-
-
-def default_chunk_size(module: nn.Module, theta: Params) -> int:
-    """Return how many episodes to stack: a fixed rule, so that a run and its repetition agree bit for bit.
-
-    Small nets gain several times from one vectorized call. Convolutions lose on a CPU, where their
-    vectorized form is slower than the loop.
-    """
-    if next(iter(theta.values())).device.type != "cpu":
-        return 2**30
-    if any(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()):
-        return 1
-    return max(1, STACKED_ENTRIES // tree.numel(theta))
 
 
 def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:

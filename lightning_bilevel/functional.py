@@ -21,6 +21,9 @@ from lightning_bilevel.safe import Randomness, differentiable_kernels
 from lightning_bilevel.swap import Swapper
 from lightning_bilevel.tree import Params
 
+STACKED_ENTRIES = 2**24
+"""Inner parameters that one vectorized call may hold on a CPU; more gains no speed and costs memory."""
+
 
 class FunctionalModule:
     """The pure functions of one bilevel module, valid as long as its parameters stay the same objects.
@@ -63,8 +66,14 @@ class FunctionalModule:
             differentiable_solve=module.differentiable_solve,
             elementwise=configured is None or configured.elementwise,
             proximal=module.proximal,
+            warm=module.inner_start == "warm",
         )
-        self.problem = replace(self.problem, update_uses_phi=bool(self._phi_in_update()))
+        self.problem = replace(
+            self.problem,
+            update_uses_phi=bool(self._phi_in_update()),
+            stateful=bool(self._init_slots(self.theta(), self.phi())),
+            vectorizable=_vectorizable(module, self.theta()),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +222,19 @@ class FunctionalModule:
             for step in (1, 2):
                 theta, slots = self._update(theta, grads, slots, phi, step)
             return _names_reached([*theta.values(), *(v for slot in slots.values() for v in slot.values())], phi)
+
+
+def _vectorizable(module: nn.Module, theta: Params) -> int:
+    """Return how many copies of θ to vectorize: a fixed rule, so that a run and its repetition agree bit for bit.
+
+    Small nets gain several times from one vectorized call. Convolutions lose on a CPU, where their
+    vectorized form is slower than the loop.
+    """
+    if next(iter(theta.values())).device.type != "cpu":
+        return 2**30
+    if any(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()):
+        return 1
+    return max(1, STACKED_ENTRIES // tree.numel(theta))
 
 
 def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:

@@ -132,8 +132,10 @@ class BilevelHooks(LightningModule):
 
     def _other_level(self, level: str, other: str) -> Selection:
         if self._levels is not None:
-            # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags.
-            return [self.get_parameter(name) for name in getattr(self._levels, level)]
+            # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags. While a loss is
+            # evaluated, plain tensors stand in their places, which ``get_parameter`` refuses.
+            present = dict(self.named_parameters())
+            return [present[name] for name in getattr(self._levels, level)]
         if getattr(type(self), f"{other}_parameters") is getattr(BilevelHooks, f"{other}_parameters"):
             raise missing_error(
                 type(self).__name__,

@@ -93,13 +93,13 @@ class InnerMemory:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore :meth:`state_dict`, with its tensors on ``device``."""
-        self.slots = {slot: _to(values, device) for slot, values in state["slots"].items()}
-        self.initial = _to(state["initial"], device)
+        self.slots = {slot: tree.to(values, device) for slot, values in state["slots"].items()}
+        self.initial = tree.to(state["initial"], device)
         self.steps, self.estimates, self.seed = state["steps"], state["estimates"], state["seed"]
 
     def _warm_slots(self, functional: FunctionalModule) -> Slots:
         # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
-        return {slot: _to(values, functional.device) for slot, values in self.slots.items()}
+        return {slot: tree.to(values, functional.device) for slot, values in self.slots.items()}
 
     def _values(self, functional: FunctionalModule, episode: int) -> Params:
         names = functional.levels.inner_only
@@ -144,7 +144,3 @@ def _reset(reset: Any, child: nn.Module) -> None:
 
 def _average(stacked: Tensor) -> Tensor:
     return stacked.mean(0) if stacked.is_floating_point() else stacked[0]
-
-
-def _to(values: Params, device: torch.device) -> Params:
-    return {name: value.to(device) for name, value in values.items()}

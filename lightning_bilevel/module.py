@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_map
 from lightning_bilevel import tree
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import combination_error, missing_error, value_error
-from lightning_bilevel.estimation import default_chunk_size, estimate, vectorizes
+from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import BilevelHooks, InnerStart
-from lightning_bilevel.host import Trainer
+from lightning_bilevel.host import LightningModule, Trainer
 from lightning_bilevel.inner_loop import run
+from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
-from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.surrogate import surrogate_loss
@@ -111,10 +113,10 @@ class BilevelModule(BilevelHooks):
         attachment = self._attached()
         functional = attachment.functional
         episodes = [Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch)]
-        result = self._estimate(attachment.strategy, functional, episodes, attachment.rank)
+        result = self._estimate(attachment.strategy, functional, episodes, attachment.rank, step=self.global_step)
         self._memory.keep(functional, result.state, len(episodes))
         self._memory.estimates += 1
-        functional.recorder.replay(self)
+        functional.recorder.replay(self, batch_size=len(episodes))
         self.log("outer_loss", result.value, prog_bar=True, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
         self.log_dict(metrics, batch_size=len(episodes))
@@ -131,7 +133,7 @@ class BilevelModule(BilevelHooks):
     def attach_strategy(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
         """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.
 
-        Freezing waits until ``configure_model`` has run, for the module may build its layers there.
+        Freezing waits until ``setup`` and ``configure_model`` have run, for the module may build its layers there.
         """
         if self._attachment is not None and self._attachment.strategy is not strategy:
             first, second = type(self._attachment.strategy).__name__, type(strategy).__name__
@@ -154,18 +156,31 @@ class BilevelModule(BilevelHooks):
             )
         seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
         self._attachment = attachment = _Attachment(strategy, trainer.global_rank, seed)
-        configure_model = self.configure_model
+        self._once_after("setup", lambda: self._prepare_after_layers(attachment))
+        self._once_after("on_train_start", lambda: prepare_episodes(trainer))
 
-        def configure_then_freeze() -> None:
-            configure_model()
-            self.__dict__.pop("configure_model", None)
+    def _prepare_after_layers(self, attachment: _Attachment) -> None:
+        # Not shadowed before: other callbacks ask in their own ``setup`` whether the hook is overridden.
+        if getattr(self.configure_model, "__func__", None) is LightningModule.configure_model:
             attachment.prepare(self)
+        else:
+            self._once_after("configure_model", lambda: attachment.prepare(self))
 
-        self.__dict__["configure_model"] = configure_then_freeze
+    def _once_after(self, hook: str, action: Callable[[], None]) -> None:
+        """Shadow a hook on the instance: at its next call, ``action`` follows and the shadow goes."""
+        original = getattr(self, hook)
+
+        def shadow(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            self.__dict__.pop(hook, None)
+            action()
+
+        self.__dict__[hook] = shadow
 
     def detach_strategy(self) -> None:
         """Undo :meth:`attach_strategy`."""
-        self.__dict__.pop("configure_model", None)
+        for hook in ("setup", "configure_model", "on_train_start"):
+            self.__dict__.pop(hook, None)
         if self._attachment is not None:
             self._attachment.unfreeze()
             self._attachment = self._levels = None
@@ -198,6 +213,7 @@ class BilevelModule(BilevelHooks):
         episodes: Sequence[Episode],
         rank: int,
         seed: int | None = None,
+        step: int = 0,
     ) -> Hypergradient:
         """Return the mean estimate over episodes; checks the module on the first ones it sees."""
         if not episodes:
@@ -211,7 +227,7 @@ class BilevelModule(BilevelHooks):
                 f"{functional.levels.inner_only[0]} would continue from several ends at once",
                 "Use `inner_start='reset'`, or one episode per batch",
             )
-        key = Key(self._memory.seed if seed is None else seed, self._memory.estimates, rank=rank)
+        key = Key(self._memory.seed if seed is None else seed, self._memory.estimates, rank=rank, step=step)
         with functional.session():
 
             def memories(count: int) -> InnerState:
@@ -220,9 +236,10 @@ class BilevelModule(BilevelHooks):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0))
-                size = self.episode_chunk_size or default_chunk_size(self, functional.theta())
-                if several and size > 1 and not vectorizes(functional.problem, memories(0), phi, episodes[0]):
-                    size = 1
+                size = self.episode_chunk_size or functional.problem.vectorizable
+                stacks = functional.problem.solver is None and stackable(episodes[0], episodes[0])
+                if several and size > 1 and stacks:
+                    size = size if vectorizes(functional.problem, memories(0), phi, episodes[0]) else 1
                 functional.episode_chunk_size = size
             return estimate(functional.problem, strategy, memories, phi, episodes, key, functional.episode_chunk_size)
 
@@ -293,7 +310,7 @@ def hypergradient(
     device = functional.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
-        return module._estimate(strategy, functional, episodes, rank=0, seed=seed)
+        return module._estimate(copy.deepcopy(strategy), functional, episodes, rank=0, seed=seed)
 
 
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -129,6 +129,9 @@ class BilevelProblem:
         update_uses_phi: whether ``update`` depends on φ directly (a learned learning rate, say).
         elementwise: whether ``update`` treats every entry of θ alike, so that stacked θ can pass as one.
         proximal: λ of the term λ/2 ‖θ − φ‖² that ``inner_loss`` adds for shared parameters.
+        stateful: whether the inner optimizer has state besides θ.
+        warm: whether θ and the optimizer's state continue from one outer step to the next.
+        vectorizable: how many copies of θ one vectorized call should hold at most; 1 where loops are faster.
         count: episodes stacked in this problem.
     """
 
@@ -144,6 +147,9 @@ class BilevelProblem:
     update_uses_phi: bool = True
     elementwise: bool = True
     proximal: float = 0.0
+    stateful: bool = False
+    warm: bool = False
+    vectorizable: int = 2**30
     count: int = 1
 
     def batches(self, episode: Episode) -> list[Batch]:
@@ -178,6 +184,32 @@ class BilevelProblem:
             before = theta if create_graph else tree.detach(theta)
             params, slots = self.update(before, grads, state.slots, phi, state.steps + 1)
         return InnerState(params, buffers, slots, state.steps + 1), loss.detach()
+
+    def perturbed(self, count: int) -> BilevelProblem:
+        """Return the problem at ``count`` values of φ at once, on the same batches.
+
+        φ, θ, optimizer state and buffers gain a leading dimension of size ``count``. The inner loss is the sum
+        over them, the outer loss a vector of shape ``(count,)``; random masks are the same for all.
+        """
+        inner = vmap(self.inner_loss, in_dims=(0, 0, None, 0), randomness="same")
+        outer = vmap(self.outer_loss, in_dims=(0, 0, None, 0), randomness="same")
+        initial = vmap(self.initial, in_dims=(None, 0))
+
+        def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
+            losses, buffers = inner(theta, phi, batch, buffers)
+            return losses.sum(), buffers
+
+        def update(params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
+            return vmap(lambda p, g, s, o: self.update(p, g, s, o, step))(params, grads, slots, phi)
+
+        return replace(
+            self,
+            inner_loss=inner_loss,
+            outer_loss=outer,
+            initial=lambda memory, phi: initial(memory, phi),
+            init_slots=vmap(self.init_slots),
+            update=update,
+        )
 
     def stack(self, count: int) -> BilevelProblem:
         """Return the problem of ``count`` episodes at once, again a bilevel problem.

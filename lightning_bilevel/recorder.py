@@ -24,7 +24,8 @@ class LogRecorder:
 
     @contextmanager
     def recording(self, module: LightningModule) -> Iterator[None]:
-        """Shadow the methods on the instance; remove the shadows on exit."""
+        """Shadow the methods on the instance; remove the shadows on exit. What was kept before is forgotten."""
+        self._last.clear()
         shadowed: dict[str, Any] = {
             name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
         }
@@ -44,10 +45,15 @@ class LogRecorder:
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
-    def replay(self, module: LightningModule) -> None:
-        """Log each name once, with the last value it had."""
+    def replay(self, module: LightningModule, batch_size: int) -> None:
+        """Log each name once, with the last value it had.
+
+        Args:
+            module: the module.
+            batch_size: weight of this step in an epoch's mean, unless the call that was kept says otherwise.
+        """
         for name, (value, args, kwargs) in self._last.items():
-            module.log(name, value, *args, **kwargs)
+            module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
         self._last.clear()
 
 

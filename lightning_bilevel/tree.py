@@ -167,6 +167,37 @@ def combine(weights: Tensor, stacked: Params) -> Params:
     return {name: torch.tensordot(weights.to(value.dtype), value, 1) for name, value in stacked.items()}
 
 
+def outer(weights: Tensor, a: Params) -> Params:
+    """Return ``weights_i · a`` stacked over i: ``(len(weights), *shape)`` per tensor.
+
+    >>> outer(torch.tensor([1.0, 2.0]), {"w": torch.tensor([10.0])})
+    {'w': tensor([[10.], [20.]])}
+    """
+    return {name: torch.tensordot(weights.to(value.dtype), value, 0) for name, value in a.items()}
+
+
+def inner_products(stacked: Params, vector: Params) -> Tensor:
+    """Return the inner product of every row of ``stacked`` with ``vector``, shape ``(n,)``, in the widest dtype.
+
+    >>> inner_products({"w": torch.tensor([[1.0], [10.0]])}, {"w": torch.tensor([2.0])})
+    tensor([ 2., 20.])
+    """
+    count = next(iter(stacked.values())).shape[0]
+    rows = {name: values.reshape(count, -1) for name, values in stacked.items()}
+    products = [rows[name] @ value.reshape(-1).to(rows[name].dtype) for name, value in vector.items()]
+    widest = max((product.dtype for product in products), key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.stack([product.to(widest) for product in products]).sum(0)
+
+
+def to(a: Params, device: torch.device) -> Params:
+    """Move every tensor to ``device``.
+
+    >>> to({"w": torch.ones(1)}, torch.device("cpu"))
+    {'w': tensor([1.])}
+    """
+    return {name: value.to(device) for name, value in a.items()}
+
+
 def like(a: Params, values: Iterable[Tensor | None]) -> Params:
     """Name ``values`` as ``a`` is named, with zeros where a value is ``None``.
 

@@ -180,7 +180,8 @@ def test_hessian_products_by_autograd_leave_no_graph(make: Callable[[], LinearSo
     def matvec(v: Params) -> Params:
         with torch.enable_grad():
             flat = tree.flatten(theta)
-            gradient = tree.grad(0.5 * flat @ matrix @ flat, theta, create_graph=True)
+            cubic = (flat - flat.detach()).pow(3).sum()  # no curvature here, but the Hessian depends on theta
+            gradient = tree.grad(0.5 * flat @ matrix @ flat + cubic, theta, create_graph=True)
             return tree.grad(tree.dot(gradient, v), theta, create_graph=True)
 
     b = tree.map(lambda part: part.requires_grad_(), right_hand_side())
@@ -263,11 +264,13 @@ def test_nan_products_are_not_hidden(solver: LinearSolver) -> None:
     assert tree.first_nonfinite(solver.solve(Spy(NAN_MATRIX), right_hand_side()).value) is not None
 
 
-@pytest.mark.parametrize("spectrum", [SPECTRUM, SPECTRUM.clone().index_fill_(0, torch.tensor([0, 1]), 0.0)])
-def test_neumann_is_silent_at_the_edge_of_its_assumption(spectrum: Tensor) -> None:
-    # Terms that keep their norm, at α = 2/λ_max or in the null space of A, do not diverge.
-    for terms in (2, 100, 3000):
-        assert Neumann(terms, step_size=0.5).solve(Spy(symmetric(spectrum)), right_hand_side()).converged is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lowest", [0.5, 0.0])
+def test_neumann_is_silent_at_the_edge_of_its_assumption(lowest: float, dtype: torch.dtype) -> None:
+    # Terms that keep their norm but for rounding, at α = 2/λ_max or in the null space of A, do not diverge.
+    matrix, b = with_eigenvalue(lowest).to(dtype), tree.map(lambda part: part.to(dtype), right_hand_side())
+    for terms in (2, 100, 1000, 1001):
+        assert Neumann(terms, step_size=0.5).solve(Spy(matrix), b).converged is None
 
 
 def test_conjugate_gradient_keeps_the_last_good_iterate() -> None:
@@ -300,6 +303,19 @@ def test_nystrom_stays_bounded_on_an_indefinite_matrix(lowest: float, rank: int)
     b = right_hand_side()
     value = Nystrom(rank, rho=0.1).solve(Spy(with_eigenvalue(lowest)), b).value
     assert tree.norm(value) <= tree.norm(b) / 0.1 * (1 + 1e-9)
+
+
+def test_nystrom_of_full_rank_leaves_out_negative_eigenvalues() -> None:
+    matrix = with_eigenvalue(-1.0)
+    expected = torch.linalg.solve(with_eigenvalue(0.0) + 0.1 * EYE, tree.flatten(right_hand_side()))
+    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), matrix), expected)
+
+
+def test_nystrom_divides_by_rho_where_parameters_are_dead() -> None:
+    matrix, flat = symmetric(SPECTRUM), tree.flatten(right_hand_side())
+    matrix[:4] = matrix[:, :4] = 0.0
+    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), matrix), torch.linalg.solve(matrix + 0.1 * EYE, flat))
+    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), 0 * matrix), flat / 0.1)
 
 
 def test_nystrom_draws_its_columns_without_the_global_generator() -> None:

@@ -23,6 +23,7 @@ class Key:
         episode: position of the episode within the batch.
         rank: the process, where each process draws its own directions; 0 otherwise.
         share: (i, n): evaluate the i-th of n shares of the directions.
+        step: optimizer steps taken so far; does not change what is drawn.
     """
 
     seed: int = 0
@@ -30,6 +31,18 @@ class Key:
     episode: int = 0
     rank: int = 0
     share: tuple[int, int] = (0, 1)
+    step: int = 0
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return the range of direction numbers that is this key's share of ``range(count)``.
+
+        >>> [Key(share=(i, 3)).bounds(8) for i in range(3)]
+        [(0, 3), (3, 6), (6, 8)]
+        """
+        part, parts = self.share
+        size, extra = divmod(count, parts)
+        start = part * size + min(part, extra)
+        return start, start + size + (part < extra)
 
     def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator for the direction with global number ``index``."""

@@ -39,7 +39,7 @@ class Sphere(DirectionSampler):
 
     @override
     def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
-        # Lengths of bfloat16 vectors need float32; so does a sum of more than 65504 squares in float16.
+        # A norm below float32 would be rounded, and with it the whole direction.
         wide = like.new_empty(like.numel(), dtype=torch.promote_types(like.dtype, torch.float32))
         rows = Gaussian().flat(key, start, stop, wide)
         rows.mul_(math.sqrt(like.numel()) / torch.linalg.vector_norm(rows, dim=1, keepdim=True))

@@ -71,11 +71,11 @@ class Adagrad(ElementwiseOptimizer):
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of update number ``step``."""
         lr, lr_decay, weight_decay, _, eps = values
-        descent = -lr / (1 + (step - 1) * lr_decay)
+        rate = lr * (1 / (1 + (step - 1) * lr_decay))
 
         def move(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
             grad = add_scaled(grad, param, weight_decay)
             total = torch.addcmul(state["sum"], grad, grad)
-            return add_ratio(param, grad, safe_sqrt(total) + eps, descent), {"sum": total}
+            return add_ratio(param, grad, safe_sqrt(total) + eps, rate, value=-1), {"sum": total}
 
         return move

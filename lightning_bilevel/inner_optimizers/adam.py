@@ -53,7 +53,7 @@ class AdamFamily(ElementwiseOptimizer):
         weight1, weight2 = 1 - beta1, 1 - beta2
         # m̂ / (√v̂ + eps) with m̂ = m / (1 - β1^t) and √v̂ = √v / root, multiplied through by root
         root = (1 - beta2**step) ** 0.5
-        floor, descent = root * eps, -lr * root / (1 - beta1**step)
+        floor, rate = root * eps, lr * (root / (1 - beta1**step))
 
         def move(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
             grad = add_scaled(grad, param, coupled)
@@ -64,7 +64,7 @@ class AdamFamily(ElementwiseOptimizer):
                 square = moments["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
             if not is_number(shrink, 1):
                 param = param * shrink
-            return add_ratio(param, mean, safe_sqrt(square) + floor, descent), moments
+            return add_ratio(param, mean, safe_sqrt(square) + floor, rate, value=-1), moments
 
         return move
 

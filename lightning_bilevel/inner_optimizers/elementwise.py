@@ -45,6 +45,7 @@ class ElementwiseOptimizer(InnerOptimizer):
             check(type(self).__name__, argument, value)
         self.maximize = maximize
         self.hyperparameters = hyperparameters
+        self._only_numbers = all(isinstance(value, (float, int)) for value in hyperparameters.values())
 
     @abstractmethod
     def initial(self, values: Values) -> dict[str, Value]:
@@ -77,6 +78,8 @@ class ElementwiseOptimizer(InnerOptimizer):
 
     def _per_parameter(self, make: Callable[[Values], T], params: Params) -> list[T]:
         """Return ``make(values)`` of each parameter, made once for all parameters of the same values."""
+        if self._only_numbers:
+            return [make(tuple(self.hyperparameters.values()))] * len(params)  # type: ignore[arg-type]
         owner = type(self).__name__
         columns = [resolve(owner, argument, value, params) for argument, value in self.hyperparameters.items()]
         made: dict[tuple[int, ...], T] = {}

@@ -87,26 +87,26 @@ def is_number(value: Hyperparameter, number: float) -> bool:
     return isinstance(value, (float, int)) and value == number
 
 
-def add_scaled(a: Tensor, b: Tensor, factor: Value) -> Tensor:
-    """Return ``a + factor * b``, or ``a`` itself if ``factor`` is the number 0.
+def add_scaled(a: Tensor, b: Tensor, factor: Value, value: float = 1.0) -> Tensor:
+    """Return ``a + value * factor * b``, or ``a`` itself if ``factor`` is the number 0.
 
     >>> add_scaled(torch.ones(2), torch.ones(2), torch.tensor([1.0, 2.0]))
     tensor([2., 3.])
     """
     if isinstance(factor, Tensor):
-        return torch.addcmul(a, b, factor)
-    return a if factor == 0 else torch.add(a, b, alpha=factor)
+        return torch.addcmul(a, b, factor, value=value)
+    return a if factor == 0 else torch.add(a, b, alpha=value * factor)
 
 
-def add_ratio(a: Tensor, numerator: Tensor, denominator: Tensor, factor: Value) -> Tensor:
-    """Return ``a + factor * numerator / denominator``.
+def add_ratio(a: Tensor, numerator: Tensor, denominator: Tensor, factor: Value, value: float = 1.0) -> Tensor:
+    """Return ``a + value * factor * numerator / denominator``.
 
     >>> add_ratio(torch.ones(1), torch.ones(1), torch.full((1,), 2.0), 3.0)
     tensor([2.5000])
     """
     if isinstance(factor, Tensor):
-        return torch.addcmul(a, numerator / denominator, factor)
-    return torch.addcdiv(a, numerator, denominator, value=factor)
+        return torch.addcmul(a, numerator / denominator, factor, value=value)
+    return torch.addcdiv(a, numerator, denominator, value=value * factor)
 
 
 def average(old: Tensor, new: Tensor, weight: Value) -> Tensor:

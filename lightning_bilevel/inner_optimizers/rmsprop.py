@@ -76,7 +76,7 @@ class RMSprop(ElementwiseOptimizer):
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of every update."""
         lr, alpha, eps, weight_decay, momentum = values
-        descent, weight = -lr, 1 - alpha
+        weight = 1 - alpha
 
         def move(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
             grad = add_scaled(grad, param, weight_decay)
@@ -87,8 +87,8 @@ class RMSprop(ElementwiseOptimizer):
                 square = torch.addcmul(square, mean, mean, value=-1)
             denominator = safe_sqrt(square) + eps
             if is_number(momentum, 0):
-                return add_ratio(param, grad, denominator, descent), new_state
+                return add_ratio(param, grad, denominator, lr, value=-1), new_state
             buffer = new_state["momentum"] = torch.addcdiv(state["momentum"] * momentum, grad, denominator)
-            return add_scaled(param, buffer, descent), new_state
+            return add_scaled(param, buffer, lr, value=-1), new_state
 
         return move

@@ -76,17 +76,17 @@ class SGD(ElementwiseOptimizer):
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of update number ``step``."""
         lr, momentum, dampening, weight_decay = values
-        descent, gain = -lr, 1 - dampening
+        gain = 1 - dampening
 
         def move(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
             grad = add_scaled(grad, param, weight_decay)
             if is_number(momentum, 0):
-                return add_scaled(param, grad, descent), {}
+                return add_scaled(param, grad, lr, value=-1), {}
             buffer = grad
             if step > 1:
                 damped = grad if is_number(gain, 1) else grad * gain
                 buffer = add_scaled(damped, state["momentum"], momentum)
             direction = add_scaled(grad, buffer, momentum) if self.nesterov else buffer
-            return add_scaled(param, direction, descent), {"momentum": buffer}
+            return add_scaled(param, direction, lr, value=-1), {"momentum": buffer}
 
         return move

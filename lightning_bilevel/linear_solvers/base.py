@@ -30,7 +30,14 @@ class Solution(NamedTuple):
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a symmetric A that is known by its products A v."""
+    """Solves A x = b for a symmetric A that is known by its products A v.
+
+    Attributes:
+        blockwise: whether a block-diagonal A is solved block by block, so that the systems of several
+            episodes may pass as one.
+    """
+
+    blockwise: bool = False
 
     @abstractmethod
     def solve(self, matvec: MatVec, b: Params) -> Solution:

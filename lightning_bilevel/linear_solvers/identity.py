@@ -40,6 +40,8 @@ class Identity(LinearSolver):
     {'w': tensor([1.])}
     """
 
+    blockwise = True
+
     def __init__(self, scale: float = 1.0, adapt: bool = False) -> None:
         self.scale = number("Identity(scale=...)", scale)
         self.adapt = adapt

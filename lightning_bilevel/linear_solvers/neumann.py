@@ -48,6 +48,8 @@ class Neumann(WarnsOnce, LinearSolver):
     ({'w': tensor([3.5000])}, 2)
     """
 
+    blockwise = True
+
     def __init__(self, terms: int = 10, *, step_size: float) -> None:
         self.terms = positive_integer("Neumann(terms=...)", terms)
         self.step_size = number("Neumann(step_size=...)", step_size)

@@ -4,14 +4,26 @@ from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.first_order import FirstOrder
 from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
+from lightning_bilevel.strategies.fsla import FSLA
+from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
+from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
+from lightning_bilevel.strategies.schedule import HypergradientSchedule
 from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
+from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
 __all__ = [
+    "FSLA",
     "FirstOrder",
     "ForwardGradient",
     "ForwardUnroll",
+    "GammaGreedy",
+    "HypergradientSchedule",
     "HypergradientStrategy",
+    "ImplicitGradient",
+    "PZOBO",
     "ReverseUnroll",
     "TruncatedReverse",
+    "ZerothOrder",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import missing_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error
 from lightning_bilevel.host import Callback, Trainer
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.tree import Params
@@ -28,15 +28,17 @@ class HypergradientStrategy(Callback):
         memory: order of the memory beyond θ and φ, in T, M = dim θ, N = dim φ.
         cost: work per outer step, in inner steps and products.
         direction_parallel: whether directions can be shared out over processes.
+        stacks: whether several episodes can be estimated as one stacked problem.
     """
 
-    exact: ClassVar[bool]
-    unbiased: ClassVar[bool]
-    requires: ClassVar[Literal["solve", "step", "inner_loss"]]
-    second_order: ClassVar[bool]
-    memory: ClassVar[str]
-    cost: ClassVar[str]
-    direction_parallel: ClassVar[bool] = False
+    exact: bool
+    unbiased: bool
+    requires: Literal["solve", "step", "inner_loss"]
+    second_order: bool
+    memory: str
+    cost: str
+    direction_parallel: bool = False
+    stacks: bool = True
 
     @abstractmethod
     def estimate(
@@ -52,8 +54,42 @@ class HypergradientStrategy(Callback):
             key: makes random directions repeatable.
         """
 
+    def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        """Return what this strategy in particular cannot work with in ``problem``; nothing by default."""
+        return []
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Raise if this strategy cannot work in ``trainer``; nothing by default."""
+
+    def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        """Return what follows from the facts about this class, and :meth:`refusals`."""
+        found = self.refusals(problem)
+        name = f"`{type(self).__name__}` with `solve_inner`"
+        if problem.solver is not None and self.requires == "step":
+            found.append(
+                combination_error(
+                    name, "your solver has no inner steps", "Use `ImplicitGradient`, `PZOBO` or `ZerothOrder`"
+                )
+            )
+        elif problem.solver is not None and not problem.differentiable_solve and self._differentiates_solve:
+            found.append(
+                combination_error(
+                    f"{name} and `differentiable_solve = False`",
+                    "it differentiates through the inner solution",
+                    "Use `ZerothOrder`, `PZOBO` or `ImplicitGradient`",
+                )
+            )
+        return found
+
     def check(self, problem: BilevelProblem) -> None:
-        """Raise if this strategy cannot work on ``problem``; called before the first batch."""
+        """Raise one report of everything this strategy cannot work with; called before the first batch."""
+        found = self.all_refusals(problem)
+        if found:
+            raise MisconfigurationError("\n".join(str(refusal) for refusal in found))
+
+    @property
+    def _differentiates_solve(self) -> bool:
+        return self.requires == "solve" and self.second_order
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
@@ -64,6 +100,7 @@ class HypergradientStrategy(Callback):
                 f"`{type(self).__name__}` works on a `lightning_bilevel.BilevelModule`: derive from it",
             )
         if stage == "fit":
+            self.check_trainer(trainer)
             pl_module.attach_strategy(self, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

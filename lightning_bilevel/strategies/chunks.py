@@ -7,8 +7,9 @@ from typing import get_args
 
 from torch import Tensor
 
-from lightning_bilevel.autodiff import Mode, directional_derivatives
+from lightning_bilevel.autodiff import Mode, directional_derivatives, outer_gradients
 from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.inner_loop import run
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
@@ -57,15 +58,19 @@ class DirectionalRun:
 
     def derivatives(self, directions: Params) -> Tensor:
         """Return ⟨∇h(φ), v_i⟩, shape ``(n,)``, for directions stacked to ``(n, *shape)``."""
-        if self._first is not None:
-            self._randomness.restore()
+        self._randomness.restore()
         values, run = directional_derivatives(self.problem, self.memory, self.phi, self.episode, directions, self.mode)
         self._first = self._first or run
         return values
 
     def hypergradient(self, grads: Params) -> Hypergradient:
         """Return ``grads`` with the value, state and metrics of the run they were computed on."""
-        assert self._first is not None
+        if self._first is None:  # a process without a share still takes the inner steps
+            self._randomness.restore()
+            start = self.problem.start(self.memory, self.phi)
+            state, metrics = run(self.problem, start, self.phi, self.problem.batches(self.episode))
+            value, _, _ = outer_gradients(self.problem, state, self.phi, self.episode)
+            self._first = Hypergradient(value, grads, state, metrics)
         return self._first._replace(grads=grads)
 
     def _affordable(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from lightning_bilevel import tree
@@ -44,7 +42,6 @@ class ForwardUnroll(HypergradientStrategy):
     second_order = True
     memory = "O(M · chunk)"
     cost = "T steps + T · N tangents"
-    direction_parallel: ClassVar[bool] = False
 
     def __init__(self, chunk_size: int | None = None, mode: Mode = "auto") -> None:
         self.chunk_size = checked_chunk_size("ForwardUnroll", chunk_size)

@@ -1,0 +1,115 @@
+"""Hypergradient from finite differences of h along random directions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.directions import DirectionSampler, Gaussian
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.chunks import checked_chunk_size
+from lightning_bilevel.strategies.perturbation import PerturbedRuns
+from lightning_bilevel.tree import Params
+
+Scheme = Literal["forward", "central"]
+
+
+class ZerothOrder(HypergradientStrategy):
+    r"""ĝ = (1/b) Σ_i [h(φ + μ v_i) − h(φ)] / μ · v_i, or central: [h(φ + μ v_i) − h(φ − μ v_i)] / 2μ · v_i.
+
+    Biased by O(μ), central by O(μ²); its variance is that of :class:`ForwardGradient`. Nothing is
+    differentiated, so it serves black-box solvers (``differentiable_solve = False``), losses without a second
+    derivative, and inner levels of any kind. Also known as (FG)²U-ZO, HOZOG, ES-MAML, randomized smoothing.
+
+    Memory: one inner run (times ``chunk_size``). Cost: b + 1 inner runs, central 2b + 1.
+
+    Not where the inner steps can be differentiated: :class:`ForwardGradient` has no bias at a similar cost.
+    Choose μ well above the rounding of h: a warning tells when μ² < ε |h|.
+
+    Source: (FG)²U, arXiv 2406.14095, eq. 16 and 40; Nesterov and Spokoiny, 2017.
+
+    Args:
+        num_directions: b.
+        mu: μ, in the units of φ.
+        scheme: ``"forward"`` or ``"central"``.
+        directions: the sampler.
+        chunk_size: perturbed runs that are vectorized together; ``None`` chooses by device and kind of net.
+
+    Raises:
+        ValueError: a bad argument.
+
+    >>> ZerothOrder(num_directions=4, mu=1e-2, scheme="central").scheme
+    'central'
+    """
+
+    exact = False
+    unbiased = False
+    requires = "solve"
+    second_order = False
+    memory = "O(M · chunk)"
+    cost = "b + 1 inner runs"
+    direction_parallel = True
+
+    def __init__(
+        self,
+        num_directions: int = 1,
+        mu: float = 1e-3,
+        scheme: Scheme = "forward",
+        directions: DirectionSampler | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        self.num_directions = positive_integer("ZerothOrder(num_directions=...)", num_directions)
+        self.mu = checked_mu("ZerothOrder", mu)
+        if scheme not in get_args(Scheme):
+            raise value_error("ZerothOrder(scheme=...)", "'forward' or 'central'", scheme)
+        self.scheme = scheme
+        self.directions = directions if directions is not None else Gaussian()
+        self.chunk_size = checked_chunk_size("ZerothOrder", chunk_size)
+        self._warned = False
+
+    def estimate(
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+    ) -> Hypergradient:
+        """Return the finite-difference estimate; see :meth:`HypergradientStrategy.estimate`."""
+        runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
+        state = runs.base.state
+        value = problem.outer_loss(state.params, phi, episode.outer, state.buffers).detach()
+        self._look_at_rounding(value)
+        total = tree.zeros_like(phi)
+        for first, last in runs.chunks(*key.bounds(self.num_directions)):
+            v = self.directions.draw(key, first, last, phi)
+            ahead = runs.at(v, self.mu)[1]
+            if self.scheme == "central":
+                slopes = (ahead - runs.at(v, -self.mu)[1]) / (2 * self.mu)
+            else:
+                slopes = (ahead - value) / self.mu
+            total = tree.add(total, tree.combine(slopes, v), alpha=key.share[1] / self.num_directions)
+        return Hypergradient(value, total, state, runs.base.metrics)
+
+    def _look_at_rounding(self, value: Tensor) -> None:
+        if self._warned:
+            return
+        self._warned = True  # one look: each would wait for the device
+        epsilon = torch.finfo(value.dtype).eps
+        if self.mu**2 < epsilon * abs(value.item()):
+            warnings.warn(
+                f"`ZerothOrder(mu={self.mu})` is small for {value.dtype}: differences of an outer loss of "
+                f"{value.item():.3g} are mostly rounding. "
+                f"Raise `mu` to about {math.sqrt(epsilon * abs(value.item())):.1g}, or use float64.",
+                stacklevel=2,
+            )
+
+
+def checked_mu(owner: str, mu: float) -> float:
+    """Return ``mu`` if it is a positive number; raise the value error otherwise."""
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 < mu < math.inf:
+        raise value_error(f"{owner}(mu=...)", "a positive number", mu)
+    return float(mu)
