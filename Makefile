@@ -23,7 +23,7 @@ help:
 
 demo: .venv/installed-examples
 	.venv/bin/python examples/data_cleaning.py $(ARGS)
-	@echo "The picture is $(CURDIR)/outputs/data_cleaning.png"
+	@test -f outputs/data_cleaning.png && echo "The picture is $(CURDIR)/outputs/data_cleaning.png"
 
 test: .venv/installed-test,examples
 	.venv/bin/python -m pytest $(ARGS)
@@ -57,7 +57,7 @@ define install
 	@echo "Installing $(1) (log in .venv/install.log)"
 	@{ .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_FLAGS) $(1) \
 	    2>&1; echo "status $$?"; } | tee .venv/install.log | \
-	awk -v tty="$$(test -t 1 && echo 1)" \
+	awk -v tty="$$(test -t 2 && echo 1)" \
 	    '/^status /{status = $$2} \
 	    tty && /^ *(Collecting|Downloading|Building|Installing) /{printf "\r\033[K%.70s", $$0; fflush()} \
 	    END{if (tty) printf "\r\033[K"; exit status}' \

@@ -4,6 +4,7 @@ from lightning_bilevel import directions, inner_optimizers, linear_solvers, stra
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from lightning_bilevel.loaders import EpisodeLoader
 from lightning_bilevel.module import BilevelModule, hypergradient
+from lightning_bilevel.monitor import HypergradientMonitor
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
@@ -35,6 +36,7 @@ __all__ = [
     "ForwardUnroll",
     "GammaGreedy",
     "Hypergradient",
+    "HypergradientMonitor",
     "HypergradientSchedule",
     "HypergradientStrategy",
     "ImplicitGradient",

@@ -8,13 +8,25 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_bilevel.errors import missing_error, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.levels import Levels, Selection, rest
 from lightning_bilevel.problem import Batch, Episode
 
 InnerStart = Literal["warm", "reset", "reinit"]
+
+_LEVELS = "Add `def inner_parameters(self): return self.net`, or `outer_parameters`, or both"
+_FIXES = {
+    "inner_parameters": _LEVELS,
+    "outer_parameters": _LEVELS,
+    "inner_loss": "Add `def inner_loss(self, batch): ...`",
+    "outer_loss": "Add `def outer_loss(self, batch): ...`",
+    "configure_inner_optimizer": "Add `def configure_inner_optimizer(self): return SGD(lr=0.1)`, "
+    "with `from lightning_bilevel.inner_optimizers import SGD`",
+    "solve_inner": "Add `def solve_inner(self, batches): ...`",
+}
+"""The smallest fix for a hook that is missing."""
 
 
 class BilevelHooks(LightningModule):
@@ -48,14 +60,14 @@ class BilevelHooks(LightningModule):
         self._levels: Levels | None = None  # known while a fit runs
 
     def inner_parameters(self) -> Selection:
-        """Return θ: parameters, or a submodule. Default: all that :meth:`outer_parameters` leaves.
+        """Return θ: parameters, submodules, or a list of both. Default: all that :meth:`outer_parameters` leaves.
 
         Example: ``return self.net``
         """
         return self._other_level("inner", "outer")
 
     def outer_parameters(self) -> Selection:
-        """Return φ: parameters, or a submodule. Default: all that :meth:`inner_parameters` leaves.
+        """Return φ: parameters, submodules, or a list of both. Default: all that :meth:`inner_parameters` leaves.
 
         Example: ``return [self.example_weights]``
         """
@@ -66,14 +78,14 @@ class BilevelHooks(LightningModule):
 
         Example: ``return F.cross_entropy(self.net(batch[0]), batch[1])``
         """
-        raise missing_error(type(self).__name__, "`inner_loss`", "Add `def inner_loss(self, batch): ...`")
+        raise self._missing("inner_loss")
 
     def outer_loss(self, batch: Batch) -> Tensor:
         """Return f(θ_T, φ), a 0-dim tensor, written against ``self``, which computes with θ_T.
 
         Example: ``return F.cross_entropy(self.net(batch[0]), batch[1])``
         """
-        raise missing_error(type(self).__name__, "`outer_loss`", "Add `def outer_loss(self, batch): ...`")
+        raise self._missing("outer_loss")
 
     def configure_inner_optimizer(self) -> InnerOptimizer | torch.optim.Optimizer:
         """Return the inner optimizer; called at every inner step with the current φ in place.
@@ -81,12 +93,7 @@ class BilevelHooks(LightningModule):
         Example: ``return SGD(lr=self.log_lr.exp())``, whose learning rate is an outer parameter. A ``torch.optim``
         instance on ``self.inner_parameters()`` is taken once and converted.
         """
-        raise missing_error(
-            type(self).__name__,
-            "`configure_inner_optimizer`",
-            "Add `def configure_inner_optimizer(self): return SGD(lr=0.1)`, "
-            "with `from lightning_bilevel.inner_optimizers import SGD`",
-        )
+        raise self._missing("configure_inner_optimizer")
 
     def initial_inner_parameters(self) -> Mapping[str, Tensor]:
         """Return Ω_0(φ) by parameter name, for those that should not start as ``inner_start`` says.
@@ -123,7 +130,7 @@ class BilevelHooks(LightningModule):
 
         Example: ``return {"weight": torch.linalg.solve(x.T @ x + penalty, x.T @ y)}``
         """
-        raise missing_error(type(self).__name__, "`solve_inner`", "Add `def solve_inner(self, batches): ...`")
+        raise self._missing("solve_inner")
 
     @property
     def has_solver(self) -> bool:
@@ -132,14 +139,24 @@ class BilevelHooks(LightningModule):
 
     def _other_level(self, level: str, other: str) -> Selection:
         if self._levels is not None:
-            # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags. While a loss is
-            # evaluated, plain tensors stand in their places, which ``get_parameter`` refuses.
+            # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags. While a loss
+            # is evaluated, plain tensors stand in their places, which ``get_parameter`` refuses.
             present = dict(self.named_parameters())
             return [present[name] for name in getattr(self._levels, level)]
         if getattr(type(self), f"{other}_parameters") is getattr(BilevelHooks, f"{other}_parameters"):
-            raise missing_error(
-                type(self).__name__,
-                "inner or outer parameters",
-                "Add `def inner_parameters(self): return self.net` or `def outer_parameters(self): ...`",
-            )
-        return rest(self, getattr(self, f"{other}_parameters")())
+            raise self._missing("inner_parameters")
+        return rest(self, getattr(self, f"{other}_parameters")(), f"{type(self).__name__}.{other}_parameters()")
+
+    def missing_hooks(self) -> list[MisconfigurationError]:
+        """Return an error for every hook that this module needs and does not have."""
+        has = {
+            hook: getattr(getattr(self, hook), "__func__", None) is not getattr(BilevelHooks, hook) for hook in _FIXES
+        }
+        has["inner_parameters"] |= has["outer_parameters"]
+        needed = ["inner_parameters", "outer_loss"]
+        if not has["solve_inner"]:
+            needed += ["inner_loss", "configure_inner_optimizer"]
+        return [self._missing(hook) for hook in needed if not has[hook]]
+
+    def _missing(self, hook: str) -> MisconfigurationError:
+        return missing_error(type(self).__name__, f"`{hook}`", _FIXES[hook])

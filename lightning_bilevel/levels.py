@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 from torch import nn
 
 from lightning_bilevel.errors import missing_error, value_error
 
-Selection = nn.Module | nn.Parameter | Iterable[nn.Parameter]
+Selection = nn.Module | nn.Parameter | Iterable[nn.Module | nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Levels:
             outer: what ``outer_parameters()`` returned.
 
         Raises:
-            ValueError: a selected object is no parameter of ``module``.
+            ValueError: a selection has something else in it than parameters and submodules of ``module``.
             MisconfigurationError: a level is empty (frozen parameters do not count).
         """
         owner = type(module).__name__
@@ -62,35 +64,41 @@ class Levels:
         return Levels(*names)
 
 
-def rest(module: nn.Module, taken: Selection) -> list[nn.Parameter]:
-    """Return the trainable parameters that are not among ``taken``.
+def rest(module: nn.Module, taken: Selection, hook: str = "rest(module, taken)") -> list[nn.Parameter]:
+    """Return the trainable parameters that are not among ``taken``, which ``hook`` returned.
 
     >>> net = nn.Linear(2, 2)
     >>> rest(net, [net.weight])[0] is net.bias
     True
     """
-    ids = {id(parameter) for parameter in parameters(taken)}
+    ids = {id(parameter) for parameter in parameters(taken, hook)}
     return [p for p in module.parameters() if id(p) not in ids and p.requires_grad]
 
 
-def parameters(selection: Selection) -> list[nn.Parameter]:
-    """Return the parameters of a selection: of a module, of one parameter, or of an iterable."""
+def parameters(selection: Any, hook: str) -> list[Any]:
+    """Return the entries of what ``hook`` selected: a module, a parameter, or an iterable of both."""
     if isinstance(selection, nn.Module):
         return list(selection.parameters())
-    return [selection] if isinstance(selection, nn.Parameter) else list(selection)
+    if isinstance(selection, nn.Parameter):
+        return [selection]
+    if not isinstance(selection, Iterable):
+        hint = "Write `return self.net.parameters()`, say."
+        raise value_error(hook, "parameters or submodules of the module", selection, hint)
+    entries = (parameters(entry, hook) if isinstance(entry, nn.Module) else [entry] for entry in selection)
+    return list(chain.from_iterable(entries))
 
 
 def _select(module: nn.Module, hook: str, selection: Selection) -> tuple[str, ...]:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     chosen = set()
-    for parameter in parameters(selection):
+    for parameter in parameters(selection, hook):
         if id(parameter) not in names:
-            raise value_error(
-                hook,
-                "parameters of the module, or one of its submodules",
-                type(parameter).__name__,
-                "Register it as an attribute (`nn.Parameter` or `nn.Module`) of the module.",
-            )
+            if isinstance(parameter, nn.Parameter):
+                got = f"a parameter of shape {tuple(parameter.shape)} from elsewhere"
+                hint = "Make it, or the module that has it, an attribute of the module."
+            else:
+                got, hint = type(parameter).__name__, "Write `return self.net.parameters()`, say."
+            raise value_error(hook, "parameters or submodules of the module", got, hint)
         if parameter.requires_grad:
             chosen.add(names[id(parameter)])
     return tuple(name for name in names.values() if name in chosen)

@@ -14,14 +14,22 @@ from torch.utils._pytree import tree_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.errors import (
+    MisconfigurationError,
+    combination_error,
+    missing_error,
+    positive_integer,
+    value_error,
+)
 from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import BilevelHooks, InnerStart
 from lightning_bilevel.host import LightningModule, Trainer
 from lightning_bilevel.inner_loop import run
+from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
+from lightning_bilevel.monitor import HypergradientMonitor
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -71,7 +79,7 @@ class BilevelModule(BilevelHooks):
     >>> batch = torch.eye(2), torch.ones(2)
     >>> estimate = hypergradient(Ridge(), ReverseUnroll(), Episode([batch], batch))
     >>> round(estimate.grads["log_penalty"].item(), 4)
-    0.0853
+    0.075
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class BilevelModule(BilevelHooks):
         super().__init__(inner_steps, inner_start, proximal, episode_chunk_size)
         self._memory = InnerMemory(inner_start)
         self._attachment: _Attachment | None = None
+        self._monitors: list[HypergradientMonitor] = []
 
     @contextmanager
     def adapted(self, batches: Sequence[Batch], steps: int | None = None) -> Iterator[BilevelModule]:
@@ -95,31 +104,46 @@ class BilevelModule(BilevelHooks):
             batches: inner batches, as in ``Episode.inner``: a list, also of one.
             steps: inner steps; default ``inner_steps``; 0 is θ_0.
 
+        Raises:
+            ValueError: no inner batch, or a bad ``steps``.
+
         Example:
             ``with self.adapted([support]): logits = self.net(query_x)``
         """
+        if steps is None:
+            steps = self.inner_steps
+        elif steps != 0 or isinstance(steps, bool):
+            positive_integer("adapted(steps=...)", steps)
         functional = self.functional()
-        with torch.inference_mode(False), torch.enable_grad(), functional.session():
-            batches = tree_map(_outside_inference, list(batches))
-            episode = Episode(_some(batches), None)
-            problem = replace(functional.problem, inner_steps=self.inner_steps if steps is None else steps)
-            phi, memory = functional.phi(), self._memory.recall(functional, episode.inner[0])
-            state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
-        with functional.swapper.swapped({**state.params, **state.buffers}):
-            yield self
+        with self._knowing(functional.levels):
+            with torch.inference_mode(False), torch.enable_grad(), functional.session():
+                episode = Episode(tree_map(_outside_inference, list(_some(batches))), None)
+                problem = replace(functional.problem, inner_steps=steps)
+                phi, memory = functional.phi(), self._memory.recall(functional, episode.inner[0])
+                state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
+            with functional.swapper.swapped({**state.params, **state.buffers}):
+                yield self
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Estimate the hypergradient and return the outer loss with it as its gradient."""
         attachment = self._attached()
         functional = attachment.functional
         episodes = [Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch)]
+        observers = [monitor for monitor in self._monitors if self._memory.estimates % monitor.every_n_steps == 0]
+        before = Randomness(functional.device) if observers else None
         result = self._estimate(attachment.strategy, functional, episodes, attachment.rank, step=self.global_step)
+        functional.recorder.replay(self, batch_size=len(episodes))
+        metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
+        if before is not None:
+            with Randomness(functional.device).preserved():
+                again = self._repetition(functional, episodes, before)
+                for monitor in observers:
+                    metrics.update(monitor.compare(attachment.strategy, result, again))
         self._memory.keep(functional, result.state, len(episodes))
         self._memory.estimates += 1
-        functional.recorder.replay(self, batch_size=len(episodes))
-        self.log("outer_loss", result.value, prog_bar=True, batch_size=len(episodes))
-        metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
-        self.log_dict(metrics, batch_size=len(episodes))
+        if not self.trainer.barebones:  # there, logging does nothing but warn
+            self.log("outer_loss", result.value, prog_bar=True, batch_size=len(episodes))
+            self.log_dict(metrics, batch_size=len(episodes))
         names = functional.levels.outer
         parameters = [functional.swapper.current(name) for name in names]
         return surrogate_loss(result.value, [result.grads[name] for name in names], parameters)
@@ -128,7 +152,20 @@ class BilevelModule(BilevelHooks):
         """Return the pure functions of this module: those of the running fit, or fresh ones."""
         if self._attachment is not None and self._attachment.ready:
             return self._attachment.functional
+        _refuse(self.missing_hooks())
         return FunctionalModule(self)
+
+    @contextmanager
+    def _knowing(self, levels: Levels) -> Iterator[None]:
+        """Let the default ``inner_parameters`` or ``outer_parameters`` answer by name.
+
+        What stands in the parameters' places while losses are evaluated has no flags to go by.
+        """
+        before, self._levels = self._levels, levels
+        try:
+            yield
+        finally:
+            self._levels = before
 
     def attach_strategy(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
         """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.
@@ -142,18 +179,24 @@ class BilevelModule(BilevelHooks):
                 "a training step takes one hypergradient",
                 "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
             )
+        found = self.missing_hooks()
         if type(self).training_step is not BilevelModule.training_step:
-            raise combination_error(
-                f"an overridden `{type(self).__name__}.training_step`",
-                "the training step of a `BilevelModule` is the hypergradient estimate",
-                "Write `inner_loss(batch)` and `outer_loss(batch)` instead",
+            found.append(
+                combination_error(
+                    f"an overridden `{type(self).__name__}.training_step`",
+                    "the training step of a `BilevelModule` is the hypergradient estimate",
+                    "Write `inner_loss(batch)` and `outer_loss(batch)` instead",
+                )
             )
         if not self.automatic_optimization:
-            raise combination_error(
-                "manual optimization with a `BilevelModule`",
-                "the hypergradient reaches the optimizer through automatic optimization",
-                "Remove `self.automatic_optimization = False`",
+            found.append(
+                combination_error(
+                    "manual optimization with a `BilevelModule`",
+                    "the hypergradient reaches the optimizer through automatic optimization",
+                    "Remove `self.automatic_optimization = False`",
+                )
             )
+        _refuse(found)
         seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
         self._attachment = attachment = _Attachment(strategy, trainer.global_rank, seed)
         self._once_after("setup", lambda: self._prepare_after_layers(attachment))
@@ -177,8 +220,13 @@ class BilevelModule(BilevelHooks):
 
         self.__dict__[hook] = shadow
 
+    def attach_monitor(self, monitor: HypergradientMonitor) -> None:
+        """Let a monitor see the estimates of this fit."""
+        self._monitors.append(monitor)
+
     def detach_strategy(self) -> None:
-        """Undo :meth:`attach_strategy`."""
+        """Undo :meth:`attach_strategy` and :meth:`attach_monitor`."""
+        self._monitors.clear()
         for hook in ("setup", "configure_model", "on_train_start"):
             self.__dict__.pop(hook, None)
         if self._attachment is not None:
@@ -233,6 +281,11 @@ class BilevelModule(BilevelHooks):
             def memories(count: int) -> InnerState:
                 return self._memory.recall(functional, episodes[0].inner[0], count)
 
+            def recorded(count: int) -> InnerState:
+                memory = memories(count)
+                functional.recorder.begin(max(count, 1))
+                return memory
+
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0))
@@ -241,7 +294,20 @@ class BilevelModule(BilevelHooks):
                 if several and size > 1 and stacks:
                     size = size if vectorizes(functional.problem, memories(0), phi, episodes[0]) else 1
                 functional.episode_chunk_size = size
-            return estimate(functional.problem, strategy, memories, phi, episodes, key, functional.episode_chunk_size)
+            problem = functional.recorder.watched(functional.problem)
+            return estimate(problem, strategy, recorded, phi, episodes, key, functional.episode_chunk_size)
+
+    def _repetition(
+        self, functional: FunctionalModule, episodes: Sequence[Episode], randomness: Randomness
+    ) -> Callable[[HypergradientStrategy, int], Hypergradient]:
+        """Return a function that estimates once more at the present step, with draws of its own."""
+
+        def again(strategy: HypergradientStrategy, number: int) -> Hypergradient:
+            randomness.restore()
+            seed = Key(self._memory.seed, episode=number).generator(0).initial_seed()
+            return self._estimate(copy.deepcopy(strategy), functional, episodes, 0, seed, self.global_step)
+
+        return again
 
     def _check_losses(self, functional: FunctionalModule, episode: Episode, memory: InnerState) -> None:
         with Randomness(functional.device).preserved():
@@ -308,9 +374,16 @@ def hypergradient(
     functional = module.functional()
     episodes = [episode] if isinstance(episode, Episode) else list(episode)
     device = functional.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, torch.enable_grad(), module._knowing(functional.levels):
         torch.manual_seed(seed)
         return module._estimate(copy.deepcopy(strategy), functional, episodes, rank=0, seed=seed)
+
+
+def _refuse(found: Sequence[MisconfigurationError]) -> None:
+    """Raise one report of all errors, if there are any."""
+    if found:
+        raise MisconfigurationError("\n".join(map(str, found)))
 
 
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:

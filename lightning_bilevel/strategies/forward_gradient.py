@@ -97,7 +97,7 @@ class ForwardGradient(HypergradientStrategy):
         for first, last in runs.chunks(*key.bounds(self.num_directions), self.chunk_size):
             v = self.directions.draw(key, max(first - guided, 0), last - guided, phi)
             weights = torch.full((last - first,), key.share[1] / (self.num_directions - guided))
-            if u is not None:
+            if u is not None and last > 1:  # else no random direction is in this chunk
                 v = tree.add(v, tree.outer(tree.inner_products(v, u), u), alpha=-1)
             if u is not None and first == 0:
                 v = {name: torch.cat([u[name][None], values]) for name, values in v.items()}
@@ -130,8 +130,10 @@ class ForwardGradient(HypergradientStrategy):
         """Return the guide's estimate at length 1, or ``None`` where it has no direction."""
         if self.guide is None:
             return None
-        # Every process needs the same u: the guide's own directions are not shared out.
-        guess = self.guide.estimate(problem, memory, phi, episode, replace(key, share=(0, 1))).grads
+        # Every process needs the same u, so the guide's own directions are not shared out. They are none of ours:
+        # u has to be independent of them.
+        own = replace(key, share=(0, 1), seed=key.generator(-1).initial_seed())
+        guess = self.guide.estimate(problem, memory, phi, episode, own).grads
         length = tree.norm(guess)
         if torch.isfinite(length) and length > 0:
             return tree.scale(guess, 1 / length)

@@ -35,9 +35,9 @@ class PerturbedRuns:
         self.problem, self.memory, self.phi, self.episode = problem, memory, phi, episode
         limit = max(1, problem.vectorizable // problem.count)
         self._chunk_size = 1 if problem.solver is not None else chunk_size or limit
-        self._randomness = Randomness(next(iter(phi.values())).device)
+        self._device = next(iter(phi.values())).device
+        self._randomness = Randomness(self._device)
         self.base: Run = run(problem, problem.start(memory, phi), phi, problem.batches(episode))
-        self._after = Randomness(next(iter(phi.values())).device)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut ``range(start, stop)`` into chunks."""
@@ -47,7 +47,7 @@ class PerturbedRuns:
     def at(self, directions: Params, mu: float) -> tuple[Params, Tensor]:
         """Return θ_T and h at φ + μ v_i: ``(n, *shape)`` per inner parameter, and ``(n,)``."""
         count = next(iter(directions.values())).shape[0]
-        with self._after.preserved():
+        with Randomness(self._device).preserved():
             if count == 1:
                 phi = tree.add(self.phi, tree.index(directions, 0), alpha=mu)
                 theta, value = self._run(self.problem, self.memory, phi)

@@ -1,0 +1,87 @@
+"""How good are the hypergradients of a running fit? Compares them with a reference, now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.errors import missing_error, positive_integer, value_error
+from lightning_bilevel.host import Callback, Trainer
+from lightning_bilevel.problem import Hypergradient
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
+
+Again = Callable[[HypergradientStrategy, int], Hypergradient]
+"""(strategy, number of an independent draw) to its estimate at the same φ, θ, episodes and dropout masks."""
+
+
+class HypergradientMonitor(Callback):
+    r"""Logs how the running strategy's estimate ĝ compares with a reference g on the same training step.
+
+    ``hypergradient_cosine`` is ⟨ĝ, g⟩ / (‖ĝ‖ ‖g‖), ``hypergradient_relative_error`` ‖ĝ − g‖ / ‖g‖,
+    ``hypergradient_norm_ratio`` ‖ĝ‖ / ‖g‖. For strategies with random directions
+    ``hypergradient_standard_error`` is the root mean squared deviation of ĝ from its own mean, over ‖g‖, from
+    ``samples`` fresh estimates: what of the relative error is noise; the rest is bias.
+
+    The training run is the same with and without it, bit for bit.
+
+    Cost: one estimate of the reference, and ``samples`` of the running strategy, every ``every_n_steps`` steps.
+
+    Args:
+        reference: an exact strategy, or a better one; default ``ReverseUnroll(checkpoint="sqrt")``.
+        every_n_steps: training steps from one comparison to the next; the first step is compared.
+        samples: fresh estimates for the standard error; at least 2, or 0 for none.
+
+    Raises:
+        ValueError: a bad argument.
+
+    >>> HypergradientMonitor(every_n_steps=20).reference.exact
+    True
+    """
+
+    def __init__(
+        self, reference: HypergradientStrategy | None = None, every_n_steps: int = 50, samples: int = 4
+    ) -> None:
+        self.reference = reference if reference is not None else ReverseUnroll(checkpoint="sqrt")
+        self.every_n_steps = positive_integer("HypergradientMonitor(every_n_steps=...)", every_n_steps)
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0 or samples == 1:
+            raise value_error("HypergradientMonitor(samples=...)", "0, or an integer of at least 2", samples)
+        self.samples = samples
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Ask the module for its estimates."""
+        if not hasattr(pl_module, "attach_monitor"):
+            raise missing_error(
+                type(pl_module).__name__,
+                "hypergradient to monitor",
+                "`HypergradientMonitor` works on a `lightning_bilevel.BilevelModule`: derive from it",
+            )
+        if stage == "fit":
+            pl_module.attach_monitor(self)
+
+    def compare(self, strategy: HypergradientStrategy, estimate: Hypergradient, again: Again) -> dict[str, Tensor]:
+        """Return the metrics to log.
+
+        Args:
+            strategy: the running strategy.
+            estimate: its estimate at this step.
+            again: computes another estimate at this step.
+        """
+        reference = again(self.reference, 0).grads
+        length = tree.norm(reference)
+        own = tree.norm(estimate.grads)
+        metrics = {
+            "hypergradient_cosine": tree.dot(estimate.grads, reference) / (own * length),
+            "hypergradient_relative_error": tree.norm(tree.sub(estimate.grads, reference)) / length,
+            "hypergradient_norm_ratio": own / length,
+        }
+        if self.samples and strategy.direction_parallel:
+            draws = tree.stack([again(strategy, number + 1).grads for number in range(self.samples)])
+            deviations = {name: values - values.mean(0) for name, values in draws.items()}
+            squares = torch.stack([values.square().sum() for values in deviations.values()]).sum()
+            metrics["hypergradient_standard_error"] = (squares / (self.samples - 1)).sqrt() / length
+        return metrics
