@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, distributed
+from torch import Generator, distributed
+from torch.utils.data import DistributedSampler
 from typing_extensions import Self, override
 
 from lightning_bilevel.errors import combination_error, positive_integer, value_error
 from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer
 from lightning_bilevel.problem import Batch, Episode
+
+_Position = tuple[int, int]
 
 
 class EpisodeLoader(CombinedLoader):
@@ -26,14 +31,14 @@ class EpisodeLoader(CombinedLoader):
     such as ``limit_train_batches``, count episodes; for a fraction, both loaders need a length. In validation and
     test, too, ``inner`` goes on from run to run.
 
-    **Resuming.** A checkpoint holds the seed of each loader, its finished passes and the batches read of this one. The
-    pass is then opened again under the same seed, and the batches read are read again and dropped; no step is
-    trained again. This is exact because a pass depends on (seed, loader, number of the pass, rank) only: all torch
-    generators that it can reach, the global one and those of the loader, sampler and dataset, are put on a stream of
-    its own while it reads and put back, so it moves none of them; and whatever in it has a ``set_epoch`` is given
-    the number of the pass. Two things stay outside. In the main process (``num_workers=0``), random transforms have
-    to draw from torch: those of NumPy and ``random`` are replayed in workers only. And torch seeds
-    ``persistent_workers`` once, so that the order of the examples is resumed but not random transforms in them.
+    **Resuming.** A checkpoint holds, for each loader, its seed, the finished passes and the batches read of this one.
+    The pass is opened again under the same seed, and the batches read are read again and dropped; no step is trained
+    again. This is exact because a pass depends on (seed, loader, number of the pass, rank) only: while it reads, all
+    torch generators in its reach, the global one and those of the loader, sampler and dataset, are in states of its
+    own, and afterwards they are back in theirs; and whatever in it has a ``set_epoch`` is given the number of the
+    pass. Two things stay outside. In the main process (``num_workers=0``), random transforms have to draw from
+    torch: those of NumPy and ``random`` are replayed in workers only. And torch seeds ``persistent_workers`` once, so
+    the order of the examples is resumed exactly but random transforms in such workers are not.
 
     **Reloading.** A loader made anew for every epoch (``reload_dataloaders_every_n_epochs`` and a
     ``train_dataloader`` hook) starts at pass 0 again: give each another seed, such as ``seed=self.current_epoch``.
@@ -42,8 +47,9 @@ class EpisodeLoader(CombinedLoader):
         inner: a ``DataLoader``, a list of batches, or what else can be iterated again and again.
         outer: likewise.
         inner_batches: inner batches in an episode; with fewer than inner steps, the steps cycle through them.
-        seed: fixes all passes. By default each loader's own generator's (or its sampler's) initial seed, or else
-            ``torch.initial_seed()`` when its first pass begins: what ``seed_everything`` has set.
+        seed: fixes all passes; the same on every rank. By default, for each loader, the seed of its distributed
+            sampler or the initial seed of its own generator if it has one, and ``torch.initial_seed()`` otherwise,
+            when its first pass begins: what ``seed_everything`` has set.
 
     Attributes:
         rank: the rank whose data this process sees; :func:`prepare_episodes` sets it. ``None`` is the process's own.
@@ -105,13 +111,12 @@ class EpisodeLoader(CombinedLoader):
         if self._ended:
             raise StopIteration
         (outer_loader, inner_loader), rank = self.flattened, self._rank()
-        try:
-            outer = self._outer.read(outer_loader, rank)
-        except StopIteration:
+        outer = self._outer.read(outer_loader, rank, 1)
+        if not outer:
             self._end_pass()
-            raise
+            raise StopIteration
         number = self._outer.batches - 1
-        episode = Episode([self._inner.read_on(inner_loader, rank) for _ in range(self.inner_batches)], outer)
+        episode = Episode(self._inner.read_on(inner_loader, rank, self.inner_batches), outer[0])
         if self._outer.batches >= self._episodes():
             self._end_pass()
         elif not reads_ahead:
@@ -144,7 +149,6 @@ class EpisodeLoader(CombinedLoader):
         for reader in (self._outer, self._inner):
             reader.seed, reader.position = states[0][reader.name]["seed"], tuple(states[0][reader.name]["position"])
         self._handed_out = self._positions()
-        self._ended = False
         # With `max_steps`, Lightning may take one episode to end an epoch that had ended before it calls `__iter__`.
         self._resumed = max(self._outer.batches, 1)
         # Lightning looks at the two loaders one by one, which indeed cannot resume.
@@ -199,9 +203,6 @@ def prepare_episodes(trainer: Trainer) -> None:
         iter(fetcher)  # what it read ahead is dropped
 
 
-_Position = tuple[int, int]
-
-
 class _Reader:
     """Reads a loader pass after pass.
 
@@ -213,8 +214,8 @@ class _Reader:
         self.name, self.seed = name, seed
         self.passes = self.batches = 0
         self._iterator: Iterator[Batch] | None = None
-        self._generators: list[Generator] = []
-        self._streams: list[Tensor] = []
+        self._sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = []  # how to read and to set their states
+        self._states: list[Any] = []
 
     @property
     def position(self) -> _Position:
@@ -233,73 +234,76 @@ class _Reader:
         """Let go of the iterator and with it of its workers; the next read opens the pass again."""
         self._iterator = None
 
-    def read(self, loader: Any, rank: int) -> Batch:
-        """Return the next batch of this pass, or raise ``StopIteration`` at its end."""
+    def read(self, loader: Any, rank: int, count: int) -> list[Batch]:
+        """Return so many batches of this pass, or what is left of it."""
         iterator = self._open(loader, rank) if self._iterator is None else self._iterator
-        with self._streaming():
-            batch = next(iterator, _END)
-        if batch is _END:
-            self._expect(1, self.batches)
-            raise StopIteration
-        self.batches += 1
-        return batch
+        with self._own_states():
+            batches = list(islice(iterator, count))
+        self.batches += len(batches)
+        self._expect(1, self.batches, "An iterator yields none when it is used up: pass a list or a `DataLoader`.")
+        return batches
 
-    def read_on(self, loader: Any, rank: int) -> Batch:
-        """Return the next batch, of this pass or the next one."""
-        try:
-            return self.read(loader, rank)
-        except StopIteration:
+    def read_on(self, loader: Any, rank: int, count: int) -> list[Batch]:
+        """Return so many batches, of this pass and those that follow."""
+        batches = self.read(loader, rank, count)
+        while len(batches) < count:
             self.next_pass()
-            return self.read(loader, rank)
+            batches += self.read(loader, rank, count - len(batches))
+        return batches
 
     def _open(self, loader: Any, rank: int) -> Iterator[Batch]:
         parts = _parts(loader)
         own = [part.generator for part in parts if isinstance(getattr(part, "generator", None), Generator)]
+        shards = [part for part in parts if isinstance(part, DistributedSampler)]
         if self.seed is None:
-            self.seed = own[0].initial_seed() if own else torch.initial_seed()
+            # In this order because the ranks have to agree on a sampler's seed.
+            seeds = [part.seed for part in shards] + [generator.initial_seed() for generator in own]
+            self.seed = seeds[0] if seeds else torch.initial_seed()
         for part in parts:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(self.passes)
         # What this sampler shuffles it deals out to the ranks, so they have to shuffle alike.
-        dealt_out = isinstance(getattr(loader, "sampler", None), DistributedSamplerWrapper)
-        words = self.seed, self.name, self.passes, 0 if dealt_out else rank
-        seed = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 1
-        self._generators = list({id(each): each for each in (torch.default_generator, *own)}.values())
-        streams = [Generator(each.device).manual_seed(seed).get_state() for each in self._generators]
+        dealt_out = any(isinstance(part, DistributedSamplerWrapper) for part in shards)
+        seed = _mixed(self.seed, self.name, self.passes, 0 if dealt_out else rank)
+        generators = [torch.default_generator, *own]
+        self._sources = [(each.get_state, each.set_state) for each in generators]
+        self._sources += [(partial(getattr, part, "seed"), partial(setattr, part, "seed")) for part in shards]
+        start: list[Any] = [Generator(each.device).manual_seed(seed).get_state() for each in generators]
+        start += [_mixed(self.seed, self.name)] * len(shards)
         if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
             # A pass that starts workers draws their seed first. Have them started, so that all passes draw alike.
-            self._streams = streams
-            with self._streaming():
+            self._states = start
+            with self._own_states():
                 iter(loader)
-        self._streams = streams
-        with self._streaming():
+        self._states = start
+        with self._own_states():
             self._iterator = iterator = iter(loader)
-            for read in range(self.batches):
-                if next(iterator, _END) is _END:
-                    self._expect(self.batches, read)
+            read = sum(1 for _ in islice(iterator, self.batches))
+        self._expect(self.batches, read, "So many had been read when the checkpoint was written.")
         return iterator
 
     @contextmanager
-    def _streaming(self) -> Iterator[None]:
-        """Put the generators on this reader's streams, and back."""
-        outside = [generator.get_state() for generator in self._generators]
-        for generator, stream in zip(self._generators, self._streams, strict=True):
-            generator.set_state(stream)
+    def _own_states(self) -> Iterator[None]:
+        """Put the generators into this pass's states, and back afterwards."""
+        outside = [get() for get, _ in self._sources]
+        for (_, put), state in zip(self._sources, self._states, strict=True):
+            put(state)
         try:
             yield
         finally:
-            self._streams = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, outside, strict=True):
-                generator.set_state(state)
+            self._states = [get() for get, _ in self._sources]
+            for (_, put), state in zip(self._sources, outside, strict=True):
+                put(state)
 
-    def _expect(self, least: int, batches: int) -> None:
+    def _expect(self, least: int, batches: int, hint: str) -> None:
         if batches < least:
-            raise value_error(
-                f"number of batches in a pass over `EpisodeLoader({self.name}=...)`", f"at least {least}", batches
-            )
+            expected = f"an iterable of {least} or more batches in every pass"
+            raise value_error(f"EpisodeLoader({self.name}=...)", expected, batches, hint)
 
 
-_END = object()
+def _mixed(*words: int | str) -> int:
+    """Return a 62-bit seed: ``DistributedSampler`` adds the epoch to its own."""
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 2
 
 
 def _parts(loader: Any) -> list[Any]:

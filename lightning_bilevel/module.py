@@ -316,8 +316,8 @@ class BilevelModule(BilevelHooks):
             raise missing_error(
                 type(self).__name__,
                 f"loss that depends on the outer parameters {untouched}",
-                "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, or do not select them "
-                "in `outer_parameters()`",
+                "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
+                "every call, or do not select them in `outer_parameters()`",
             )
 
 

@@ -208,7 +208,7 @@ def test_derivatives_at_zero_gradients_are_finite(kind, options, steps):
 
     def solve(z):
         theta, signal, hyper = z[:3], z[3:6], z[6:]
-        optimizer = kind(lr=hyper[0], eps=1e-2 * hyper[1], weight_decay=hyper[2] - 1, **options)
+        optimizer = kind(lr=hyper[0], eps=1e-8 * hyper[1], weight_decay=hyper[2] - 1, **options)
 
         def masked(params, step):
             return {"w": signal * masks[step - 1] + params["w"] * masks[step - 1]}

@@ -54,7 +54,6 @@ class Adagrad(ElementwiseOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        """See the class."""
         values = {
             "lr": lr,
             "lr_decay": lr_decay,

@@ -26,7 +26,6 @@ class AdamFamily(ElementwiseOptimizer):
         amsgrad: bool,
         maximize: bool,
     ) -> None:
-        """See the class."""
         owner = type(self).__name__
         if len(betas) != 2:
             raise value_error(f"{owner}(betas=...)", "a pair", betas)
@@ -82,7 +81,7 @@ class Adam(AdamFamily):
 
     Slots: ``"exp_avg"`` m, ``"exp_avg_sq"`` v and, with ``amsgrad``, ``"max_exp_avg_sq"``.
     Cost: seven tensor operations a parameter, one more each for weight decay and ``amsgrad``.
-    Prefer :class:`SGD` when gradients of single entries vanish on the way and hypergradients blow up by 1 / ``eps``.
+    Prefer a larger ``eps``, or :class:`SGD`, when vanishing gradients blow hypergradients up by 1 / ``eps``.
 
     Args:
         lr: learning rate.
@@ -116,7 +115,6 @@ class Adam(AdamFamily):
         *,
         maximize: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:

@@ -50,7 +50,6 @@ class AdamW(AdamFamily):
         *,
         maximize: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:

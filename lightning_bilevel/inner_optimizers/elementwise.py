@@ -40,7 +40,6 @@ class ElementwiseOptimizer(InnerOptimizer):
     """
 
     def __init__(self, maximize: bool, hyperparameters: dict[str, Hyperparameter]) -> None:
-        """See the class."""
         for argument, value in hyperparameters.items():
             check(type(self).__name__, argument, value)
         self.maximize = maximize

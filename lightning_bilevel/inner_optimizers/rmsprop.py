@@ -23,7 +23,8 @@ class RMSprop(ElementwiseOptimizer):
     taken to be 0; ``torch.optim`` returns nan.
 
     Slots: ``"square_avg"`` v; with ``centered`` ``"grad_avg"`` a; ``"momentum"`` b unless μ is the number 0.
-    Cost: six tensor operations a parameter, one each for weight decay and momentum, two for ``centered``.
+    Cost: six tensor operations a parameter, one more for weight decay,
+    two more each for momentum and ``centered``.
 
     Args:
         lr: learning rate.
@@ -59,7 +60,6 @@ class RMSprop(ElementwiseOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        """See the class."""
         values = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(maximize, values)
         self.centered = centered

@@ -20,7 +20,7 @@ class SGD(ElementwiseOptimizer):
     where d_t is b_t, g_t + μ b_t with ``nesterov``, and g_t if μ is the number 0.
 
     Slots: ``"momentum"``; none for parameters whose momentum is the number 0.
-    Cost: one tensor operation a parameter, and one each for weight decay and momentum.
+    Cost: one tensor operation a parameter, one more each for weight decay, momentum, dampening and ``nesterov``.
 
     Args:
         lr: learning rate.
@@ -56,7 +56,6 @@ class SGD(ElementwiseOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        """See the class."""
         values = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(maximize, values)
         self.nesterov = nesterov

@@ -96,7 +96,8 @@ class ForwardGradient(HypergradientStrategy):
         # Direction 0 is the guide's, if there is one; the others are random.
         for first, last in runs.chunks(*key.bounds(self.num_directions), self.chunk_size):
             v = self.directions.draw(key, max(first - guided, 0), last - guided, phi)
-            weights = torch.full((last - first,), key.share[1] / (self.num_directions - guided))
+            share = key.share[1] / (self.num_directions - guided)
+            weights = torch.full((last - first,), share, dtype=torch.float64)
             if u is not None and last > 1:  # else no random direction is in this chunk
                 v = tree.add(v, tree.outer(tree.inner_products(v, u), u), alpha=-1)
             if u is not None and first == 0:

@@ -8,6 +8,7 @@ from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_loop import last_loss, vector_jacobian
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -58,12 +59,15 @@ class GammaGreedy(HypergradientStrategy):
         outer, losses = tree.leaves(phi), []
         start = problem.start(memory, outer)
         state, total = start.detach(), tree.zeros_like(phi)
+        device = next(iter(phi.values())).device
+        randomness = Randomness(device)
         if any(value.requires_grad for value in start.params.values()):
             _, d, _ = outer_gradients(problem, state, phi, episode)
             total = vector_jacobian(start.params, outer, d)
         for batch in problem.batches(episode):
+            randomness.restore()  # the masks of earlier outer losses leave no trace: θ_T is that of a plain run
             stepped, loss = problem.step(state, outer, batch, create_graph=True)
-            state = stepped.detach()
+            randomness, state = Randomness(device), stepped.detach()
             value, d, c = outer_gradients(problem, state, phi, episode)
             total = tree.add(vector_jacobian(stepped.params, outer, d), total, alpha=self.gamma)
             losses.append(loss)

@@ -7,9 +7,9 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.autodiff import hessian_product, outer_gradients
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, combination_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
 from lightning_bilevel.inner_loop import run, vector_jacobian
-from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, LinearSolver
+from lightning_bilevel.linear_solvers import Identity, LinearSolver
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -34,7 +34,11 @@ class ImplicitGradient(HypergradientStrategy):
     Source: (FG)²U, arXiv 2406.14095, eq. 24–28; survey, arXiv 2101.11517, eq. 66–74.
 
     Args:
-        solver: solves H x = d; default ``ConjugateGradient()``.
+        solver: solves H x = d. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate is the safe first
+            choice; undamped conjugate gradients need a positive definite H, which a network rarely has.
+
+    Raises:
+        ValueError: ``solver`` is not a linear solver.
 
     >>> ImplicitGradient(solver=Identity(scale=0.1)).solver.scale
     0.1
@@ -47,8 +51,12 @@ class ImplicitGradient(HypergradientStrategy):
     memory = "O(M + N)"
     cost = "T steps + K Hessian products + 1 mixed product"
 
-    def __init__(self, solver: LinearSolver | None = None) -> None:
-        self.solver = solver if solver is not None else ConjugateGradient()
+    def __init__(self, solver: LinearSolver) -> None:
+        if not isinstance(solver, LinearSolver):
+            raise value_error(
+                "ImplicitGradient(solver=...)", "a linear solver such as `Neumann(10, step_size=lr)`", solver
+            )
+        self.solver = solver
         self.stacks = self.solver.blockwise
 
     def estimate(

@@ -76,8 +76,8 @@ class HypergradientSchedule(HypergradientStrategy):
         result = self.phases[number][0].estimate(problem, memory, phi, episode, key)
         return result._replace(metrics={**result.metrics, "hypergradient_phase": torch.tensor(float(number))})
 
-    def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
-        """Return what any phase cannot work with."""
+    def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        """Return what any phase cannot work with; a schedule as such works with everything."""
         return [refusal for strategy, _ in self.phases for refusal in strategy.all_refusals(problem)]
 
     def check_trainer(self, trainer: Trainer) -> None:
