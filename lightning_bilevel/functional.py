@@ -88,23 +88,30 @@ class FunctionalModule:
         """Return the inner parameters as they stand in the module, detached."""
         return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
 
-    def buffers(self, batch: Batch) -> Params:
-        """Return clones of the buffers that the inner loss changes in the module's present mode.
+    def buffers(self, episode: Episode) -> Params:
+        """Return clones of the buffers that the losses change in the module's present mode.
 
-        Which ones it changes is found by evaluating it once on ``batch``, and remembered.
+        Which ones they change is found by evaluating both once on ``episode``, and remembered.
         """
-        mode = tuple(owner.training for owner in self._owners)
-        if not mode or self._solves:
+        if not self._owners:
             return {}
+        mode = (episode.outer is not None, *(owner.training for owner in self._owners))
         if mode not in self._mutable:
-            everything = {name: _usable(buffer).clone() for name, buffer in self.module.named_buffers()}
-            in_place = self._in_place({**self.phi(), **self.theta(), **everything})
+            present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
+            clones = tree.map(torch.clone, present)
+            in_place = self._in_place({**self.phi(), **self.theta(), **clones})
             with torch.no_grad(), Randomness(self.device).preserved(), in_place:
-                self.module.inner_loss(batch)
+                if not self._solves:
+                    self.module.inner_loss(episode.inner[0])
+                if episode.outer is not None:  # there is none where a module is only adapted
+                    self.module.outer_loss(episode.outer)
+                # BatchNorm's kernels write without counting a version, so values are compared too.
                 self._mutable[mode] = tuple(
                     name
-                    for name, clone in everything.items()
-                    if self.swapper.current(name) is not clone or clone._version
+                    for name, clone in clones.items()
+                    if self.swapper.current(name) is not clone
+                    or clone._version
+                    or not torch.equal(clone, present[name])
                 )
         return {name: _usable(self.swapper.current(name)).clone() for name in self._mutable[mode]}
 

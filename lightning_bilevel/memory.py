@@ -14,7 +14,7 @@ from lightning_bilevel.errors import missing_error
 from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import InnerStart
 from lightning_bilevel.inner_optimizers.base import Slots
-from lightning_bilevel.problem import Batch, InnerState
+from lightning_bilevel.problem import Episode, InnerState
 from lightning_bilevel.tree import Params
 
 
@@ -46,18 +46,18 @@ class InnerMemory:
             present = functional.theta()
             self.initial = {name: present[name].clone() for name in functional.levels.inner_only}
 
-    def recall(self, functional: FunctionalModule, batch: Batch, count: int = 0) -> InnerState:
+    def recall(self, functional: FunctionalModule, episode: Episode, count: int = 0) -> InnerState:
         """Return the state to start from: of one episode (``count=0``) or of ``count`` stacked ones.
 
         Args:
             functional: the module.
-            batch: an inner batch of one episode, to find the buffers that inner steps change.
+            episode: one episode, to find the buffers that the losses change.
             count: stacked episodes.
         """
-        buffers = functional.buffers(batch)
+        buffers = functional.buffers(episode)
         if not count:
             return InnerState(self._values(functional, 0), buffers, self._warm_slots(functional), self.steps)
-        values = [self._values(functional, episode) for episode in range(count)]
+        values = [self._values(functional, member) for member in range(count)]
         return InnerState(tree.stack(values) if values[0] else {}, tree.map(torch.clone, tree.expand(buffers, count)))
 
     def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> None:

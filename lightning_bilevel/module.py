@@ -119,7 +119,7 @@ class BilevelModule(BilevelHooks):
             with torch.inference_mode(False), torch.enable_grad(), functional.session():
                 episode = Episode(tree_map(_outside_inference, list(_some(batches))), None)
                 problem = replace(functional.problem, inner_steps=steps)
-                phi, memory = functional.phi(), self._memory.recall(functional, episode.inner[0])
+                phi, memory = functional.phi(), self._memory.recall(functional, episode)
                 state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
             with functional.swapper.swapped({**state.params, **state.buffers}):
                 yield self
@@ -279,7 +279,7 @@ class BilevelModule(BilevelHooks):
         with functional.session():
 
             def memories(count: int) -> InnerState:
-                return self._memory.recall(functional, episodes[0].inner[0], count)
+                return self._memory.recall(functional, episodes[0], count)
 
             def recorded(count: int) -> InnerState:
                 memory = memories(count)
