@@ -26,7 +26,7 @@ from lightning_bilevel.tree import Params
 def estimate(
     problem: BilevelProblem,
     strategy: HypergradientStrategy,
-    memories: Callable[[int], InnerState],
+    memories: Callable[[int, int], InnerState],
     phi: Params,
     episodes: Sequence[Episode],
     key: Key,
@@ -37,7 +37,7 @@ def estimate(
     Args:
         problem: the problem of one episode.
         strategy: the estimator.
-        memories: returns the memory of one episode (0) or of k stacked ones (k).
+        memories: (first, count) to the memory of episode ``first`` (count 0), or of ``count`` stacked ones from it.
         phi: outer parameters.
         episodes: at least one.
         key: of this estimate. All episodes get the same directions, so that a stack equals the loop.
@@ -48,16 +48,18 @@ def estimate(
         stacked, ``(len(episodes), *shape)``.
     """
     if len(episodes) == 1:
-        return checked(strategy.estimate(problem, memories(0), phi, episodes[0], key))
+        return checked(strategy.estimate(problem, memories(0, 0), phi, episodes[0], key))
     parts: list[tuple[int, Hypergradient]] = []
+    first = 0
     for chunk in _chunks(problem, episodes, chunk_size if strategy.stacks else 1):
         if len(chunk) > 1:
             vectorized = problem.stack(len(chunk))
-            part = strategy.estimate(vectorized, memories(len(chunk)), phi, stack_episodes(chunk), key)
+            part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), key)
         else:
-            part = strategy.estimate(problem, memories(0), phi, chunk[0], key)
+            part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], key)
             part = part._replace(state=_map_state(lambda value: value[None], part.state))
         parts.append((len(chunk), part))
+        first += len(chunk)
     return checked(_mean(parts, len(episodes)))
 
 

@@ -208,7 +208,7 @@ class FunctionalModule:
             return self._converted
         optimizer = self.module.configure_inner_optimizer()
         if isinstance(optimizer, torch.optim.Optimizer):
-            self._converted = from_torch(optimizer, dict(self.module.named_parameters()))
+            self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
             return self._converted
         if not isinstance(optimizer, InnerOptimizer):
             raise value_error(

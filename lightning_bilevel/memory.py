@@ -45,19 +45,22 @@ class InnerMemory:
         if self.start == "reset":
             present = functional.theta()
             self.initial = {name: present[name].clone() for name in functional.levels.inner_only}
+        if self.start == "reinit":
+            reinitialized(functional, seed)  # what raises shall do so before the first batch
 
-    def recall(self, functional: FunctionalModule, episode: Episode, count: int = 0) -> InnerState:
+    def recall(self, functional: FunctionalModule, episode: Episode, count: int = 0, first: int = 0) -> InnerState:
         """Return the state to start from: of one episode (``count=0``) or of ``count`` stacked ones.
 
         Args:
             functional: the module.
             episode: one episode, to find the buffers that the losses change.
             count: stacked episodes.
+            first: position of the first one within the batch.
         """
         buffers = functional.buffers(episode)
         if not count:
-            return InnerState(self._values(functional, 0), buffers, self._warm_slots(functional), self.steps)
-        values = [self._values(functional, member) for member in range(count)]
+            return InnerState(self._values(functional, first), buffers, self._warm_slots(functional), self.steps)
+        values = [self._values(functional, member) for member in range(first, first + count)]
         return InnerState(tree.stack(values) if values[0] else {}, tree.map(torch.clone, tree.expand(buffers, count)))
 
     def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> None:
@@ -115,20 +118,20 @@ def reinitialized(functional: FunctionalModule, seed: int) -> Params:
     """Return fresh values of the inner-only parameters from their submodules' own ``reset_parameters()``."""
     module, own = functional.module, set(functional.levels.inner_only)
     fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
-    with torch.random.fork_rng(), torch.no_grad(), functional.swapper.swapped(fresh):
+    devices = [functional.device] if functional.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), functional.swapper.swapped(fresh):
         torch.manual_seed(seed)
         for prefix, child in module.named_modules():
-            names = {f"{prefix}.{name}" if prefix else name for name in child._parameters}
-            if not names & own:
-                continue
+            names = own & {f"{prefix}.{name}" if prefix else name for name in child._parameters}
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
-            if reset is None:
+            if names and reset is not None:
+                _reset(reset, child)
+            elif names - set(module.initial_inner_parameters()):
                 raise missing_error(
                     type(child).__name__,
-                    f"`reset_parameters()`, which `inner_start='reinit'` calls for {sorted(names & own)}",
-                    "Define it, or override `initial_inner_parameters()`",
+                    f"`reset_parameters()`, which `inner_start='reinit'` calls for {sorted(names)}",
+                    "Define it, or return these from `initial_inner_parameters()`",
                 )
-            _reset(reset, child)
     return fresh
 
 

@@ -18,7 +18,6 @@ from lightning_bilevel.errors import (
     MisconfigurationError,
     combination_error,
     missing_error,
-    positive_integer,
     value_error,
 )
 from lightning_bilevel.estimation import estimate, vectorizes
@@ -110,10 +109,9 @@ class BilevelModule(BilevelHooks):
         Example:
             ``with self.adapted([support]): logits = self.net(query_x)``
         """
-        if steps is None:
-            steps = self.inner_steps
-        elif steps != 0 or isinstance(steps, bool):
-            positive_integer("adapted(steps=...)", steps)
+        steps = self.inner_steps if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise value_error("adapted(steps=...)", "a non-negative integer", steps)
         functional = self.functional()
         with self._knowing(functional.levels):
             with torch.inference_mode(False), torch.enable_grad(), functional.session():
@@ -242,8 +240,16 @@ class BilevelModule(BilevelHooks):
         self._memory.load_state_dict(state, self.device)
 
     def on_fit_start(self) -> None:
-        """Refuse a fit without a strategy before the first batch."""
-        self._attached()
+        """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""
+        functional = self._attached().functional
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if groups and not any(id(self.get_parameter(name)) in held for name in functional.levels.outer):
+            raise missing_error(
+                type(self).__name__,
+                "outer parameter in its optimizer",
+                "Let `configure_optimizers()` return `torch.optim.Adam(self.outer_parameters())`, say",
+            )
 
     def _attached(self) -> _Attachment:
         if self._attachment is None or not self._attachment.ready:
@@ -278,21 +284,21 @@ class BilevelModule(BilevelHooks):
         key = Key(self._memory.seed if seed is None else seed, self._memory.estimates, rank=rank, step=step)
         with functional.session():
 
-            def memories(count: int) -> InnerState:
-                return self._memory.recall(functional, episodes[0], count)
+            def memories(first: int, count: int) -> InnerState:
+                return self._memory.recall(functional, episodes[0], count, first)
 
-            def recorded(count: int) -> InnerState:
-                memory = memories(count)
+            def recorded(first: int, count: int) -> InnerState:
+                memory = memories(first, count)
                 functional.recorder.begin(max(count, 1))
                 return memory
 
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
-                self._check_losses(functional, episodes[0], memories(0))
+                self._check_losses(functional, episodes[0], memories(0, 0))
                 size = self.episode_chunk_size or functional.problem.vectorizable
                 stacks = functional.problem.solver is None and stackable(episodes[0], episodes[0])
                 if several and size > 1 and stacks:
-                    size = size if vectorizes(functional.problem, memories(0), phi, episodes[0]) else 1
+                    size = size if vectorizes(functional.problem, memories(0, 0), phi, episodes[0]) else 1
                 functional.episode_chunk_size = size
             problem = functional.recorder.watched(functional.problem)
             return estimate(problem, strategy, recorded, phi, episodes, key, functional.episode_chunk_size)

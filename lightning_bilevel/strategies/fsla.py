@@ -139,13 +139,17 @@ class FSLA(HypergradientStrategy):
         return [combination_error(f"`FSLA` with {what}", because, f"Use {instead}") for what, because, instead in found]
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Refuse accumulation: the previous triple must be one outer step old."""
+        """Refuse accumulation: the previous triple must be one outer step old. Forget that of another fit.
+
+        Lightning loads a checkpoint's state after this.
+        """
         if trainer.accumulate_grad_batches != 1:
             raise combination_error(
                 f"`FSLA` with `accumulate_grad_batches={trainer.accumulate_grad_batches}`",
                 "each of its steps corrects the one before",
                 "Use `accumulate_grad_batches=1` and larger batches",
             )
+        self._tracked = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return v, d, the previous triple and k."""
