@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState
 from lightning_bilevel.recorder import LogRecorder
-from lightning_bilevel.safe import Randomness, differentiable_kernels
+from lightning_bilevel.safe import Randomness, differentiable_kernels, recomputing_within
 from lightning_bilevel.swap import Swapper
 from lightning_bilevel.tree import Params
 
@@ -49,6 +49,7 @@ class FunctionalModule:
         self.recorder = LogRecorder()
         self.episode_chunk_size: int | None = None
         self._autocast_dtype: torch.dtype | None = None
+        self._placed: Params = {}
         self._owners = [child for child in module.modules() if child._buffers]
         self._mutable: dict[tuple[bool, ...], tuple[str, ...]] = {}
         self._solves = module.has_solver
@@ -121,6 +122,7 @@ class FunctionalModule:
         kind = self.device.type
         with ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module))
+            stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
@@ -163,7 +165,21 @@ class FunctionalModule:
             stack.enter_context(self.swapper.swapped(tensors))
             if self._autocast_dtype is not None:
                 stack.enter_context(torch.autocast(self.device.type, self._autocast_dtype, cache_enabled=False))
-            yield
+            before, self._placed = self._placed, tensors
+            try:
+                yield
+            finally:
+                self._placed = before
+
+    def _as_placed(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what puts the present tensors in place again, with copies of the buffers, which may be written to."""
+        placed = self._placed
+
+        def again() -> AbstractContextManager[None]:
+            parameters = {*self.levels.inner, *self.levels.outer}
+            return self._in_place({name: t if name in parameters else t.clone() for name, t in placed.items()})
+
+        return again
 
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}

@@ -295,13 +295,15 @@ class BilevelModule(BilevelHooks):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0, 0))
+                functional.episode_chunk_size = 0  # chosen at the first batch of several episodes
+            if several and functional.episode_chunk_size == 0:
                 size = self.episode_chunk_size or functional.problem.vectorizable
                 stacks = functional.problem.solver is None and stackable(episodes[0], episodes[0])
-                if several and size > 1 and stacks:
-                    size = size if vectorizes(functional.problem, memories(0, 0), phi, episodes[0]) else 1
+                if size > 1 and stacks and not vectorizes(functional.problem, memories(0, 0), phi, episodes[0]):
+                    size = 1
                 functional.episode_chunk_size = size
             problem = functional.recorder.watched(functional.problem)
-            return estimate(problem, strategy, recorded, phi, episodes, key, functional.episode_chunk_size)
+            return estimate(problem, strategy, recorded, phi, episodes, key, max(functional.episode_chunk_size, 1))
 
     def _repetition(
         self, functional: FunctionalModule, episodes: Sequence[Episode], randomness: Randomness

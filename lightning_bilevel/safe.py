@@ -8,10 +8,12 @@ below choose the plain kernels instead, only while a hypergradient is computed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +39,34 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
+
+
+@contextmanager
+def recomputing_within(surroundings: Callable[[], Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` in a user's net run its second forward pass within the surroundings of the first.
+
+    That pass runs when a gradient is taken: by then the parameters that were swapped in are gone again, and it
+    would silently compute with the module's own.
+
+    Args:
+        surroundings: called at the first pass; returns what makes its surroundings again.
+    """
+    generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+    def within(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        again = surroundings()
+
+        def recompute(*inputs: Any, **options: Any) -> Any:
+            with again():
+                return fn(*inputs, **options)
+
+        return generator(recompute, *args, **kwargs)
+
+    try:
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = within
+        yield
+    finally:
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
 
 
 @contextmanager

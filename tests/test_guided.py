@@ -1,0 +1,280 @@
+"""Guided forward gradients, and shares of directions: whatever the guide and the sharing, the same expectation.
+
+The problem is one of pure functions, without a module, so that hundreds of estimates take a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_bilevel import (
+    FSLA,
+    PZOBO,
+    Episode,
+    ForwardGradient,
+    Hypergradient,
+    HypergradientStrategy,
+    ReverseUnroll,
+    TruncatedReverse,
+    ZerothOrder,
+    hypergradient,
+    tree,
+)
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
+from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.problem import BilevelProblem, InnerState
+from lightning_bilevel.tree import Params
+from problems import RidgeSolver, assert_close, draw
+
+M, N = 3, 8
+ETA, STEPS = 0.4, 2
+A = torch.diag(torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
+B, START, TARGET = draw(M, N, seed=1), draw(M, seed=2), draw(M, seed=3)
+PHI = {"a": draw(2, 2, seed=4), "b": draw(4, seed=5)}
+MEMORY, EPISODE = InnerState({"w": START}), Episode([None], None)
+
+
+def inner_loss(theta: Params, phi: Params, batch: Any, buffers: Params) -> tuple[Tensor, Params]:
+    w = theta["w"]
+    return 0.5 * w @ A @ w - w @ (B @ tree.flatten(phi)), buffers
+
+
+def outer_loss(theta: Params, phi: Params, batch: Any, buffers: Params) -> Tensor:
+    return 0.5 * (theta["w"] - TARGET).square().sum() + 0.1 * tree.flatten(phi).square().sum()
+
+
+PROBLEM = BilevelProblem(
+    inner_loss=inner_loss,
+    outer_loss=outer_loss,
+    initial=lambda memory, phi: memory,
+    init_slots=lambda params, phi: {},
+    update=lambda params, grads, slots, phi, step: (tree.add(params, grads, alpha=-ETA), slots),
+    inner_steps=STEPS,
+    update_uses_phi=False,
+)
+
+
+def closed_form() -> Tensor:
+    """Return ∇h from θ_2 = (I − ηA)² θ_0 + (2I − ηA) ηBφ, a vector of N entries."""
+    phi, decay, push = tree.flatten(PHI), torch.eye(M) - ETA * A, ETA * (2 * torch.eye(M) - ETA * A)
+    w = decay @ decay @ START + push @ B @ phi
+    return B.T @ push @ (w - TARGET) + 0.2 * phi
+
+
+EXACT = closed_form()
+
+
+def estimate(strategy: HypergradientStrategy, seed: int = 0, share: tuple[int, int] = (0, 1)) -> Tensor:
+    grads = strategy.estimate(PROBLEM, MEMORY, PHI, EPISODE, Key(seed, share=share)).grads
+    assert list(grads) == list(PHI)
+    return tree.flatten(grads)
+
+
+class Given(HypergradientStrategy):
+    """A guide that always points the same way."""
+
+    exact = unbiased = second_order = False
+    requires = "solve"
+    memory = cost = "O(1)"
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction = direction
+
+    def estimate(self, *args: Any) -> Hypergradient:
+        return Hypergradient(torch.tensor(0.0), tree.unflatten(self.direction, PHI), MEMORY, {})
+
+
+def partly_right(cosine: float) -> Tensor:
+    """Return a vector at a given cosine to ∇h."""
+    exact, other = EXACT / EXACT.norm(), draw(N, seed=6)
+    other = other - (other @ exact) * exact
+    return 3 * (cosine * exact + (1 - cosine**2) ** 0.5 * other / other.norm())
+
+
+GOOD, BAD = Given(partly_right(0.9)), Given(partly_right(-0.1))
+
+
+def test_the_closed_form() -> None:
+    torch.testing.assert_close(estimate(ReverseUnroll()), EXACT, rtol=1e-12, atol=1e-12)
+
+
+# --- Unbiased ---
+
+
+def check_unbiased(sample: Callable[[int], Tensor], count: int = 300) -> None:
+    samples = torch.stack([sample(seed) for seed in range(count)])
+    errors = (samples.mean(0) - EXACT).abs() / (samples.std(0) / count**0.5)
+    assert errors.max() <= 4, f"off by {errors.max():.1f} standard errors"
+
+
+GUIDES: dict[str, HypergradientStrategy] = {
+    "good": GOOD,
+    "bad": BAD,
+    "opposite": Given(-EXACT),
+    "TruncatedReverse": TruncatedReverse(steps=1),
+    # Directions of its own: were they those of the guided estimate, u would not be independent of them.
+    "ForwardGradient": ForwardGradient(num_directions=1),
+    "PZOBO": PZOBO(num_directions=1, directions=Rademacher()),
+}
+
+
+@pytest.mark.parametrize("sampler", [Rademacher(), Gaussian(), Orthogonal()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
+def test_unbiased_whatever_the_guide(guide: HypergradientStrategy, sampler: DirectionSampler) -> None:
+    if guide is GUIDES["opposite"]:
+        torch.testing.assert_close(estimate(ForwardGradient(3, sampler, guide=guide)), EXACT)
+        return
+    strategy = ForwardGradient(3, sampler, guide=guide)
+    check_unbiased(lambda seed: estimate(strategy, seed))
+
+
+def by_hand(seed: int, project: bool = True, divisor: int = 2) -> Tensor:
+    """Return s·u + (1/(b−1)) Σ ⟨∇h, p⟩ p of three directions from the exact ∇h, along BAD."""
+    u = BAD.direction / BAD.direction.norm()
+    v = Rademacher().flat(Key(seed), 0, 2, EXACT)
+    p = v - torch.outer(v @ u, u) if project else v
+    return (EXACT @ u) * u + p.T @ (p @ EXACT) / divisor
+
+
+def test_the_definition() -> None:
+    for seed in range(3):
+        expected = by_hand(seed)
+        for options in ({}, {"mode": "forward"}, {"chunk_size": 1}, {"chunk_size": 2}):
+            actual = estimate(ForwardGradient(3, guide=BAD, **options), seed)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_check_rejects_broken_estimates() -> None:
+    check_unbiased(by_hand)
+    with pytest.raises(AssertionError, match="^off by"):
+        check_unbiased(lambda seed: by_hand(seed, divisor=3))  # the guide's direction counted among the random ones
+    u, v = GOOD.direction / GOOD.direction.norm(), lambda seed: Rademacher().flat(Key(seed), 0, 2, EXACT)
+    with pytest.raises(AssertionError, match="^off by"):  # directions that are not projected
+        check_unbiased(lambda seed: (EXACT @ u) * u + v(seed).T @ (v(seed) @ EXACT) / 2)
+
+
+# --- Error ---
+
+
+def check_error(strategy: HypergradientStrategy, expected: Tensor, count: int = 800) -> None:
+    errors = torch.stack([estimate(strategy, seed) - EXACT for seed in range(count)])
+    measured = errors.square().sum(1).mean()
+    torch.testing.assert_close(measured, expected, rtol=0.1, atol=0, msg=f"error {measured:.3f}, not {expected:.3f}")
+
+
+def documented(guide: Given, sampler: DirectionSampler, directions: int) -> Tensor:
+    u = guide.direction / guide.direction.norm()
+    w = EXACT - (EXACT @ u) * u
+    if isinstance(sampler, Gaussian):
+        return N * w @ w / (directions - 1)
+    return ((N - 2) * w @ w + 2 * (w.square() * u.square()).sum()) / (directions - 1)
+
+
+@pytest.mark.parametrize("sampler", [Rademacher(), Gaussian()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("guide", [GOOD, BAD], ids=["good", "bad"])
+def test_error_is_the_documented_one(guide: Given, sampler: DirectionSampler) -> None:
+    check_error(ForwardGradient(5, sampler, guide=guide), documented(guide, sampler, 5))
+
+
+def test_the_error_check_tells_samplers_and_guides_apart() -> None:
+    with pytest.raises(AssertionError, match="^error "):
+        check_error(ForwardGradient(5, Gaussian(), guide=GOOD), documented(GOOD, Rademacher(), 5))
+    with pytest.raises(AssertionError, match="^error "):
+        check_error(ForwardGradient(5, guide=GOOD), documented(GOOD, Rademacher(), 6))
+
+
+@pytest.mark.parametrize("length", [1e-20, 1.0, -1e20])
+def test_a_perfect_guide_gives_the_exact_answer(length: float) -> None:
+    for directions in (2, 5):
+        guided = ForwardGradient(directions, Gaussian(), guide=Given(length * EXACT))
+        torch.testing.assert_close(estimate(guided), EXACT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(estimate(ForwardGradient(2, guide=ReverseUnroll())), EXACT, rtol=1e-12, atol=1e-12)
+
+
+# --- Guides that give nothing ---
+
+
+@pytest.mark.parametrize("entry", [0.0, float("nan"), float("inf")])
+def test_without_a_direction_it_goes_on_unguided_and_says_so_once(entry: float) -> None:
+    guide = Given(torch.zeros(N, dtype=torch.float64))
+    guide.direction[0] = entry
+    strategy = ForwardGradient(4, guide=guide)
+    with pytest.warns(
+        UserWarning, match=f"^The guide `Given` gave an estimate of norm {entry}; `ForwardGradient` goes on"
+    ):
+        first = estimate(strategy)
+    torch.testing.assert_close(first, estimate(ForwardGradient(4)), rtol=0, atol=0)
+    torch.testing.assert_close(estimate(strategy, 1), estimate(ForwardGradient(4), 1), rtol=0, atol=0)
+    guide.direction = EXACT
+    torch.testing.assert_close(estimate(strategy, 2), EXACT)
+
+
+def test_a_guide_needs_a_second_direction() -> None:
+    with pytest.raises(
+        ValueError, match=r"^Expected `ForwardGradient\(num_directions=\.\.\.\)` to be at least 2 with a"
+    ):
+        ForwardGradient(1, guide=GOOD)
+
+
+def test_what_the_guide_refuses_is_refused() -> None:
+    module = RidgeSolver()
+    with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
+        hypergradient(module, ForwardGradient(2, guide=TruncatedReverse(1)), module.episode())
+    hypergradient(module, ForwardGradient(2, guide=PZOBO()), module.episode())
+
+
+def test_the_state_of_the_guide_is_kept() -> None:
+    problem = replace(PROBLEM, inner_steps=1, warm=True)
+    arguments = problem, MEMORY, PHI, EPISODE, Key()
+    strategy, resumed = ForwardGradient(2, guide=FSLA()), ForwardGradient(2, guide=FSLA())
+    strategy.estimate(*arguments)
+    resumed.load_state_dict(strategy.state_dict())
+    assert_close(strategy.estimate(*arguments).grads, resumed.estimate(*arguments).grads, 1e-12)
+    assert resumed.state_dict()["guide"]["tracked"]["k"] == 2
+    assert ForwardGradient(2).state_dict() == {}
+
+
+# --- Shares of directions ---
+
+DIRECTION_PARALLEL: dict[str, HypergradientStrategy] = {
+    "plain": ForwardGradient(4),
+    "plain, chunks": ForwardGradient(4, chunk_size=1),
+    "plain, Orthogonal": ForwardGradient(4, Orthogonal()),
+    "guided": ForwardGradient(4, guide=GOOD),
+    "guided, chunks": ForwardGradient(4, guide=GOOD, chunk_size=1),
+    "guided by directions": ForwardGradient(4, guide=ForwardGradient(3)),
+    "PZOBO": PZOBO(4, mu=0.1),
+    "PZOBO, chunks": PZOBO(4, mu=0.1, chunk_size=1),
+    "ZerothOrder": ZerothOrder(4, mu=0.1),
+    "ZerothOrder, central": ZerothOrder(4, mu=0.1, scheme="central"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", DIRECTION_PARALLEL)
+def test_the_mean_over_shares_is_the_whole(name: str, ranks: int) -> None:
+    strategy = DIRECTION_PARALLEL[name]
+    assert strategy.direction_parallel
+    whole = estimate(strategy, 3)
+    shares = torch.stack([estimate(strategy, 3, (rank, ranks)) for rank in range(ranks)])
+    torch.testing.assert_close(shares.mean(0), whole, rtol=1e-12, atol=1e-12)
+    if ranks > 1:
+        assert (shares - whole).abs().max() > 1e-3  # a share by itself is not the estimate
+
+
+@pytest.mark.parametrize("name", DIRECTION_PARALLEL)
+def test_an_empty_share_still_takes_the_inner_steps(name: str) -> None:
+    keys = Key(3), Key(3, share=(4, 5))
+    whole, empty = (DIRECTION_PARALLEL[name].estimate(PROBLEM, MEMORY, PHI, EPISODE, key) for key in keys)
+    explicit = 0.2 * tree.flatten(PHI) if "PZOBO" in name else torch.zeros(N, dtype=torch.float64)
+    torch.testing.assert_close(tree.flatten(empty.grads), explicit)
+    assert torch.equal(empty.state.params["w"], whole.state.params["w"])
+    assert empty.state.steps == STEPS
+    torch.testing.assert_close(empty.value, whole.value, rtol=1e-15, atol=0)
+    torch.testing.assert_close(empty.metrics, whole.metrics)

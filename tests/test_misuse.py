@@ -1,0 +1,565 @@
+"""Every error: raised where it is caused, before the first batch where that is possible, in the library's wording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from lightning_bilevel import (
+    FSLA,
+    PZOBO,
+    SGD,
+    Adam,
+    BilevelModule,
+    Episode,
+    ForwardGradient,
+    ForwardUnroll,
+    GammaGreedy,
+    HypergradientMonitor,
+    HypergradientSchedule,
+    ImplicitGradient,
+    ReverseUnroll,
+    TruncatedReverse,
+    ZerothOrder,
+    hypergradient,
+)
+from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.linear_solvers import Identity, Neumann
+from modules import examples, listed, parameters, tasks, trainer
+
+
+class Net(BilevelModule):
+    """A bilevel module that works; every case below spoils it in one way."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"inner_steps": 3, "inner_start": "reset", **options})
+        self.net, self.log_penalty = nn.Linear(3, 1), nn.Parameter(torch.zeros(1))
+
+    def inner_parameters(self) -> Any:
+        return self.net
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return self.outer_loss(batch) + (self.log_penalty.exp() * self.net.weight.square()).sum()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_inner_optimizer(self) -> Any:
+        return SGD(lr=0.1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def net(options: dict[str, Any] | None = None, **methods: Any) -> Net:
+    """Return a ``Net`` whose class has other ``methods``; ``None`` puts the default hook back."""
+    methods = {name: getattr(BilevelModule, name) if method is None else method for name, method in methods.items()}
+    return type("Net", (Net,), methods)(**(options or {}))
+
+
+def without_levels() -> Net:
+    return net(inner_parameters=None)
+
+
+class Alone(LightningModule):
+    """No bilevel module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters())
+
+
+class Stream:
+    """Training batches; knows whether one was asked for."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches, self.opened = batches, False
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.opened = True
+        return iter(self.batches)
+
+
+class Bare(nn.Module):
+    """Has a parameter and no ``reset_parameters``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class BareNet(Net):
+    def __init__(self) -> None:
+        super().__init__(inner_start="reinit")
+        self.net = Bare()
+
+
+class Diverging(Net):
+    """Goes wrong in one quantity at a given inner step or outer evaluation."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.step = where, 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.step = -1  # the losses are evaluated once before, to see what they depend on
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return super().inner_loss(batch) + (batch[2].sum() if self.where == "inner" and len(batch) > 2 else 0)
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        loss = super().outer_loss(batch)
+        if self.where == "outer" and len(batch) > 2:
+            return loss * batch[2].sum()
+        if self.where == "hypergradient":
+            return loss + (self.log_penalty - self.log_penalty.detach()).abs().sqrt().sum()
+        return loss
+
+
+X, Y = examples(0)[:2]
+BAD = torch.tensor([float("nan")])
+GOOD = torch.tensor([0.0])
+EPISODE = Episode([(X, Y)], (X, Y))
+
+
+def solves(solution: Any, **methods: Any) -> Callable[[], Net]:
+    return lambda: net(solve_inner=lambda self, batches: solution(self), inner_loss=None, **methods)
+
+
+def zeros(self: Net) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) * self.log_penalty for name, p in self.net.named_parameters(prefix="net")}
+
+
+class Case(NamedTuple):
+    """What is spoiled, the first words of the error, and whether it takes the first batch to see it."""
+
+    build: Callable[[], Any]
+    message: str
+    callbacks: Sequence[Any] = (ReverseUnroll(),)
+    error: type[Exception] = MisconfigurationError
+    first: bool = False
+    batches: Sequence[Any] = (EPISODE,)
+
+
+FITS: dict[str, Case] = {
+    # The Trainer
+    "no strategy": Case(net, r"`Net` has no hypergradient strategy\. Add one", callbacks=[]),
+    "two strategies": Case(
+        net,
+        r"Cannot use `ReverseUnroll` and `ForwardGradient` in one Trainer\. This is because",
+        callbacks=[ReverseUnroll(), ForwardGradient()],
+    ),
+    "plain module": Case(
+        Alone, r"`Alone` has no inner and outer level\. `ReverseUnroll` works on a `lightning_bilevel\.BilevelModule`"
+    ),
+    "plain module with monitor": Case(
+        Alone,
+        r"`Alone` has no hypergradient to monitor\. `HypergradientMonitor` works on",
+        callbacks=[HypergradientMonitor()],
+    ),
+    # Hooks that are missing, or that should not be there
+    "no inner loss": Case(
+        lambda: net(inner_loss=None), r"`Net` has no `inner_loss`\. Add `def inner_loss\(self, batch\): \.\.\.`\.$"
+    ),
+    "no outer loss": Case(
+        lambda: net(outer_loss=None), r"`Net` has no `outer_loss`\. Add `def outer_loss\(self, batch\): \.\.\.`\.$"
+    ),
+    "no inner optimizer": Case(
+        lambda: net(configure_inner_optimizer=None),
+        r"`Net` has no `configure_inner_optimizer`\. Add `def configure_inner_optimizer\(self\): return SGD",
+    ),
+    "no level": Case(
+        without_levels, r"`Net` has no `inner_parameters`\. Add `def inner_parameters\(self\): return self\.net`, or"
+    ),
+    "training step": Case(
+        lambda: net(training_step=lambda self, batch, batch_idx: None),
+        r"Cannot use an overridden `Net\.training_step`\. This is because .*\. Write `inner_loss\(batch\)` and",
+    ),
+    "manual optimization": Case(
+        lambda: net(automatic_optimization=property(lambda self: False, lambda self, value: None)),
+        r"Cannot use manual optimization with a `BilevelModule`\. This is because .*\. Remove",
+    ),
+    "everything at once": Case(
+        lambda: net(training_step=lambda self, batch: None, outer_loss=None, inner_loss=None),
+        r"`Net` has no `outer_loss`\..*\n`Net` has no `inner_loss`\..*\nCannot use an overridden `Net\.training_step`",
+    ),
+    # The levels
+    "no inner parameters": Case(
+        lambda: net(inner_parameters=lambda self: []),
+        r"`Net` has no inner parameters\. Let `inner_parameters\(\)` return parameters that require gradients",
+    ),
+    "no outer parameters": Case(
+        lambda: net(inner_parameters=lambda self: self.parameters()),
+        r"`Net` has no outer parameters\. Let `outer_parameters\(\)` return",
+    ),
+    "forgotten return": Case(
+        lambda: net(inner_parameters=lambda self: None),
+        r"Expected `Net\.inner_parameters\(\)` to be parameters or submodules of the module, got None\. Write `return",
+        error=ValueError,
+    ),
+    "named parameters": Case(
+        lambda: net(outer_parameters=lambda self: self.named_parameters()),
+        r"Expected `Net\.outer_parameters\(\)` to be parameters or submodules of the module, got 'tuple'\. Write",
+        error=ValueError,
+    ),
+    "another module's parameters": Case(
+        lambda: net(inner_parameters=lambda self: nn.Linear(3, 1)),
+        r"Expected `Net\.inner_parameters\(\)` to be parameters or submodules of the module, "
+        r"got 'a parameter of shape \(1, 3\) from elsewhere'\. Make it",
+        error=ValueError,
+    ),
+    "untouched outer parameter": Case(
+        lambda: net(inner_loss=lambda self, batch: self.outer_loss(batch)),
+        r"`Net` has no loss that depends on the outer parameters \['log_penalty'\]\. Use them in `inner_loss`",
+        first=True,
+    ),
+    "inner loss without inner parameters": Case(
+        lambda: net(inner_loss=lambda self, batch: self.log_penalty.exp().sum()),
+        r"`Net` has no inner loss that depends on the inner parameters\. Use net\.weight, net\.bias in",
+        first=True,
+    ),
+    "reinit without reset_parameters": Case(
+        BareNet,
+        r"`Bare` has no `reset_parameters\(\)`, which `inner_start='reinit'` calls for \['net\.weight'\]\. Define it",
+    ),
+    "optimizer of the inner parameters": Case(
+        lambda: net(configure_optimizers=lambda self: torch.optim.Adam(self.net.parameters())),
+        r"`Net` has no outer parameter in its optimizer\. Let `configure_optimizers\(\)` return",
+    ),
+    # What hooks return
+    "inner loss of several numbers": Case(
+        lambda: net(inner_loss=lambda self, batch: Net.inner_loss(self, batch)[None]),
+        r"Expected `Net\.inner_loss\(batch\)` to be a 0-dim tensor, got 'a tensor of shape \(1,\)'\. Reduce it with",
+        error=ValueError,
+        first=True,
+    ),
+    "outer loss without a return": Case(
+        lambda: net(outer_loss=lambda self, batch: None, inner_loss=lambda self, batch: Net.outer_loss(self, batch)),
+        r"Expected `Net\.outer_loss\(batch\)` to be a 0-dim tensor, got 'NoneType'\.",
+        error=ValueError,
+        first=True,
+    ),
+    "inner optimizer": Case(
+        lambda: net(configure_inner_optimizer=lambda self: "sgd"),
+        r"Expected `Net\.configure_inner_optimizer\(\)` to be an `InnerOptimizer` or a `torch\.optim` instance, got",
+        error=ValueError,
+    ),
+    "solution with other names": Case(
+        solves(lambda self: {"weight": self.log_penalty}),
+        r"Expected `Net\.solve_inner\(batches\)` to be a mapping with the keys \['net\.bias', 'net\.weight'\], got",
+        error=ValueError,
+        first=True,
+    ),
+    "solution without names": Case(
+        solves(lambda self: self.log_penalty),
+        r"Expected `Net\.solve_inner\(batches\)` to be a mapping with the keys .*, got 'Tensor'\.",
+        error=ValueError,
+        first=True,
+    ),
+    "solution of other shapes": Case(
+        solves(lambda self: {**zeros(self), "net.bias": self.log_penalty[0]}),
+        r"Expected `Net\.solve_inner\(batches\)\['net\.bias'\]` to be of shape \(1,\), got \(\)\.",
+        error=ValueError,
+        first=True,
+    ),
+    "start of other shapes": Case(
+        lambda: net(initial_inner_parameters=lambda self: {"net.bias": torch.zeros(2)}),
+        r"Expected `Net\.initial_inner_parameters\(\)\['net\.bias'\]` to be of shape \(1,\), got \(2,\)\.",
+        error=ValueError,
+        first=True,
+    ),
+    "no episodes": Case(
+        lambda: net(episodes=lambda self, batch: []),
+        r"Expected `Net\.episodes\(batch\)` to be at least one episode, got \[\]\.",
+        error=ValueError,
+        first=True,
+    ),
+    # Batches
+    "plain batch": Case(
+        net,
+        r"Expected `the training batch` to be an `Episode`, .*, got '(list|tuple)'\. Pass `EpisodeLoader\(",
+        error=ValueError,
+        first=True,
+        batches=[(X, Y)],
+    ),
+    "no inner batch": Case(
+        net,
+        r"Expected `Episode\(inner=\.\.\.\)` to be a list of at least one inner batch, got 'none'\.",
+        error=ValueError,
+        first=True,
+        batches=[Episode([], (X, Y))],
+    ),
+    "inner batch without a list": Case(
+        net,
+        r"Expected `Episode\(inner=\.\.\.\)` to be a list of at least one inner batch, got 'Tensor'\. Write a single",
+        error=ValueError,
+        first=True,
+        batches=[Episode(X, (X, Y))],
+    ),
+    "warm with several episodes": Case(
+        lambda: net({"inner_start": "warm"}),
+        r"Cannot use `inner_start='warm'` with 3 episodes in a batch\. This is because net\.weight would continue",
+        first=True,
+        batches=[tasks(3)],
+    ),
+    # Numbers
+    "inner loss nan": Case(
+        lambda: Diverging("inner"),
+        r"Expected the inner loss at step 1 of 3 to be finite, got nan\. Lower the inner learning rate",
+        error=FloatingPointError,
+        first=True,
+        batches=[Episode([(X, Y, GOOD), (X, Y, BAD)], (X, Y))],
+    ),
+    "outer loss nan": Case(
+        lambda: Diverging("outer"),
+        r"Expected the outer loss to be finite, got nan\. Look at the outer loss",
+        error=FloatingPointError,
+        first=True,
+        batches=[Episode([(X, Y)], (X, Y, BAD))],
+    ),
+    "hypergradient nan": Case(
+        lambda: Diverging("hypergradient"),
+        r"Expected the hypergradient of `log_penalty` to be finite, got nan or inf\. Lower the inner learning rate",
+        error=FloatingPointError,
+        first=True,
+    ),
+    # Strategies that cannot work with this module
+    "steps of a solver": Case(
+        solves(zeros),
+        r"Cannot use `TruncatedReverse` with `solve_inner`\. This is because your solver has no inner steps\. Use",
+        callbacks=[TruncatedReverse()],
+    ),
+    "derivatives of a black box": Case(
+        solves(zeros, differentiable_solve=False),
+        r"Cannot use `ReverseUnroll` with `solve_inner` and `differentiable_solve = False`\. This is because",
+    ),
+    "steps in a later phase": Case(
+        solves(zeros),
+        r"Cannot use `TruncatedReverse` with `solve_inner`\.",
+        callbacks=[HypergradientSchedule([(ReverseUnroll(), 1), (TruncatedReverse(), None)])],
+    ),
+    "steps of a guide": Case(
+        solves(zeros),
+        r"Cannot use `TruncatedReverse` with `solve_inner`\.",
+        callbacks=[ForwardGradient(guide=TruncatedReverse())],
+    ),
+    "implicit with shared": Case(
+        lambda: net(inner_parameters=lambda self: self, outer_parameters=lambda self: self),
+        r"Cannot use `ImplicitGradient` with parameters shared by both levels and `proximal=0`\. This is because",
+        callbacks=[ImplicitGradient(Identity())],
+    ),
+    "implicit with a learned rate": Case(
+        lambda: net(configure_inner_optimizer=lambda self: SGD(lr=self.log_penalty.exp())),
+        r"Cannot use `ImplicitGradient` with an inner optimizer that depends on the outer parameters\. This is",
+        callbacks=[ImplicitGradient(Neumann(step_size=0.1))],
+    ),
+    "adapted identity with a solver": Case(
+        solves(zeros),
+        r"Cannot use `Identity\(adapt=True\)` with `solve_inner`\. This is because",
+        callbacks=[ImplicitGradient(Identity(adapt=True))],
+    ),
+    "fsla, all of it": Case(
+        lambda: net(configure_inner_optimizer=lambda self: Adam(lr=self.log_penalty.exp())),
+        r"Cannot use `FSLA` with an inner level that starts anew\..*\n"
+        r"Cannot use `FSLA` with `inner_steps=3`\..*\n"
+        r"Cannot use `FSLA` with an inner optimizer that depends on φ\..*\n"
+        r"Cannot use `FSLA` with an inner optimizer with state\.",
+        callbacks=[FSLA()],
+    ),
+    "fsla with shared": Case(
+        lambda: net(inner_parameters=lambda self: self, outer_parameters=lambda self: self),
+        r"Cannot use `FSLA` with parameters shared by both levels\. This is because",
+        callbacks=[FSLA()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_fit_refuses(name):
+    case = FITS[name]
+    module, stream = case.build(), Stream(case.batches)
+    before, flags = parameters(module), [p.requires_grad for p in module.parameters()]
+    with pytest.raises(case.error, match=f"^{case.message}"):
+        trainer(*case.callbacks).fit(module, stream)
+    assert stream.opened == case.first
+    assert [p.requires_grad for p in module.parameters()] == flags
+    assert all(torch.equal(before[key], value) for key, value in parameters(module).items())
+
+
+def test_the_module_that_the_cases_spoil_works():
+    trainer(ReverseUnroll()).fit(net(), listed([EPISODE]))
+
+
+def test_what_is_not_reset_may_start_elsewhere():
+    class Module(BareNet):
+        def initial_inner_parameters(self):
+            return {"net.weight": self.log_penalty.exp() * torch.ones(1, 3)}
+
+    trainer(ReverseUnroll()).fit(Module(), listed([EPISODE]))
+
+
+def test_fsla_refuses_accumulation():
+    message = r"^Cannot use `FSLA` with `accumulate_grad_batches=2`\. This is because"
+    with pytest.raises(MisconfigurationError, match=message):
+        trainer(FSLA(), accumulate_grad_batches=2).fit(net(), Stream([EPISODE]))
+
+
+CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # BilevelModule(...)
+    "inner_steps": (
+        lambda: net({"inner_steps": 0}),
+        ValueError,
+        r"Expected `BilevelModule\(inner_steps=\.\.\.\)` to be a positive integer, got 0\.",
+    ),
+    "inner_start": (
+        lambda: net({"inner_start": "cold"}),
+        ValueError,
+        r"Expected `BilevelModule\(inner_start=\.\.\.\)` to be 'warm' or 'reset' or 'reinit', got 'cold'\.",
+    ),
+    "proximal": (
+        lambda: net({"proximal": float("nan")}),
+        ValueError,
+        r"Expected `BilevelModule\(proximal=\.\.\.\)` to be a non-negative number, got nan\.",
+    ),
+    "episode_chunk_size": (
+        lambda: net({"episode_chunk_size": 1.5}),
+        ValueError,
+        r"Expected `BilevelModule\(episode_chunk_size=\.\.\.\)` to be a positive integer, got 1\.5\.",
+    ),
+    # Hooks called without a default
+    "super().inner_loss": (
+        lambda: BilevelModule.inner_loss(net(), None),
+        MisconfigurationError,
+        "`Net` has no `inner_",
+    ),
+    "super().outer_loss": (
+        lambda: BilevelModule.outer_loss(net(), None),
+        MisconfigurationError,
+        "`Net` has no `outer_",
+    ),
+    "super().configure_inner_optimizer": (
+        lambda: BilevelModule.configure_inner_optimizer(net()),
+        MisconfigurationError,
+        "`Net` has no `configure_inner_optimizer`",
+    ),
+    "super().solve_inner": (
+        lambda: BilevelModule.solve_inner(net(), None),
+        MisconfigurationError,
+        r"`Net` has no `solve_inner`\. Add `def solve_inner\(self, batches\)",
+    ),
+    "outer_parameters of neither": (
+        lambda: without_levels().outer_parameters(),
+        MisconfigurationError,
+        "`Net` has no `inner_parameters`",
+    ),
+    # Without a Trainer
+    "hypergradient without hooks": (
+        lambda: hypergradient(net(outer_loss=None), ReverseUnroll(), EPISODE),
+        MisconfigurationError,
+        "`Net` has no `outer_loss`",
+    ),
+    "hypergradient of nothing": (
+        lambda: hypergradient(net(), ReverseUnroll(), []),
+        ValueError,
+        r"Expected `Net\.episodes\(batch\)` to be at least one episode, got \[\]",
+    ),
+    "hypergradient of a refused combination": (
+        lambda: hypergradient(net(inner_loss=None, solve_inner=zeros), TruncatedReverse(), EPISODE),
+        MisconfigurationError,
+        "Cannot use `TruncatedReverse` with `solve_inner`",
+    ),
+    "training_step without a fit": (
+        lambda: net().training_step(EPISODE),
+        MisconfigurationError,
+        "`Net` has no hypergradient strategy",
+    ),
+    "adapted to nothing": (
+        lambda: net().adapted([]).__enter__(),
+        ValueError,
+        r"Expected `Episode\(inner=\.\.\.\)` to be a list of at least one inner batch, got 'none'",
+    ),
+    "adapted to a tensor": (
+        lambda: net().adapted(X).__enter__(),
+        ValueError,
+        r"Expected `Episode\(inner=\.\.\.\)` to be a list of at least one inner batch, got 'Tensor'",
+    ),
+    "adapted by negative steps": (
+        lambda: net().adapted([(X, Y)], steps=-1).__enter__(),
+        ValueError,
+        r"Expected `adapted\(steps=\.\.\.\)` to be a non-negative integer, got -1\.",
+    ),
+    "adapted with no inner loss": (
+        lambda: net(inner_loss=None).adapted([(X, Y)]).__enter__(),
+        MisconfigurationError,
+        "`Net` has no `inner_loss`",
+    ),
+}
+
+# Constructors of callbacks: a bad value of one argument, and what it is expected to be.
+POSITIVE = "a positive integer"
+ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
+    (ReverseUnroll, {"checkpoint": 0}, "checkpoint", "None, a positive integer or 'sqrt'"),
+    (ReverseUnroll, {"checkpoint": "log"}, "checkpoint", "None, a positive integer or 'sqrt'"),
+    (TruncatedReverse, {"steps": 0}, "steps", POSITIVE),
+    (ForwardUnroll, {"chunk_size": 0}, "chunk_size", POSITIVE),
+    (ForwardUnroll, {"mode": "reverse"}, "mode", "'auto' or 'double_backward' or 'forward'"),
+    (ForwardGradient, {"num_directions": 0}, "num_directions", POSITIVE),
+    (ForwardGradient, {"num_directions": True}, "num_directions", POSITIVE),
+    (ForwardGradient, {"num_directions": 1, "guide": TruncatedReverse()}, "num_directions", "at least 2 with a guide"),
+    (ForwardGradient, {"chunk_size": 2.0}, "chunk_size", POSITIVE),
+    (ForwardGradient, {"mode": "fast"}, "mode", "'auto' or 'double_backward' or 'forward'"),
+    (ZerothOrder, {"num_directions": 0}, "num_directions", POSITIVE),
+    (ZerothOrder, {"mu": 0.0}, "mu", "a positive number"),
+    (ZerothOrder, {"scheme": "backward"}, "scheme", "'forward' or 'central'"),
+    (ZerothOrder, {"chunk_size": 0}, "chunk_size", POSITIVE),
+    (PZOBO, {"num_directions": -1}, "num_directions", POSITIVE),
+    (PZOBO, {"mu": float("inf")}, "mu", "a positive number"),
+    (PZOBO, {"chunk_size": 0}, "chunk_size", POSITIVE),
+    (ImplicitGradient, {"solver": "cg"}, "solver", "a linear solver such as `Neumann(10, step_size=lr)`"),
+    (GammaGreedy, {"gamma": 1.5}, "gamma", "a number in [0, 1]"),
+    (FSLA, {"beta": 0}, "beta", "a positive number"),
+    (FSLA, {"tau": -1.0}, "tau", "a positive number"),
+    (FSLA, {"eta": 1.5}, "eta", "at most 1"),
+    (FSLA, {"schedule": "linear"}, "schedule", "'constant' or 'inverse_sqrt'"),
+    (HypergradientSchedule, {"phases": []}, "phases", "a list of (strategy, steps) that ends with (strategy, None)"),
+    (HypergradientMonitor, {"every_n_steps": 0}, "every_n_steps", POSITIVE),
+    (HypergradientMonitor, {"samples": 1}, "samples", "0, or an integer of at least 2"),
+]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_refuse(name):
+    call, error, message = CALLS[name]
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize(("owner", "arguments", "bad", "expected"), ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_constructors_refuse(owner, arguments, bad, expected):
+    with pytest.raises(ValueError, match="^Expected") as caught:
+        owner(**arguments)
+    assert str(caught.value).startswith(f"Expected `{owner.__name__}({bad}=...)` to be {expected}, got")
+    assert repr(arguments[bad]) in str(caught.value)
+
+
+def test_a_phase_needs_its_steps():
+    message = r"^Expected `HypergradientSchedule steps of TruncatedReverse` to be a positive integer, got 0\."
+    with pytest.raises(ValueError, match=message):
+        HypergradientSchedule([(TruncatedReverse(), 0), (ReverseUnroll(), None)])

@@ -1,0 +1,408 @@
+"""ZerothOrder and PZOBO: differences of plain loops, their bias in μ, runs that repeat, black boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel import (
+    PZOBO,
+    Episode,
+    FirstOrder,
+    ForwardGradient,
+    HypergradientStrategy,
+    ReverseUnroll,
+    ZerothOrder,
+    hypergradient,
+    tree,
+)
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Rademacher
+from lightning_bilevel.functional import FunctionalModule
+from lightning_bilevel.problem import InnerState
+from lightning_bilevel.safe import Randomness
+from lightning_bilevel.strategies.perturbation import PerturbedRuns
+from lightning_bilevel.tree import Params
+from problems import (
+    Mlp,
+    Problem,
+    Quadratic,
+    RidgeBlackBox,
+    RidgeSolver,
+    assert_close,
+    draw,
+    episodes,
+    perturbed,
+    plain_value,
+    seeded,
+    train,
+)
+
+Make = Callable[..., HypergradientStrategy]
+"""(number of directions, μ) to a strategy."""
+
+FORWARD, CENTRAL = partial(ZerothOrder, scheme="forward"), partial(ZerothOrder, scheme="central")
+BOTH = {"forward": FORWARD, "central": CENTRAL}
+EVERY: dict[str, Make] = {**BOTH, "PZOBO": PZOBO}
+
+every_kind = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+
+
+class UnitPerTensor(DirectionSampler):
+    """Broken: a Gaussian direction divided by its norm in each tensor, as in PZOBO's public code."""
+
+    def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
+        raise AssertionError("drawn per tensor")
+
+    def draw(self, key: Key, start: int, stop: int, like: Params) -> Params:
+        drawn = Gaussian().draw(key, start, stop, like)
+        return {
+            name: v / v.reshape(len(v), -1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1)) for name, v in drawn.items()
+        }
+
+
+def along(slopes: list[float] | Tensor, directions: Params) -> Params:
+    """Return the mean of slopes times directions."""
+    slopes = torch.as_tensor(slopes, dtype=torch.float64)
+    return {name: (slopes.reshape(-1, *[1] * (v.ndim - 1)) * v).mean(0) for name, v in directions.items()}
+
+
+def inner_products(a: Params, directions: Params) -> Tensor:
+    """Return ⟨a, v_i⟩, shape ``(n,)``."""
+    return torch.stack([(a[name] * v).reshape(len(v), -1).sum(1) for name, v in directions.items()]).sum(0)
+
+
+def plain_gradients(module: Problem, episode: Episode) -> tuple[Params, Params, Params]:
+    """Return θ_T, d = ∂f/∂θ_T and c = ∂f/∂φ of a plain loop; c is zero for shared parameters."""
+    trained = train(module, episode)
+    theta, phi = trained.inner_named(), trained.outer_named()
+    own = {name: value for name, value in phi.items() if name not in theta}
+    grads = torch.autograd.grad(trained.outer_loss(episode.outer), [*theta.values(), *own.values()], allow_unused=True)
+    d, c = tree.like(theta, grads[: len(theta)]), tree.like(own, grads[len(theta) :])
+    return tree.detach(theta), d, {name: c.get(name, torch.zeros_like(value)) for name, value in phi.items()}
+
+
+# --- The definitions, by plain loops ---
+
+
+@both_ways
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+def test_zeroth_order_is_differences_of_plain_loops(make: Make, shared: bool) -> None:
+    mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
+    v = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
+
+    def value(i: int, scale: float) -> float:
+        return perturbed(module, tree.index(v, i), scale, lambda: plain_value(module, episode))
+
+    if make is CENTRAL:
+        slopes = [(value(i, mu) - value(i, -mu)) / (2 * mu) for i in range(3)]
+    else:
+        slopes = [(value(i, mu) - value(i, 0.0)) / mu for i in range(3)]
+    result = hypergradient(module, make(3, mu), episode, seed=3)
+    assert_close(result.grads, along(slopes, v), 1e-10)
+    assert result.value.item() == pytest.approx(value(0, 0.0), rel=1e-12)
+
+
+@both_ways
+def test_pzobo_is_differences_of_plain_responses(shared: bool) -> None:
+    mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
+    u = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
+    theta, d, c = plain_gradients(module, episode)
+
+    def slope(i: int) -> float:
+        moved = perturbed(
+            module,
+            tree.index(u, i),
+            mu,
+            lambda: tree.detach(train(module, episode).inner_named()),  # type: ignore
+        )
+        return sum(((moved[name] - value) * d[name]).sum().item() / mu for name, value in theta.items())
+
+    grads = hypergradient(module, PZOBO(3, mu), episode, seed=3).grads
+    assert_close(grads, tree.add(c, along([slope(i) for i in range(3)], u)), 1e-10)
+
+
+# --- Bias ---
+
+
+def check_order(make: Make, order: int) -> None:
+    """The error against exact derivatives along the same directions falls as μ^order."""
+    module, (episode,) = Mlp("momentum", shared=True), episodes(1)
+    exact = hypergradient(module, ForwardGradient(4, Gaussian()), episode, seed=1).grads
+    if make is PZOBO:  # its explicit part is taken as a whole, not along the directions
+        _, _, c = plain_gradients(module, episode)
+        v = Gaussian().draw(Key(seed=1), 0, 4, c)
+        exact = tree.add(exact, tree.sub(c, along(inner_products(c, v), v)))
+    errors = [
+        tree.norm(tree.sub(hypergradient(module, make(4, mu), episode, seed=1).grads, exact)).item()
+        for mu in (1e-2, 5e-3, 2.5e-3)
+    ]
+    for large, small in zip(errors, errors[1:], strict=False):
+        assert math.log2(large / small) == pytest.approx(order, abs=0.1), "order"
+
+
+ORDERS = {"forward": 1, "central": 2, "PZOBO": 1}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bias_falls_with_mu(name: str) -> None:
+    check_order(EVERY[name], ORDERS[name])
+
+
+def test_the_order_check_tells_forward_from_central_differences() -> None:
+    with pytest.raises(AssertionError, match="^order"):
+        check_order(FORWARD, 2)
+    with pytest.raises(AssertionError, match="^order"):
+        check_order(CENTRAL, 1)
+
+
+def response(module: Quadratic) -> Tensor:
+    """Return dθ_T/dφ of gradient descent, lr Σ_k (I − lr H)^k B, preceded by dθ_T/dθ_0 where that is learned."""
+    decay = torch.eye(4, dtype=torch.float64) - module.lr * module.hessian
+    powers = [torch.linalg.matrix_power(decay, k) for k in range(module.inner_steps + 1)]
+    push = module.lr * sum(powers[:-1])
+    if not module.shared:
+        return push @ module.B
+    return torch.cat([powers[-1] + module.proximal * push, push @ module.B], dim=1)
+
+
+def check_linear_response(make: Make, mu: float, **options: Any) -> None:
+    module = Quadratic(**options)
+    episode = module.episode()
+    phi = tree.detach(module.outer_named())
+    u = Gaussian().draw(Key(seed=2), 0, 4, phi)
+    _, d, c = plain_gradients(module, episode)
+    slopes = inner_products(tree.unflatten(tree.flatten(d) @ response(module), phi), u)
+    assert_close(hypergradient(module, make(4, mu), episode, seed=2).grads, tree.add(c, along(slopes, u)), 1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": True}, {"shared": True, "proximal": 0.4}], ids=str)
+@pytest.mark.parametrize("mu", [1e-3, 1.0, 30.0])
+def test_pzobo_has_no_bias_where_the_response_is_linear(mu: float, options: dict[str, Any]) -> None:
+    check_linear_response(PZOBO, mu, **options)
+
+
+def test_the_scale_check_rejects_normalized_directions() -> None:
+    with pytest.raises(AssertionError, match="^phi: "):
+        check_linear_response(lambda *args: PZOBO(*args, directions=UnitPerTensor()), 1e-3)
+    with pytest.raises(AssertionError, match="^phi: "):  # nor do derivatives of h replace those of the response
+        check_linear_response(FORWARD, 1.0)
+
+
+@pytest.mark.parametrize("mu", [1e-3, 1.0, 30.0])
+def test_central_differences_have_no_bias_on_a_quadratic(mu: float) -> None:
+    module = Quadratic(momentum=0.8, shared=True)
+    episode = module.episode()
+    exact = module.solution(episode).grads
+    v = Rademacher().draw(Key(seed=2), 0, 4, exact)
+    result = hypergradient(module, CENTRAL(4, mu, directions=Rademacher()), episode, seed=2)
+    assert_close(result.grads, along(inner_products(exact, v), v), 1e-9)
+
+
+def check_unbiased(make: Make, mu: float) -> None:
+    """The mean of 30 estimates of 64 directions each is within 4 standard errors of ∇h, coordinate by coordinate."""
+    module, count = Quadratic(inner_steps=2, shared=True), 30
+    episode = module.episode()
+    exact = tree.flatten(module.solution(episode).grads)
+    strategy = make(64, mu)
+    samples = torch.stack(
+        [tree.flatten(hypergradient(module, strategy, episode, seed=seed).grads) for seed in range(count)]
+    )
+    errors = (samples.mean(0) - exact).abs() / (samples.std(0) / count**0.5)
+    assert errors.max() <= 4, f"off by {errors.max():.1f} standard errors"
+
+
+@every_kind
+def test_unbiased_at_small_mu(make: Make) -> None:
+    check_unbiased(make, 1e-4)
+
+
+@every_kind
+def test_the_unbiasedness_check_rejects_normalized_directions(make: Make) -> None:
+    with pytest.raises(AssertionError, match="^off by"):
+        check_unbiased(lambda *args: make(*args, directions=UnitPerTensor()), 1e-4)
+
+
+# --- Perturbed runs repeat the base run ---
+
+
+class Noisy(Mlp):
+    """With buffers that move, masks in both losses and momentum."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__("momentum", shared, inner_start="warm")
+        with seeded(5):
+            self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
+        self.net.double()
+
+    def warm(self, episode: Episode) -> InnerState:
+        """Return what one run leaves behind: moved θ and buffers, momentum that is not zero."""
+        start = InnerState(tree.detach(self.inner_named()), {name: b.clone() for name, b in self.named_buffers()})
+        functional = self.functional()
+        with functional.session(), seeded(0):
+            state = ReverseUnroll().estimate(functional.problem, start, functional.phi(), episode, Key()).state
+        assert all(value.abs().max() > 0 for value in state.slots["momentum"].values())
+        assert state.buffers["net.1.running_mean"].abs().max() > 0
+        return state
+
+
+class Repeated(NamedTuple):
+    """A warm module in the middle of an estimate."""
+
+    functional: FunctionalModule
+    episode: Episode
+    memory: InnerState
+    runs: PerturbedRuns
+
+    @classmethod
+    def of(cls, shared: bool, chunk_size: int | None) -> Repeated:
+        module, (episode,) = Noisy(shared), episodes(1)
+        memory, functional = module.warm(episode), module.functional()
+        with functional.session(), seeded(1):
+            runs = PerturbedRuns(functional.problem, memory, functional.phi(), episode, chunk_size)
+        return cls(functional, episode, memory, runs)
+
+    def at(self, mu: float, count: int = 1) -> tuple[Params, Tensor]:
+        """Return θ_T and h, stacked, at φ + μu."""
+        with self.functional.session():
+            return self.runs.at(Gaussian().draw(Key(), 0, count, self.runs.phi), mu)
+
+    def value(self) -> Tensor:
+        """Return h of the base run."""
+        problem, phi = self.functional.problem, self.runs.phi
+        with self.functional.session(), seeded(1):
+            state = PerturbedRuns(problem, self.memory, phi, self.episode, 1).base.state  # moves the generator on
+            return problem.outer_loss(state.params, phi, self.episode.outer, state.buffers)
+
+
+def tensors(state: InnerState) -> Params:
+    return {name: value.clone() for name, value in (state.flat() | state.buffers).items()}
+
+
+@both_ways
+def test_without_a_perturbation_the_run_repeats_bit_for_bit(shared: bool) -> None:
+    repeated = Repeated.of(shared, chunk_size=1)
+    base, memory, value = tensors(repeated.runs.base.state), tensors(repeated.memory), repeated.value()
+    for mu in (0.0, 1.0, 0.0):  # a run elsewhere in between leaves no trace
+        theta, h = repeated.at(mu)
+        assert set(theta) == set(repeated.runs.base.state.params)
+        assert all(torch.equal(values[0], base[name]) for name, values in theta.items()) == (mu == 0)
+        assert torch.equal(h[0], value) == (mu == 0)
+    for before, state in ((base, repeated.runs.base.state), (memory, repeated.memory)):
+        assert all(torch.equal(value, before[name]) for name, value in tensors(state).items())
+
+
+def test_the_repetition_check_sees_masks_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated = Repeated.of(shared=False, chunk_size=1)
+    monkeypatch.setattr(Randomness, "restore", lambda self: None)
+    theta, _ = repeated.at(0.0)
+    assert not torch.equal(theta["net.0.weight"][0], repeated.runs.base.state.params["net.0.weight"])
+
+
+@both_ways
+def test_vectorized_runs_repeat_the_base_run(shared: bool) -> None:
+    repeated = Repeated.of(shared, chunk_size=None)
+    theta, h = repeated.at(0.0, count=3)
+    for i in range(3):
+        assert_close(tree.index(theta, i), repeated.runs.base.state.params, 1e-12)
+        torch.testing.assert_close(h[i], repeated.value(), rtol=1e-12, atol=0)
+
+
+@both_ways
+@every_kind
+def test_chunks_change_nothing(make: Make, shared: bool) -> None:
+    module, (episode,) = Noisy(shared), episodes(1)
+    memory, functional = module.warm(episode), module.functional()
+    results = []
+    for chunk_size in (1, 3, None):
+        strategy = make(4, 0.1, chunk_size=chunk_size)
+        with functional.session(), seeded(1):
+            results.append(strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()))
+    for result in results[1:]:
+        assert_close(result.grads, results[0].grads, 1e-10)
+        assert torch.equal(result.value, results[0].value)
+
+
+@both_ways
+@pytest.mark.parametrize("chunk_size", [1, None])
+@every_kind
+def test_the_generator_is_left_where_a_plain_run_leaves_it(make: Make, chunk_size: int | None, shared: bool) -> None:
+    class Dropout(Mlp):
+        def __init__(self) -> None:
+            super().__init__("SGD", shared)
+            self.net.first.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.3))
+
+    module, (episode,) = Dropout(), episodes(1)
+    functional = module.functional()
+    memory = InnerState({} if shared else functional.theta())
+    with seeded(7):
+        plain = train(module, episode)
+        plain.outer_loss(episode.outer)
+        expected = torch.get_rng_state()
+    for strategy in (FirstOrder(), make(3, 0.01, chunk_size=chunk_size)):
+        with seeded(7), functional.session():
+            result = strategy.estimate(functional.problem, memory, functional.phi(), episode, Key())
+            assert torch.equal(torch.get_rng_state(), expected)
+        assert_close(result.state.params, tree.detach(plain.inner_named()), 1e-12)
+
+
+# --- A user's own solver ---
+
+
+@pytest.mark.parametrize("kind", [RidgeSolver, RidgeBlackBox])
+@pytest.mark.parametrize(
+    ("name", "mu", "rtol"), [("forward", 1e-6, 1e-4), ("central", 1e-4, 1e-6), ("PZOBO", 1e-6, 1e-4)]
+)
+def test_ridge_regression_by_a_solver(name: str, mu: float, rtol: float, kind: Any) -> None:
+    module = kind()
+    episode = module.episode()
+    optimum = module.optimum(episode)
+    v = Gaussian().draw(Key(seed=4), 0, 5, optimum.grads)
+    result = hypergradient(module, EVERY[name](5, mu), episode, seed=4)
+    assert_close(result.grads, along(inner_products(optimum.grads, v), v), rtol)
+    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
+    torch.testing.assert_close(result.value, optimum.value)
+
+
+# --- Rounding, arguments ---
+
+
+def test_warns_once_of_differences_that_are_rounding() -> None:
+    module = Quadratic().float()
+    module.A, module.B, module.C = module.A.float(), module.B.float(), module.C.float()
+    episode = Episode([draw(4, seed=10).float()], draw(5, seed=20).float())
+    functional, strategy = module.functional(), ZerothOrder(2, mu=1e-5)
+    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, Key()
+    message = r"^`ZerothOrder\(mu=1e-05\)` is small for torch\.float32: .* Raise `mu` to about 0\.00\d, or use float64"
+    with pytest.warns(UserWarning, match=message):
+        strategy.estimate(*arguments)
+    strategy.estimate(*arguments)
+    ZerothOrder(2, mu=1e-2).estimate(*arguments)
+    hypergradient(Quadratic(), ZerothOrder(2, mu=1e-5), Quadratic().episode())
+
+
+BAD = {
+    "num_directions": ([0, -1, 1.5, True, None], "a positive integer"),
+    "mu": ([0, -1e-3, math.inf, math.nan, True, "small"], "a positive number"),
+    "chunk_size": ([0, 2.0, False], "a positive integer"),
+}
+
+
+@pytest.mark.parametrize("kind", [ZerothOrder, PZOBO])
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_arguments(argument: str, kind: Any) -> None:
+    values, expected = BAD[argument]
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^Expected `{kind.__name__}\({argument}=\.\.\.\)` to be {expected}"):
+            kind(**{argument: value})
+
+
+def test_bad_scheme() -> None:
+    with pytest.raises(ValueError, match=r"^Expected `ZerothOrder\(scheme=\.\.\.\)` to be 'forward' or 'central', got"):
+        ZerothOrder(scheme="backward")  # type: ignore[arg-type]
