@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     axes.set(
         xlabel="inner steps K",
         ylabel=r"$\|\nabla f_K - \nabla f\|^2\ /\ \|\nabla f\|^2$",
-        title="One hypergradient, four estimators, on the FSLA paper's quadratic",
+        title="One hypergradient, four estimators",
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

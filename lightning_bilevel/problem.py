@@ -153,7 +153,9 @@ class BilevelProblem:
     count: int = 1
 
     def batches(self, episode: Episode) -> list[Batch]:
-        """Return the T inner batches of an episode, cycled."""
+        """Return the T inner batches of an episode, cycled; a user's solver gets them as they are."""
+        if self.solver is not None:
+            return list(episode.inner)
         return [episode.inner[t % len(episode.inner)] for t in range(self.inner_steps)]
 
     def start(self, memory: InnerState, phi: Params) -> InnerState:

@@ -41,7 +41,7 @@ class ForwardGradient(HypergradientStrategy):
 
     Unbiased whatever the guide, since E[p pᵀ] = I − u uᵀ. The error shrinks to about 1 − cos²(∇h, u) of the
     plain one: with w = ∇h − ⟨∇h, u⟩ u it is ((N−2)‖w‖² + 2 Σ w_i² u_i²)/(b−1) for Rademacher, N‖w‖²/(b−1) for
-    Gaussian directions. Guides: ``TruncatedReverse``, ``GammaGreedy``, ``ImplicitGradient``.
+    Gaussian directions. Several episodes of a batch are looped, each with its own u. Guides: ``TruncatedReverse``, ``GammaGreedy``, ``ImplicitGradient``.
 
     Args:
         num_directions: b.
@@ -81,8 +81,8 @@ class ForwardGradient(HypergradientStrategy):
         self.chunk_size = checked_chunk_size("ForwardGradient", chunk_size)
         self.guide = guide
         self.mode = check_mode("ForwardGradient", mode)
-        if guide is not None:
-            self.stacks = guide.stacks
+        # A stack would have one u, that of the mean, where a loop has one per episode.
+        self.stacks = guide is None
         self._warned = False
 
     def estimate(
