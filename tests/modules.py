@@ -102,8 +102,8 @@ def examples(seed: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
 
 
 def loader(inner_batches: int = 2, *, shuffle: bool = False, **sizes: Any) -> EpisodeLoader:
-    """Return four episodes, of ``inner_batches`` inner batches each."""
-    inner = DataLoader(TensorDataset(*examples(0)), batch_size=2, shuffle=shuffle)
+    """Return four episodes, of ``inner_batches`` inner batches each, which are larger than the outer ones."""
+    inner = DataLoader(TensorDataset(*examples(0)), batch_size=3, shuffle=shuffle, drop_last=True)
     outer = DataLoader(TensorDataset(*examples(1)[:2]), batch_size=2, shuffle=shuffle)
     return EpisodeLoader(inner, outer, inner_batches, **sizes)
 

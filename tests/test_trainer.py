@@ -34,6 +34,7 @@ from lightning_bilevel import (
     Episode,
     EpisodeLoader,
     ForwardGradient,
+    HypergradientMonitor,
     ReverseUnroll,
     TruncatedReverse,
     hypergradient,
@@ -435,24 +436,31 @@ RESUMED: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any]]] = {
 }
 
 
+STEPS = {"max_epochs": -1}
+STOPS = [  # first limits, whole limits, when to save, steps taken by then
+    pytest.param({"max_steps": 3, **STEPS}, {"max_steps": 7, **STEPS}, {"every_n_train_steps": 3}, 3, id="mid-epoch"),
+    pytest.param({"max_steps": 4, **STEPS}, {"max_steps": 7, **STEPS}, {"every_n_train_steps": 4}, 4, id="epoch"),
+    pytest.param({"max_epochs": 1}, {"max_epochs": 2}, {"every_n_epochs": 1}, 4, id="by epochs"),
+]
+
+
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("stop", [3, 4])  # in the middle and at the end of an epoch
-def test_resuming_equals_going_on_bit_for_bit(name, stop, tmp_path):
+@pytest.mark.parametrize(("first", "limits", "when", "done"), STOPS)
+def test_resuming_equals_going_on_bit_for_bit(name, first, limits, when, done, tmp_path):
     build, strategy = RESUMED[name]
 
-    def run(seed, steps, **options):
+    def run(seed, limits, **options):
         with torch.random.fork_rng():
             seed_everything(seed, verbose=False)
-            module = build()
-            save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
-            fit = trainer(strategy(), save, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
+            module, save = build(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **when)
+            fit = trainer(strategy(), save, enable_checkpointing=True, **limits)
             fit.fit(module, loader(shuffle=True), **options)
         return module, fit
 
-    run(1, stop)
-    whole, whole_fit = run(1, 7)
-    resumed, resumed_fit = run(2, 7, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
-    assert torch.equal(torch.stack(whole.values[stop:]), torch.stack(resumed.values))
+    run(1, first)
+    whole, whole_fit = run(1, limits)
+    resumed, resumed_fit = run(2, limits, ckpt_path=tmp_path / f"step={done}.ckpt", weights_only=True)
+    assert torch.equal(torch.stack(whole.values[done:]), torch.stack(resumed.values))
     assert differing(parameters(whole), parameters(resumed)) == []
     assert identical(whole.inner_state_dict(), resumed.inner_state_dict())
     assert identical(whole_fit.optimizers[0].state_dict(), resumed_fit.optimizers[0].state_dict())
@@ -556,6 +564,16 @@ def test_layers_may_be_built_in_a_hook(hook):
     assert all(flags(late).values())
 
 
+def test_inner_steps_may_change_during_a_fit():
+    class Module(Cleaning):
+        def on_train_epoch_start(self):
+            self.inner_steps = 1 + self.current_epoch
+
+    calls = Calls(lambda module: module._memory.steps)
+    trainer(ReverseUnroll(), calls, max_epochs=2).fit(Module(), loader())
+    assert calls.seen == [1, 2, 3, 4, 6, 8, 10, 12]
+
+
 def test_the_strategy_may_come_from_configure_callbacks():
     class Module(Cleaning):
         def configure_callbacks(self):
@@ -595,15 +613,29 @@ class Logging:
 
 
 class LoggingCleaning(Logging, Cleaning):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.rates.append(self.log_lr.exp().item())
+
+    def configure_inner_optimizer(self) -> Any:
+        self.log("rate", self.log_lr.exp())
+        return super().configure_inner_optimizer()
 
 
 class LoggingMaml(Logging, Maml):
     outer_loss = Logging.outer_loss
 
 
+def monitored() -> Any:
+    return HypergradientMonitor(every_n_steps=1), TruncatedReverse()
+
+
 LOG_CASES: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any], Any]] = {
     "reverse": (LoggingCleaning, ReverseUnroll, None),
+    "monitored": (LoggingCleaning, monitored, None),
     "recomputed": (LoggingCleaning, lambda: ReverseUnroll(checkpoint=1), None),
     "double backward": (LoggingCleaning, lambda: ForwardGradient(num_directions=2, chunk_size=1), None),
     "forward": (LoggingCleaning, lambda: ForwardGradient(num_directions=2, mode="forward"), None),
@@ -616,8 +648,10 @@ LOG_CASES: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any], Any]]
 @pytest.mark.parametrize("name", LOG_CASES)
 def test_log_inside_losses_logs_once_a_step(name, tmp_path):
     build, strategy, batches = LOG_CASES[name]
-    fit = trainer(strategy(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    fit.fit(build(), listed(batches) if batches else loader())
+    callbacks = strategy()
+    callbacks = callbacks if isinstance(callbacks, tuple) else (callbacks,)
+    module, fit = build(), trainer(*callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    fit.fit(module, listed(batches) if batches else loader())
     with open(Path(fit.logger.log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     steps = [row for row in rows if row["outer_step"]]
@@ -628,10 +662,12 @@ def test_log_inside_losses_logs_once_a_step(name, tmp_path):
         epoch = fit.callback_metrics[name.replace("step", "epoch")]
         assert epoch.item() == pytest.approx(sum(values) / 4, rel=1e-5)  # the mean over steps, not over inner steps
     assert fit.callback_metrics["number_epoch"] == 1
+    if isinstance(module, LoggingCleaning):
+        assert [float(row["rate"]) for row in steps] == pytest.approx(module.rates)
 
 
 def test_log_in_validation_does_not_reach_the_training_step():
-    class Module(LoggingCleaning):
+    class Module(Cleaning):
         def validation_step(self, batch, batch_idx):
             with self.adapted(batch.inner):
                 self.log("adapted", self.outer_loss(batch.outer), batch_size=1)
