@@ -132,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     save("fsla_figure1", vars(args), results)
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    styles = {"FSLA": ("#D55E00", "-"), "Neumann": ("#0072B2", "-"), "reverse": ("#56B4E9", "--"), "CG": ("#009E73", "-")}
+    styles = {
+        "FSLA": ("#D55E00", "-"),
+        "Neumann": ("#0072B2", "-"),
+        "reverse": ("#56B4E9", "--"),
+        "CG": ("#009E73", "-"),
+    }
     for name, (color, line) in styles.items():
         axes.loglog(counts, results[name], line, color=color, lw=2, label=name)
     axes.set(

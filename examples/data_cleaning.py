@@ -6,18 +6,26 @@ the net does well on a few hundred validation examples with right labels. Weight
 
     python examples/data_cleaning.py
     python examples/data_cleaning.py --strategy forward
+    python examples/data_cleaning.py --strategy all
     python examples/data_cleaning.py --data-dir FOLDER_WITH_MNIST
 
-The data are scikit-learn's 1,797 handwritten digits, or MNIST. Franceschi et al. (ICML 2017), section 5.1; FSLA
-(arXiv 2112.04660), section 6.2.
+The data are scikit-learn's 1,797 handwritten digits (900 to train on, 400 with right labels to validate, 497 to test),
+or MNIST. Three nets are then trained from the same start, with the same optimizer and for as many steps as the net saw
+in the run: on all labels alike, with the learned weights, and on the examples whose labels are right. Their test
+accuracies are compared. Franceschi et al. (ICML 2017), section 5.1; FSLA (arXiv 2112.04660), section 6.2.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -27,26 +35,54 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional import auroc
+from torchmetrics.functional.classification import binary_auroc
 
 import report
-from datasets import find_mnist, load_digits, load_mnist
+from image_data import load_digits, load_mnist
 from lightning_bilevel import (
+    FSLA,
+    PZOBO,
     SGD,
     BilevelModule,
     EpisodeLoader,
     FirstOrder,
     ForwardGradient,
+    GammaGreedy,
+    HypergradientMonitor,
+    HypergradientSchedule,
+    HypergradientStrategy,
+    ImplicitGradient,
     ReverseUnroll,
     TruncatedReverse,
+    ZerothOrder,
 )
+from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann, Nystrom
 
-STRATEGIES = {
-    "reverse": lambda: ReverseUnroll(),
-    "checkpointed": lambda: ReverseUnroll(checkpoint="sqrt"),
-    "truncated": lambda: TruncatedReverse(steps=1),
-    "forward": lambda: ForwardGradient(num_directions=64),
-    "first-order": lambda: FirstOrder(),  # zero here: the weights act through the inner loss only
+
+class Setting(NamedTuple):
+    """A strategy, and what it wants to be different from the defaults."""
+
+    strategy: Callable[[], HypergradientStrategy]
+    options: Mapping[str, float] = {}
+
+
+# The weights act through the inner loss only, so FirstOrder's estimate is zero here: it shows what no cleaning gives.
+SETTINGS = {
+    "reverse": Setting(lambda: ReverseUnroll()),
+    "checkpointed": Setting(lambda: ReverseUnroll(checkpoint="sqrt")),
+    "truncated": Setting(lambda: TruncatedReverse(steps=5)),
+    "first-order": Setting(lambda: FirstOrder()),
+    "forward": Setting(lambda: ForwardGradient(num_directions=32), {"steps": 240}),
+    "guided": Setting(lambda: ForwardGradient(num_directions=8, guide=TruncatedReverse(steps=5))),
+    "neumann": Setting(lambda: ImplicitGradient(Neumann(terms=20, step_size=0.5))),
+    "cg": Setting(lambda: ImplicitGradient(ConjugateGradient(max_iter=10, damping=0.1))),
+    "nystrom": Setting(lambda: ImplicitGradient(Nystrom(rank=10, rho=0.1))),
+    "identity": Setting(lambda: ImplicitGradient(Identity(scale=1.0))),
+    "gamma-greedy": Setting(lambda: GammaGreedy(gamma=0.99)),
+    "pzobo": Setting(lambda: PZOBO(num_directions=32, mu=0.1), {"steps": 240}),
+    "zeroth-order": Setting(lambda: ZerothOrder(num_directions=32, mu=0.1), {"steps": 240}),
+    "fsla": Setting(lambda: FSLA(beta=0.5), {"inner_steps": 1, "steps": 1200, "outer_lr": 0.02}),
+    "two-phase": Setting(lambda: HypergradientSchedule([(TruncatedReverse(steps=1), 60), (ReverseUnroll(), None)])),
 }
 
 
@@ -65,8 +101,8 @@ class DataCleaning(BilevelModule):
         self,
         num_examples: int = 900,
         num_pixels: int = 64,
-        inner_steps: int = 5,
-        inner_lr: float = 0.5,
+        inner_steps: int = 10,
+        inner_lr: float = 1.0,
         outer_lr: float = 0.1,
     ) -> None:
         super().__init__(inner_steps=inner_steps, inner_start="warm")
@@ -109,10 +145,10 @@ class CleaningData(pl.LightningDataModule):
     Args:
         data_dir: folder with the four MNIST files; by default the digits of scikit-learn are taken.
         corruption: share of the training labels that is replaced by another digit.
-        num_train: examples for the inner level.
-        num_validation: examples with right labels for the outer level.
-        batch_size: examples in a batch, of any kind; with at least all of them, a batch is the whole set.
-        inner_batches: training batches for each step of the weights.
+        num_train: examples for the inner level; by default 900 digits, or 5,000 of MNIST.
+        num_validation: examples with right labels for the outer level; by default 400, or 5,000.
+        batch_size: examples in a batch; with at least all of them, a batch is the whole set.
+        steps_per_epoch: outer batches in what Lightning calls an epoch.
         seed: fixes the split and the wrong labels.
     """
 
@@ -120,10 +156,10 @@ class CleaningData(pl.LightningDataModule):
         self,
         data_dir: str | Path | None = None,
         corruption: float = 0.5,
-        num_train: int = 900,
-        num_validation: int = 397,
-        batch_size: int = 1000,
-        inner_batches: int = 1,
+        num_train: int | None = None,
+        num_validation: int | None = None,
+        batch_size: int = 5000,
+        steps_per_epoch: int = 20,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -132,9 +168,11 @@ class CleaningData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         args = self.hparams
         split = load_mnist(args.data_dir) if args.data_dir else load_digits(args.seed)
+        num_train, num_validation = (5000, 5000) if args.data_dir else (900, 400)
+        num_train, num_validation = args.num_train or num_train, args.num_validation or num_validation
         generator = torch.Generator().manual_seed(args.seed)
         order = torch.randperm(len(split.train_y), generator=generator)
-        train, validation = order.tensor_split([args.num_train])[0], order[args.num_train :][: args.num_validation]
+        train, validation = order[:num_train], order[num_train : num_train + num_validation]
         y = split.train_y[train]
         self.is_wrong = torch.randperm(len(y), generator=generator) < round(args.corruption * len(y))
         other = (y + torch.randint(1, 10, y.shape, generator=generator)) % 10
@@ -143,13 +181,206 @@ class CleaningData(pl.LightningDataModule):
         self.test = TensorDataset(split.test_x, split.test_y)
 
     def train_dataloader(self) -> EpisodeLoader:
-        inner, outer = self.loader(self.train, RandomSampler), self.loader(self.validation, RandomSampler)
-        return EpisodeLoader(inner=inner, outer=outer, inner_batches=self.hparams.inner_batches)
+        return EpisodeLoader(inner=self._batches(self.train), outer=self._batches(self.validation))
 
     def val_dataloader(self) -> DataLoader:
-        return self.loader(self.test, SequentialSampler)
+        return DataLoader(self.test, sampler=BatchSampler(SequentialSampler(self.test), 10_000, False), batch_size=None)
 
-    def loader(self, dataset: TensorDataset, order: type[RandomSampler] | type[SequentialSampler]) -> DataLoader:
+    def _batches(self, dataset: TensorDataset) -> DataLoader:
         """Return a loader that takes a batch from the tensors at once, not example by example."""
-        sampler = BatchSampler(order(dataset), self.hparams.batch_size, drop_last=False)
-        return DataLoader(dataset, sampler=sampler, batch_size=None)
+        size = min(self.hparams.batch_size, len(dataset))
+        order = RandomSampler(dataset, num_samples=self.hparams.steps_per_epoch * size)
+        return DataLoader(dataset, sampler=BatchSampler(order, size, drop_last=True), batch_size=None)
+
+
+def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one strategy; return what it found and how long it took."""
+    setting = SETTINGS[args.strategy]
+    chosen = {"steps": 120, "inner_steps": 10, "inner_lr": 1.0, "outer_lr": 0.1, **setting.options}
+    chosen.update({name: value for name in chosen if (value := getattr(args, name)) is not None})
+    data = CleaningData(args.data_dir, corruption=args.corruption, seed=args.seed)
+    data.setup()
+    pl.seed_everything(args.seed, verbose=False)
+    steps, options = chosen["steps"], {name: value for name, value in chosen.items() if name != "steps"}
+    sizes = {"num_examples": len(data.train), "num_pixels": data.train.tensors[0][0].numel()}
+    module = DataCleaning(**sizes, **options)
+    start = {name: value.clone() for name, value in module.net.state_dict().items()}
+
+    callbacks: list[pl.Callback] = [setting.strategy()]
+    if args.compare:
+        callbacks.append(HypergradientMonitor(every_n_steps=max(1, steps // 6), samples=0))
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        accelerator=args.accelerator,
+        logger=CSVLogger(folder, name="log", version=args.strategy),
+        log_every_n_steps=1,
+        val_check_interval=min(5, steps),
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=not args.quiet,
+    )
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+
+    logits = module.logits.detach().cpu()
+    weightings = {
+        "noisy": torch.zeros_like(logits),
+        "cleaned": logits,
+        "clean only": torch.where(data.is_wrong, -torch.inf, torch.inf),
+    }
+    accuracy = {
+        name: accuracy_of_retrained(DataCleaning(**sizes, **options), start, weights, data, steps)
+        for name, weights in weightings.items()
+    }
+    curves = report.logged(trainer.logger.log_dir)
+    cosines = curves.get("hypergradient_cosine", ([], []))[1]
+    return {
+        "strategy": args.strategy,
+        **chosen,
+        "accuracy": accuracy,
+        "accuracy of the run's own net": curves["test_accuracy"][1][-1],
+        "auroc": binary_auroc(-logits, data.is_wrong.long()).item(),
+        "cosine": sum(cosines) / len(cosines) if cosines else None,
+        "seconds": seconds,
+        "peak memory (MiB)": report.peak_memory(),
+        "figure": str(draw(args, folder, data, logits, curves, accuracy)),
+    }
+
+
+@torch.no_grad()
+def accuracy_of_retrained(
+    module: DataCleaning, start: Mapping[str, Tensor], logits: Tensor, data: CleaningData, steps: int
+) -> float:
+    """Train the net from ``start`` on fixed weights, for as many steps as in the run; return its test accuracy."""
+    module.net.load_state_dict(start)
+    module.logits.copy_(logits)
+    batches = [data.train[batch] for batch in data._batches(data.train).sampler]
+    x, y = data.test.tensors
+    with module.adapted(batches, steps=steps * module.inner_steps):
+        return (module.net(x).argmax(-1) == y).float().mean().item()
+
+
+def draw(
+    args: argparse.Namespace,
+    folder: Path,
+    data: CleaningData,
+    logits: Tensor,
+    curves: Mapping[str, tuple[list[int], list[float]]],
+    accuracy: Mapping[str, float],
+) -> Path:
+    """Draw the weights, the curves and the most suspicious images; return the file."""
+    figure = Figure(figsize=(11, 6.6))
+    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
+    weights, bins = logits.sigmoid(), torch.linspace(0, 1, 31).tolist()
+    top_left.hist(weights[~data.is_wrong].tolist(), bins, color=report.BLUE, alpha=0.75, label="label right")
+    top_left.hist(weights[data.is_wrong].tolist(), bins, color=report.VERMILION, alpha=0.75, label="label wrong")
+    top_left.set(title="What the run learned about each label", xlabel="weight", ylabel="training examples")
+    top_left.legend()
+
+    top_right.plot(*curves["outer_loss"], color=report.BLUE)
+    top_right.set(title="Loss on the validation examples", xlabel="outer step", ylabel="cross-entropy")
+
+    percent = [100 * value for value in curves["test_accuracy"][1]]
+    bottom_left.plot(curves["test_accuracy"][0], percent, color=report.BLUE, label="during the run")
+    lines = {"clean only": (report.GREEN, "right labels only"), "noisy": (report.VERMILION, "all labels alike")}
+    for name, (color, label) in lines.items():
+        bottom_left.axhline(100 * accuracy[name], color=color, ls="--", lw=1.5, label=label)
+    bottom_left.set(title="Test accuracy", xlabel="outer step", ylabel="%")
+    bottom_left.legend(loc="lower right")
+
+    x, y, _ = data.train.tensors
+    side = round(x[0].numel() ** 0.5)
+    worst = logits.argsort()[:18].view(3, 6)
+    sheet = torch.cat([torch.cat([F.pad(x[i].view(side, side), (1, 1, 1, 1)) for i in row], 1) for row in worst])
+    bottom_right.imshow(sheet.numpy(), cmap="gray_r")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i, example in enumerate(worst.flatten().tolist()):
+        spot = ((i % 6) * (side + 2) + 0.8, (i // 6) * (side + 2) + 0.6)
+        bottom_right.text(*spot, str(y[example].item()), color=report.VERMILION, va="top", size=12, bbox=box)
+    bottom_right.set(title="The most suspicious examples, with their given labels")
+    bottom_right.set_axis_off()
+
+    name = f"Cleaning labels with {type(SETTINGS[args.strategy].strategy()).__name__}"
+    figure.suptitle(
+        f"{name}: {100 * args.corruption:.0f}% of the training labels are wrong", x=0.01, ha="left", size=14
+    )
+    path = folder / ("data_cleaning.png" if args.strategy == "reverse" else f"data_cleaning_{args.strategy}.png")
+    figure.savefig(path)
+    return path
+
+
+def compare_all(args: argparse.Namespace, argv: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """Run every strategy in a process of its own, so that each has its own peak memory; again for the cosine."""
+    rows = []
+    for name in SETTINGS:
+        command = [sys.executable, __file__, *argv, "--strategy", name, "--quiet"]
+        print(f"{name} ...", flush=True)
+        for extra in ([], ["--compare"]):
+            subprocess.run([*command, *extra], check=True, stdout=subprocess.DEVNULL)
+            result = json.loads((folder / f"data_cleaning_{name}.json").read_text())
+            if extra:
+                rows[-1]["cosine"] = result["cosine"]
+            else:
+                rows.append(result)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the example; return its results."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = report.options(__doc__)
+    parser.add_argument("--strategy", choices=[*SETTINGS, "all"], default="reverse", help="(%(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
+    parser.add_argument("--corruption", type=float, default=0.5, help="share of wrong labels (%(default)s)")
+    parser.add_argument("--steps", type=int, help="outer steps")
+    parser.add_argument("--inner-steps", type=int, help="inner steps for each outer step")
+    parser.add_argument("--inner-lr", type=float, help="learning rate of the net")
+    parser.add_argument("--outer-lr", type=float, help="learning rate of the weights")
+    parser.add_argument("--compare", action="store_true", help="also log the cosine with the exact hypergradient")
+    parser.add_argument("--accelerator", default="cpu", help="for the Trainer (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.smoke:
+        args.steps = args.steps or 6
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with report.screen():
+        if args.strategy == "all":
+            results = compare_all(args, without_strategy(argv), args.output)
+        else:
+            results = [clean(args, args.output)]
+    path = args.output / f"data_cleaning_{args.strategy}.json"
+    content = {"results": results} if args.strategy == "all" else results[0]
+    report.write_json(path, content)
+    show(results, args, [Path(results[0]["figure"]), path] if len(results) == 1 else [path])
+    return content
+
+
+def without_strategy(argv: Sequence[str]) -> list[str]:
+    """Return the arguments but ``--strategy all``."""
+    rest = [word for word in argv if word != "--strategy=all"]
+    return rest[: (at := rest.index("--strategy"))] + rest[at + 2 :] if "--strategy" in rest else rest
+
+
+def show(results: Sequence[Mapping[str, Any]], args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Print the table."""
+    columns = ["strategy", "noisy %", "cleaned %", "clean only %", "AUROC", "seconds", "peak MiB"]
+    rows = []
+    for row in results:
+        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in ("noisy", "cleaned", "clean only")]
+        numbers = [f"{row['auroc']:.3f}", f"{row['seconds']:.1f}", f"{row['peak memory (MiB)']:.0f}"]
+        rows.append([row["strategy"], *accuracy, *numbers])
+        if row["cosine"] is not None:
+            rows[-1].append(f"{row['cosine']:.2f}")
+    if results[0]["cosine"] is not None:
+        columns.append("cosine")
+    title = f"Test accuracy, and how well the weights tell wrong labels; {100 * args.corruption:.0f}% are wrong"
+    report.print_table(title, columns, rows, files)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ class Split(NamedTuple):
     test_y: Tensor
 
 
-def load_digits(seed: int = 0, num_test: int = 500) -> Split:
+def load_digits(seed: int = 0, num_test: int = 497) -> Split:
     """Return scikit-learn's 1,797 digits, images (n, 64), in an order drawn from ``seed``.
 
     They come with scikit-learn: nothing is downloaded.
