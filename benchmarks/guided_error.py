@@ -42,6 +42,7 @@ def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[DataCleaning
     module, data = DataCleaning(inner_steps=inner_steps), CleaningData(seed=seed)
     trainer = pl.Trainer(
         max_steps=outer_steps,
+        max_epochs=-1,
         callbacks=[ReverseUnroll(checkpoint="sqrt")],
         accelerator="cpu",
         logger=False,

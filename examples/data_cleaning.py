@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import time
@@ -198,7 +197,7 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     setting = SETTINGS[args.strategy]
     chosen = {"steps": 120, "inner_steps": 10, "inner_lr": 1.0, "outer_lr": 0.1, **setting.options}
     chosen.update({name: value for name in chosen if (value := getattr(args, name)) is not None})
-    data = CleaningData(args.data_dir, corruption=args.corruption, seed=args.seed)
+    data = CleaningData(args.data_dir, corruption=args.corruption, steps_per_epoch=chosen["steps"], seed=args.seed)
     data.setup()
     pl.seed_everything(args.seed, verbose=False)
     steps, options = chosen["steps"], {name: value for name, value in chosen.items() if name != "steps"}
@@ -210,8 +209,7 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.compare:
         callbacks.append(HypergradientMonitor(every_n_steps=max(1, steps // 6), samples=0))
     trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
+        max_epochs=1,
         callbacks=callbacks,
         accelerator=args.accelerator,
         logger=CSVLogger(folder, name="log", version=args.strategy),
@@ -258,7 +256,8 @@ def accuracy_of_retrained(
     """Train the net from ``start`` on fixed weights, for as many steps as in the run; return its test accuracy."""
     module.net.load_state_dict(start)
     module.logits.copy_(logits)
-    batches = [data.train[batch] for batch in data._batches(data.train).sampler]
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    batches = [data.train[batch] for batch in order.split(data.hparams.batch_size)]
     x, y = data.test.tensors
     with module.adapted(batches, steps=steps * module.inner_steps):
         return (module.net(x).argmax(-1) == y).float().mean().item()
@@ -347,7 +346,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.smoke:
         args.steps = args.steps or 6
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with report.screen():
         if args.strategy == "all":
             results = compare_all(args, without_strategy(argv), args.output)

@@ -26,6 +26,14 @@ except ImportError:  # Windows
 # Colours of Okabe and Ito, which are told apart with any kind of colour vision; grey is for what is compared with.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
+ADVICE = (
+    "GPU available but not used",
+    "The '.*' does not have many workers",
+    "Experiment logs directory .* exists and is not empty",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+"""What Lightning says that is no news to someone who runs an example twice on a small machine."""
+
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#B0B0B0",
@@ -66,7 +74,8 @@ def screen() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
-            warnings.filterwarnings("ignore", "GPU available but not used|The '.*' does not have many workers")
+            for advice in ADVICE:
+                warnings.filterwarnings("ignore", advice)
             yield
     finally:
         logger.setLevel(level)
