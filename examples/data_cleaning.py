@@ -71,15 +71,15 @@ SETTINGS = {
     "checkpointed": Setting(lambda: ReverseUnroll(checkpoint="sqrt")),
     "truncated": Setting(lambda: TruncatedReverse(steps=5)),
     "first-order": Setting(lambda: FirstOrder()),
-    "forward": Setting(lambda: ForwardGradient(num_directions=32), {"steps": 240}),
+    "forward": Setting(lambda: ForwardGradient(num_directions=32)),
     "guided": Setting(lambda: ForwardGradient(num_directions=8, guide=TruncatedReverse(steps=5))),
     "neumann": Setting(lambda: ImplicitGradient(Neumann(terms=20, step_size=0.5))),
     "cg": Setting(lambda: ImplicitGradient(ConjugateGradient(max_iter=10, damping=0.1))),
     "nystrom": Setting(lambda: ImplicitGradient(Nystrom(rank=10, rho=0.1))),
     "identity": Setting(lambda: ImplicitGradient(Identity(scale=1.0))),
     "gamma-greedy": Setting(lambda: GammaGreedy(gamma=0.99)),
-    "pzobo": Setting(lambda: PZOBO(num_directions=32, mu=0.1), {"steps": 240}),
-    "zeroth-order": Setting(lambda: ZerothOrder(num_directions=32, mu=0.1), {"steps": 240}),
+    "pzobo": Setting(lambda: PZOBO(num_directions=32, mu=0.1)),
+    "zeroth-order": Setting(lambda: ZerothOrder(num_directions=32, mu=0.1)),
     "fsla": Setting(lambda: FSLA(beta=0.5), {"inner_steps": 1, "steps": 1200, "outer_lr": 0.02}),
     "two-phase": Setting(lambda: HypergradientSchedule([(TruncatedReverse(steps=1), 60), (ReverseUnroll(), None)])),
 }
@@ -235,7 +235,7 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, weights in weightings.items()
     }
     curves = report.logged(trainer.logger.log_dir)
-    cosines = curves.get("hypergradient_cosine", ([], []))[1]
+    cosines = [value for value in curves.get("hypergradient_cosine", ([], []))[1] if value == value]  # nan for 0
     return {
         "strategy": args.strategy,
         **chosen,
@@ -313,18 +313,13 @@ def draw(
 
 
 def compare_all(args: argparse.Namespace, argv: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """Run every strategy in a process of its own, so that each has its own peak memory; again for the cosine."""
+    """Run every strategy in a process of its own, so that each has its own peak memory."""
     rows = []
     for name in SETTINGS:
-        command = [sys.executable, __file__, *argv, "--strategy", name, "--quiet"]
         print(f"{name} ...", flush=True)
-        for extra in ([], ["--compare"]):
-            subprocess.run([*command, *extra], check=True, stdout=subprocess.DEVNULL)
-            result = json.loads((folder / f"data_cleaning_{name}.json").read_text())
-            if extra:
-                rows[-1]["cosine"] = result["cosine"]
-            else:
-                rows.append(result)
+        command = [sys.executable, __file__, *argv, "--strategy", name, "--quiet", "--compare"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rows.append(json.loads((folder / f"data_cleaning_{name}.json").read_text()))
     return rows
 
 
