@@ -5,6 +5,7 @@ from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSpro
 from lightning_bilevel.loaders import EpisodeLoader
 from lightning_bilevel.module import BilevelModule, hypergradient
 from lightning_bilevel.monitor import HypergradientMonitor
+from lightning_bilevel.parallel import DirectionParallelStrategy
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
@@ -20,6 +21,7 @@ from lightning_bilevel.strategies import (
     TruncatedReverse,
     ZerothOrder,
 )
+from lightning_bilevel.wrap import bilevel
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BilevelModule",
+    "DirectionParallelStrategy",
     "Episode",
     "EpisodeLoader",
     "FSLA",
@@ -46,6 +49,7 @@ __all__ = [
     "SGD",
     "TruncatedReverse",
     "ZerothOrder",
+    "bilevel",
     "directions",
     "hypergradient",
     "inner_optimizers",

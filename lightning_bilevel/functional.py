@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import missing_error, value_error
+from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.hooks import BilevelHooks
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import Slots
@@ -224,6 +225,7 @@ class FunctionalModule:
             return self._converted
         optimizer = self.module.configure_inner_optimizer()
         if isinstance(optimizer, torch.optim.Optimizer):
+            _refuse_learned(optimizer)
             self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
             return self._converted
         if not isinstance(optimizer, InnerOptimizer):
@@ -245,6 +247,23 @@ class FunctionalModule:
             for step in (1, 2):
                 theta, slots = self._update(theta, grads, slots, phi, step)
             return _names_reached([*theta.values(), *(v for slot in slots.values() for v in slot.values())], phi)
+
+
+def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a hyperparameter with a gradient: the instance is taken once, and would not follow φ."""
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name != "params" and any(isinstance(v, Tensor) and v.requires_grad for v in (value, *_entries(value))):
+                kind = type(optimizer).__name__
+                raise combination_error(
+                    f"`torch.optim.{kind}` with a learned `{name}` as the inner optimizer",
+                    "the instance is built once, so that its rate would not follow the outer parameters",
+                    f"Return `lightning_bilevel.{kind}({name}=...)`, which is built at every inner step",
+                )
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def _vectorizable(module: nn.Module, theta: Params) -> int:

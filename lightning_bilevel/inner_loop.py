@@ -43,6 +43,7 @@ def run(
     phi: Params,
     batches: Sequence[Batch],
     create_graph: bool = False,
+    taken: int = 0,
 ) -> Run:
     """Take one inner step per batch, or call the user's solver.
 
@@ -52,6 +53,7 @@ def run(
         phi: outer parameters; leaves that require gradients where ``create_graph``.
         batches: one batch per step.
         create_graph: keep the graph of the final state. Otherwise memory is flat in the number of steps.
+        taken: steps of this run that were taken before; only counts in messages.
 
     Raises:
         FloatingPointError: an inner loss is nan or infinite; the message names the step.
@@ -62,10 +64,10 @@ def run(
     for batch in batches:
         state, loss = problem.step(state, phi, batch, create_graph=create_graph)
         losses.append(loss)
-    return Run(state, last_loss(problem, losses))
+    return Run(state, last_loss(problem, losses, taken))
 
 
-def last_loss(problem: BilevelProblem, losses: Sequence[Tensor]) -> dict[str, Tensor]:
+def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
     """Return the metrics of a run from its inner losses, after a check that all are finite (one synchronization)."""
     if not losses:
         return {}
@@ -73,7 +75,7 @@ def last_loss(problem: BilevelProblem, losses: Sequence[Tensor]) -> dict[str, Te
     if not finite.all():
         step = int(finite.logical_not().nonzero()[0])
         raise nonfinite_error(
-            f"inner loss at step {step} of {len(losses)}",
+            f"inner loss at step {taken + step + 1} of {problem.inner_steps}",
             losses[step].item(),
             "Lower the inner learning rate, or take fewer inner steps.",
         )

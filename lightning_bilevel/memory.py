@@ -63,7 +63,7 @@ class InnerMemory:
         values = [self._values(functional, member) for member in range(first, first + count)]
         return InnerState(tree.stack(values) if values[0] else {}, tree.map(torch.clone, tree.expand(buffers, count)))
 
-    def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> None:
+    def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> list[Tensor]:
         """Write the end of the inner run back into the module, in place.
 
         Args:
@@ -71,6 +71,9 @@ class InnerMemory:
             state: θ_T and buffers, stacked where ``count > 1``.
             count: episodes. With several, θ of the episodes has no common value and is dropped; buffers are
                 averaged.
+
+        Returns:
+            The tensors that now hold what is kept: buffers, inner parameters, the inner optimizer's state.
         """
         with torch.no_grad():
             for name, value in state.buffers.items():
@@ -82,6 +85,8 @@ class InnerMemory:
             own = functional.levels.inner_only
             self.slots = {slot: {k: v for k, v in values.items() if k in own} for slot, values in state.slots.items()}
             self.steps = state.steps
+        kept = [functional.swapper.current(name) for name in (*state.buffers, *functional.levels.inner_only)]
+        return kept + [value for values in self.slots.values() for value in values.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact resume needs."""

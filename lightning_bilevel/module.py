@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.monitor import HypergradientMonitor
+from lightning_bilevel.parallel import Ranks, parallel_refusals
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
+from lightning_bilevel.recorder import LogRecorder
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.surrogate import surrogate_loss
@@ -125,22 +128,29 @@ class BilevelModule(BilevelHooks):
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Estimate the hypergradient and return the outer loss with it as its gradient."""
         attachment = self._attached()
-        functional = attachment.functional
-        episodes = [Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch)]
+        functional, ranks = attachment.functional, attachment.ranks
+        episodes: list[Episode] = []
         observers = [monitor for monitor in self._monitors if self._memory.estimates % monitor.every_n_steps == 0]
         before = Randomness(functional.device) if observers else None
-        result = self._estimate(attachment.strategy, functional, episodes, attachment.rank, step=self.global_step)
+        key = Key(self._memory.seed, self._memory.estimates, rank=ranks.rank, share=ranks.share, step=self.global_step)
+
+        def estimated() -> Hypergradient:
+            episodes.extend(Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch))
+            return self._estimate(attachment.strategy, functional, episodes, key)
+
+        result, value = ranks.estimated(estimated)
         functional.recorder.replay(self, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
         if before is not None:
             with Randomness(functional.device).preserved():
                 again = self._repetition(functional, episodes, before)
                 for monitor in observers:
-                    metrics.update(monitor.compare(attachment.strategy, result, again))
-        self._memory.keep(functional, result.state, len(episodes))
+                    metrics |= ranks.together(partial(monitor.compare, attachment.strategy, result, again))
+        kept = self._memory.keep(functional, result.state, len(episodes))
+        ranks.settle(kept + attachment.strategy.carried())
         self._memory.estimates += 1
         if not self.trainer.barebones:  # there, logging does nothing but warn
-            self.log("outer_loss", result.value, prog_bar=True, batch_size=len(episodes))
+            self.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
             self.log_dict(metrics, batch_size=len(episodes))
         names = functional.levels.outer
         parameters = [functional.swapper.current(name) for name in names]
@@ -151,7 +161,7 @@ class BilevelModule(BilevelHooks):
         if self._attachment is not None and self._attachment.ready:
             return self._attachment.functional
         _refuse(self.missing_hooks())
-        return FunctionalModule(self)
+        return _functional(self)
 
     @contextmanager
     def _knowing(self, levels: Levels) -> Iterator[None]:
@@ -177,7 +187,7 @@ class BilevelModule(BilevelHooks):
                 "a training step takes one hypergradient",
                 "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
             )
-        found = self.missing_hooks()
+        found = [*self.missing_hooks(), *parallel_refusals(strategy, trainer)]
         if type(self).training_step is not BilevelModule.training_step:
             found.append(
                 combination_error(
@@ -196,7 +206,7 @@ class BilevelModule(BilevelHooks):
             )
         _refuse(found)
         seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
-        self._attachment = attachment = _Attachment(strategy, trainer.global_rank, seed)
+        self._attachment = attachment = _Attachment(strategy, Ranks(trainer), seed)
         self._once_after("setup", lambda: self._prepare_after_layers(attachment))
         self._once_after("on_train_start", lambda: prepare_episodes(trainer))
 
@@ -265,9 +275,7 @@ class BilevelModule(BilevelHooks):
         strategy: HypergradientStrategy,
         functional: FunctionalModule,
         episodes: Sequence[Episode],
-        rank: int,
-        seed: int | None = None,
-        step: int = 0,
+        key: Key,
     ) -> Hypergradient:
         """Return the mean estimate over episodes; checks the module on the first ones it sees."""
         if not episodes:
@@ -281,7 +289,6 @@ class BilevelModule(BilevelHooks):
                 f"{functional.levels.inner_only[0]} would continue from several ends at once",
                 "Use `inner_start='reset'`, or one episode per batch",
             )
-        key = Key(self._memory.seed if seed is None else seed, self._memory.estimates, rank=rank, step=step)
         with functional.session():
 
             def memories(first: int, count: int) -> InnerState:
@@ -302,7 +309,8 @@ class BilevelModule(BilevelHooks):
                 if size > 1 and stacks and not vectorizes(functional.problem, memories(0, 0), phi, episodes[0]):
                     size = 1
                 functional.episode_chunk_size = size
-            problem = functional.recorder.watched(functional.problem)
+            problem = replace(functional.problem, inner_steps=self.inner_steps)  # which may change during a fit
+            problem = functional.recorder.watched(problem)
             return estimate(problem, strategy, recorded, phi, episodes, key, max(functional.episode_chunk_size, 1))
 
     def _repetition(
@@ -313,7 +321,8 @@ class BilevelModule(BilevelHooks):
         def again(strategy: HypergradientStrategy, number: int) -> Hypergradient:
             randomness.restore()
             seed = Key(self._memory.seed, episode=number).generator(0).initial_seed()
-            return self._estimate(copy.deepcopy(strategy), functional, episodes, 0, seed, self.global_step)
+            key = Key(seed, self._memory.estimates, step=self.global_step)
+            return self._estimate(copy.deepcopy(strategy), functional, episodes, key)
 
         return again
 
@@ -332,8 +341,8 @@ class BilevelModule(BilevelHooks):
 class _Attachment:
     """The tie between a module and the strategy of the running fit."""
 
-    def __init__(self, strategy: HypergradientStrategy, rank: int, seed: int) -> None:
-        self.strategy, self.rank, self.seed = strategy, rank, seed
+    def __init__(self, strategy: HypergradientStrategy, ranks: Ranks, seed: int) -> None:
+        self.strategy, self.ranks, self.seed = strategy, ranks, seed
         self._functional: FunctionalModule | None = None
         self._frozen: list[torch.nn.Parameter] = []
 
@@ -350,9 +359,11 @@ class _Attachment:
 
     def prepare(self, module: BilevelModule) -> None:
         """Look up the levels, check the strategy, freeze what no outer optimizer steps."""
-        functional = FunctionalModule(module)
+        functional = _functional(module)
         self.strategy.check(functional.problem)
         module._memory.begin(functional, self.seed)
+        # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
+        self.ranks.begin(list(module._memory.initial.values()))
         for name in functional.levels.inner_only:
             parameter = module.get_parameter(name)
             parameter.requires_grad_(False)
@@ -385,7 +396,14 @@ def hypergradient(
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, torch.enable_grad(), module._knowing(functional.levels):
         torch.manual_seed(seed)
-        return module._estimate(copy.deepcopy(strategy), functional, episodes, rank=0, seed=seed)
+        key = Key(seed, module._memory.estimates)
+        return module._estimate(copy.deepcopy(strategy), functional, episodes, key)
+
+
+def _functional(module: BilevelModule) -> FunctionalModule:
+    """Build the pure functions of a module; what its hooks log meanwhile has nowhere to go yet."""
+    with LogRecorder().recording(module):
+        return FunctionalModule(module)
 
 
 def _refuse(found: Sequence[MisconfigurationError]) -> None:

@@ -63,6 +63,10 @@ class HypergradientMonitor(Callback):
         if stage == "fit":
             pl_module.attach_monitor(self)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a reference that cannot work on the problem, before the first batch."""
+        self.reference.check(pl_module.functional().problem)
+
     def compare(self, strategy: HypergradientStrategy, estimate: Hypergradient, again: Again) -> dict[str, Tensor]:
         """Return the metrics to log.
 

@@ -1,15 +1,17 @@
-"""``self.log`` inside losses: kept aside while derivatives are taken, logged once afterwards."""
+"""``self.log`` and metrics inside losses: kept aside while derivatives are taken, logged once afterwards."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchmetrics import Metric
 
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.problem import Batch, BilevelProblem
@@ -23,31 +25,46 @@ class LogRecorder:
 
     A loss runs many times per training step: at every inner step, again where a strategy recomputes or perturbs, and
     inside function transforms, where Lightning's own ``log`` raises. What counts is the last value of a run, which
-    lasts from :meth:`begin` to the first outer loss; what is logged outside of runs is dropped.
+    lasts from :meth:`begin` to the first outer loss; what is logged outside of runs is dropped. Metrics that a loss
+    updates count likewise: the last update of each run, if it is replayed.
     """
 
     def __init__(self) -> None:
         self._runs: list[tuple[int, dict[str, _Call]]] = []
         self._running = False
+        self._metrics: list[_RecordedMetric] = []
 
     @contextmanager
     def recording(self, module: LightningModule) -> Iterator[None]:
-        """Shadow the methods on the instance; remove the shadows on exit. What was kept before is forgotten."""
+        """Shadow the methods on the instance; remove the shadows on exit. What was kept before is forgotten.
+
+        A LightningModule that is a child logs through the same Trainer, so its methods are shadowed too.
+        """
         self._runs, self._running = [], False
-        shadowed: dict[str, Any] = {
-            name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
-        }
-        module.__dict__.update(log=self.log, log_dict=self.log_dict)
+        loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
+        shadowed: list[dict[str, Any]] = [
+            {name: child.__dict__[name] for name in ("log", "log_dict") if name in child.__dict__} for child in loggers
+        ]
+        for child in loggers:
+            child.__dict__.update(log=self.log, log_dict=self.log_dict)
+        metrics = [child for child in module.modules() if isinstance(child, Metric)]
+        self._metrics = [_RecordedMetric(metric, lambda: self._running) for metric in metrics]
         try:
-            yield
+            with ExitStack() as stack:
+                for recorded in self._metrics:
+                    stack.enter_context(recorded.recording())
+                yield
         finally:
-            del module.__dict__["log"], module.__dict__["log_dict"]
-            module.__dict__.update(shadowed)
+            for child, before in zip(loggers, shadowed, strict=True):
+                del child.__dict__["log"], child.__dict__["log_dict"]
+                child.__dict__.update(before)
 
     def begin(self, count: int) -> None:
         """Begin the run of ``count`` episodes."""
         self._runs.append((count, {}))
         self._running = True
+        for metric in self._metrics:
+            metric.begin()
 
     def watched(self, problem: BilevelProblem) -> BilevelProblem:
         """Return ``problem``, whose outer loss ends a run."""
@@ -70,19 +87,117 @@ class LogRecorder:
             self.log(name, value, *args, **kwargs)
 
     def replay(self, module: LightningModule, batch_size: int) -> None:
-        """Log each name once, with its mean over the episodes.
+        """Log each name once, with its mean over the episodes; let the metrics count.
 
         Args:
             module: the module.
             batch_size: weight of this step in an epoch's mean, unless the call that was kept says otherwise.
         """
+        for metric in self._metrics:
+            metric.replay()
         for name in dict.fromkeys(name for _, calls in self._runs for name in calls):
             calls = [(count, calls[name]) for count, calls in self._runs if name in calls]
             _, (value, args, kwargs) = calls[-1]
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
-        self._runs = []
+        self._runs, self._metrics = [], []
+
+
+class _RecordedMetric:
+    """One metric, whose updates inside losses take plain tensors and count once per run.
+
+    Args:
+        metric: the metric.
+        running: whether a run goes on.
+    """
+
+    def __init__(self, metric: Metric, running: Callable[[], bool]) -> None:
+        self._metric, self._running = metric, running
+        self._start = self._end = self._state()
+        self._inside = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Shadow the methods that update; on exit the metric is as it was."""
+        before, attributes = self._state(), self._metric.__dict__
+        shadowed: dict[str, Any] = {name: attributes[name] for name in ("forward", "update") if name in attributes}
+        attributes.update({name: self._shadow(getattr(self._metric, name)) for name in ("forward", "update")})
+        try:
+            yield
+        finally:
+            del attributes["forward"], attributes["update"]
+            attributes.update(shadowed)
+            self._end = self._state()
+            self._restore(before)
+
+    def begin(self) -> None:
+        """Begin a run: its updates start from the present state."""
+        self._start = self._state()
+
+    def replay(self) -> None:
+        """Put the state in place that the runs led to."""
+        self._restore(self._end)
+
+    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # ``forward`` calls ``update``
+                return original(*args, **kwargs)
+            # Inside a transform even what is made of plain tensors would belong to it, and outlive it in the state.
+            with torch._C._DisableFuncTorch():
+                before = self._state()
+                if self._running():
+                    self._restore(self._start)
+                self._inside = True
+                try:
+                    args, kwargs = _examples((args, kwargs))
+                    return original(*args, **kwargs)
+                finally:
+                    self._inside = False
+                    if not self._running():
+                        self._restore(before)
+
+        return shadow
+
+    def _state(self) -> dict[str, Any]:
+        names = [*self._metric._defaults, "_update_count", "_computed", "_forward_cache"]
+        return {name: _copied(getattr(self._metric, name)) for name in names}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._metric, name, _copied(value))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value
+
+
+def _examples(values: Any) -> Any:
+    """Take what a metric gets out of function transforms; vectorized episodes become one batch."""
+    leaves, structure = tree_flatten(values)
+    episodes: list[tuple[int, ...]] = []
+    for position, leaf in enumerate(leaves):
+        episodes.append(())
+        if not isinstance(leaf, Tensor):
+            continue
+        while torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            dimension = torch._C._functorch.maybe_get_bdim(leaf)
+            leaf = torch._C._functorch.get_unwrapped(leaf)
+            if dimension >= 0:
+                leaf = leaf.movedim(dimension, 0)
+                episodes[-1] = (len(leaf), *episodes[-1])
+        leaves[position] = leaf.detach()
+    widest = max(episodes, key=len, default=())
+    if widest:
+        for position, own in enumerate(episodes):
+            leaf = leaves[position]
+            if isinstance(leaf, Tensor):
+                shape = leaf.shape[len(own) :]
+                leaf = leaf if own else leaf.expand(*widest, *shape)
+                leaves[position] = leaf.reshape(-1, *shape[1:])
+    return tree_unflatten(leaves, structure)
 
 
 def _primal(value: Any) -> Any:

@@ -108,9 +108,10 @@ def loader(inner_batches: int = 2, *, shuffle: bool = False, **sizes: Any) -> Ep
     return EpisodeLoader(inner, outer, inner_batches, **sizes)
 
 
-def tasks(count: int) -> list[Episode]:
+def tasks(count: int, *, dtype: torch.dtype = torch.float32) -> list[Episode]:
     """Return few-shot episodes of equal shapes, one support and one query batch each."""
-    return [Episode([examples(2 * i)[:2]], examples(2 * i + 1)[:2]) for i in range(count)]
+    pairs = [examples(seed, dtype=dtype)[:2] for seed in range(2 * count)]
+    return [Episode([support], query) for support, query in zip(pairs[::2], pairs[1::2], strict=True)]
 
 
 def listed(batches: Sequence[Any]) -> DataLoader[Any]:

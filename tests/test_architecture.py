@@ -25,9 +25,10 @@ LAYERS = [
     ("inner_loop", "recorder", "loaders", "hooks"),
     ("autodiff",),
     ("strategies",),
-    ("functional", "estimation", "monitor"),
+    ("functional", "estimation", "monitor", "parallel"),
     ("memory",),
     ("module",),
+    ("wrap",),
     ("__init__",),
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

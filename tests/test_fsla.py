@@ -43,7 +43,7 @@ def sample(rows: int, seed: int) -> Sample:
 
 
 class Synthetic(Problem):
-    """G = mean (A_λ λ + A_ω ω − b)², F = mean (A_o ω − b_o)² + ½ρ‖λ‖²; the paper has ρ = 0.
+    """G = mean (A_λ λ + A_ω ω − b)², F = mean (A_o ω − b_o)² + ρ λ·(½λ + ω); the paper has ρ = 0.
 
     Args:
         optimizer: the inner one.
@@ -66,7 +66,7 @@ class Synthetic(Problem):
 
     def outer_loss(self, batch):
         _, by_inner, target = batch
-        return (by_inner @ self.omega - target).square().mean() + 0.5 * self.rho * self.lam.square().sum()
+        return (by_inner @ self.omega - target).square().mean() + self.rho * self.lam @ (0.5 * self.lam + self.omega)
 
     def configure_inner_optimizer(self):
         return self.optimizer
@@ -95,12 +95,12 @@ class ByHand:
         by_outer, by_inner, target = first
         gradient = 2 / len(target) * by_inner.T @ (by_outer @ lam + by_inner @ omega - target)
         new = omega - rate * self.tau * gradient
-        slope = 2 / len(outer[2]) * outer[1].T @ (outer[1] @ omega - outer[2])
+        slope = 2 / len(outer[2]) * outer[1].T @ (outer[1] @ omega - outer[2]) + self.rho * lam
         hessian = 2 / len(third[2]) * third[1].T @ third[1]
         self.v = rate * self.beta * slope + self.v - rate * self.beta * hessian @ self.v
 
-        def estimate(lam: Tensor, omega: Tensor, v: Tensor) -> Tensor:  # F's derivative by λ does not see ω
-            return self.rho * lam - 2 / len(fifth[2]) * fifth[0].T @ fifth[1] @ v
+        def estimate(lam: Tensor, omega: Tensor, v: Tensor) -> Tensor:
+            return self.rho * (lam + omega) - 2 / len(fifth[2]) * fifth[0].T @ fifth[1] @ v
 
         triple = lam, new, self.v
         if self.k == 1:
@@ -250,8 +250,8 @@ def exact_hypergradient(module: Synthetic, data: Episode) -> Tensor:
     (by_outer, by_inner, target), (_, outer, outer_target) = data.inner[0], data.outer
     lam, gram = module.lam.detach(), by_inner.T @ by_inner
     omega = torch.linalg.solve(gram, by_inner.T @ (target - by_outer @ lam))
-    slope = 2 / len(outer_target) * outer.T @ (outer @ omega - outer_target)
-    return -by_outer.T @ by_inner @ torch.linalg.solve(gram, slope) + module.rho * lam
+    slope = 2 / len(outer_target) * outer.T @ (outer @ omega - outer_target) + module.rho * lam
+    return -by_outer.T @ by_inner @ torch.linalg.solve(gram, slope) + module.rho * (lam + omega)
 
 
 def test_tracks_the_exact_hypergradient_of_the_papers_problem_at_a_fixed_outer_point() -> None:

@@ -322,7 +322,7 @@ FITS: dict[str, Case] = {
     # Numbers
     "inner loss nan": Case(
         lambda: Diverging("inner"),
-        r"Expected the inner loss at step 1 of 3 to be finite, got nan\. Lower the inner learning rate",
+        r"Expected the inner loss at step 2 of 3 to be finite, got nan\. Lower the inner learning rate",
         error=FloatingPointError,
         first=True,
         batches=[Episode([(X, Y, GOOD), (X, Y, BAD)], (X, Y))],

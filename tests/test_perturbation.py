@@ -233,13 +233,16 @@ def test_the_unbiasedness_check_rejects_normalized_directions(make: Make) -> Non
 
 
 class Noisy(Mlp):
-    """With buffers that move, masks in both losses and momentum."""
+    """With momentum, masks in both losses, and buffers that the inner steps move and the outer loss reads."""
 
     def __init__(self, shared: bool = False) -> None:
         super().__init__("momentum", shared, inner_start="warm")
         with seeded(5):
             self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
         self.net.double()
+
+    def outer_loss(self, batch):
+        return super().outer_loss(batch) + self.net[1].running_mean.square().sum()
 
     def warm(self, episode: Episode) -> InnerState:
         """Return what one run leaves behind: moved θ and buffers, momentum that is not zero."""

@@ -31,7 +31,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Gaussian
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.linear_solvers import Dense
+from lightning_bilevel.linear_solvers import Dense, Identity
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.table import Facts, facts, markdown
 from lightning_bilevel.tree import Params
@@ -252,13 +252,21 @@ def test_training_is_the_same_bit_for_bit(strategy: Callable[[], HypergradientSt
 
     def run(*monitors: HypergradientMonitor) -> tuple[Params, Tensor, list[float]]:
         generator, before = Generator(), Before()
-        running = fit(strategy(), *monitors, generator, before, module=Fit(dropout=0.3))
+        running = fit(strategy(), *monitors, generator, before, module=Fit(dropout=0.3, learned=False))
         return parameters(running.lightning_module), generator.state, before.logged("outer_loss")
 
-    plain, monitored = run(), run(HypergradientMonitor(every_n_steps=1))
-    assert differing(plain[0], monitored[0]) == []
-    assert torch.equal(plain[1], monitored[1])
-    assert plain[2] == monitored[2]
+    plain = run()
+    for reference in (ReverseUnroll(), ImplicitGradient(Identity())):  # the second one draws more masks than a run
+        monitored = run(HypergradientMonitor(reference, every_n_steps=1, samples=2))
+        assert differing(plain[0], monitored[0]) == []
+        assert torch.equal(plain[1], monitored[1])
+        assert plain[2] == monitored[2]
+
+
+def test_the_reference_sees_the_masks_of_the_running_estimate() -> None:
+    before = Before()
+    fit(ReverseUnroll(), HypergradientMonitor(every_n_steps=1), before, module=Fit(dropout=0.3))
+    assert before.logged("hypergradient_relative_error") == pytest.approx([0.0] * len(EPISODES), abs=1e-12)
 
 
 class Small(Quadratic):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import signal
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_maml_equals_a_loop_by_hand(chunk_size):
     module = seeded(lambda: Maml(episode_chunk_size=chunk_size)).double()
     outer = [p.detach().clone().requires_grad_() for p in module.net.parameters()]
     optimizer = torch.optim.Adam(outer, lr=0.05)
-    batches = [[Episode([support], query) for support, query in zip(*[iter(_doubles(6))] * 2, strict=True)]] * 4
+    batches = [tasks(3, dtype=torch.float64)] * 4
     for episodes in batches:
         optimizer.zero_grad()
         for episode in episodes:
@@ -182,10 +183,6 @@ def test_maml_equals_a_loop_by_hand(chunk_size):
     trainer(ReverseUnroll()).fit(module, listed(batches))
     for p, value in zip(module.net.parameters(), outer, strict=True):
         torch.testing.assert_close(p, value, rtol=1e-9, atol=1e-12)
-
-
-def _doubles(count: int) -> list[tuple[Tensor, Tensor]]:
-    return [examples(seed, dtype=torch.float64)[:2] for seed in range(count)]
 
 
 def test_bfloat16_mixed_is_close_to_float32():
@@ -518,7 +515,8 @@ class Failing(Cleaning):
 
 @pytest.mark.parametrize("where", ["setup", "configure_optimizers", "inner_loss", "on_train_end"])
 @pytest.mark.parametrize(("error", "raised"), [(RuntimeError("boom"), RuntimeError), (KeyboardInterrupt(), SystemExit)])
-def test_an_exception_leaves_the_module_as_it_was(where, error, raised):
+def test_an_exception_leaves_the_module_as_it_was(where, error, raised, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Lightning would have later tests ignore Ctrl+C
     module = Failing(where, error)
     before, attributes = flags(module), set(module.__dict__)
     objects = {name: id(parameter) for name, parameter in module.named_parameters()}

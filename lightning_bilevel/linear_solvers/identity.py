@@ -15,7 +15,7 @@ class Identity(LinearSolver):
 
     .. math:: x = s\, b
 
-    Biased, whatever A is, with ‖x − A⁻¹b‖ ≤ max_i |s − 1/λ_i| ‖b‖; it equals ``Neumann(terms=1, step_size=s)``.
+    Biased, whatever A is, with ‖x − A⁻¹b‖ ≤ max_i abs(s − 1/λ_i) ‖b‖; it equals ``Neumann(terms=1, step_size=s)``.
     For positive definite A and s > 0 it keeps an acute angle with A⁻¹b. Memory O(M), no products.
 
     Use it where Hessian products cost too much and the direction matters more than the length. Not

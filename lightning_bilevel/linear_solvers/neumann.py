@@ -19,7 +19,7 @@ class Neumann(WarnsOnce, LinearSolver):
 
     .. math:: x = \alpha \sum_{k=0}^{K-1} (I - \alpha A)^k b
 
-    Biased: A x = b − (I − αA)ᴷ b, so ‖b − A x‖ ≤ max_i |1 − αλ_i|ᴷ ‖b‖. It converges to A⁻¹b if and only
+    Biased: A x = b − (I − αA)ᴷ b, so ‖b − A x‖ ≤ max_i abs(1 − αλ_i)ᴷ ‖b‖. It converges to A⁻¹b if and only
     if A is positive definite and 0 < α < 2/λ_max; where A has a negative eigenvalue it diverges for every α.
     K terms take K − 1 products, and memory is O(M), flat in K. With α the inner learning rate it equals
     back-propagation through K steps of gradient descent at the optimum (AID-FP); K = 1 is ``Identity(scale=α)``.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error
 from lightning_bilevel.host import Callback, Trainer
@@ -61,6 +63,13 @@ class HypergradientStrategy(Callback):
     def check_trainer(self, trainer: Trainer) -> None:
         """Raise if this strategy cannot work in ``trainer``; nothing by default."""
 
+    def carried(self) -> list[Tensor]:
+        """Return the tensors that this strategy carries from step to step; none by default.
+
+        With ``Trainer(strategy="ddp")`` they are averaged over processes after each step, in place.
+        """
+        return []
+
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what follows from the facts about this class, and :meth:`refusals`."""
         found = self.refusals(problem)
@@ -86,6 +95,10 @@ class HypergradientStrategy(Callback):
         found = self.all_refusals(problem)
         if found:
             raise MisconfigurationError("\n".join(str(refusal) for refusal in found))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning puts methods of the module here, and a copy would copy the module with them.
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     @property
     def _differentiates_solve(self) -> bool:

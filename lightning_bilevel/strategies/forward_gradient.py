@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.autodiff import Mode
@@ -41,7 +42,8 @@ class ForwardGradient(HypergradientStrategy):
 
     Unbiased whatever the guide, since E[p pᵀ] = I − u uᵀ. The error shrinks to about 1 − cos²(∇h, u) of the
     plain one: with w = ∇h − ⟨∇h, u⟩ u it is ((N−2)‖w‖² + 2 Σ w_i² u_i²)/(b−1) for Rademacher, N‖w‖²/(b−1) for
-    Gaussian directions. Several episodes of a batch are looped, each with its own u. Guides: ``TruncatedReverse``, ``GammaGreedy``, ``ImplicitGradient``.
+    Gaussian directions. Several episodes of a batch are looped, each with its own u. Guides: ``TruncatedReverse``,
+    ``GammaGreedy``, ``ImplicitGradient``.
 
     Args:
         num_directions: b.
@@ -115,6 +117,10 @@ class ForwardGradient(HypergradientStrategy):
         """Let the guide look at the Trainer."""
         if self.guide is not None:
             self.guide.check_trainer(trainer)
+
+    def carried(self) -> list[Tensor]:
+        """Return what the guide carries."""
+        return [] if self.guide is None else self.guide.carried()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the guide's state."""

@@ -116,8 +116,8 @@ class FSLA(HypergradientStrategy):
             previous = replace(after, params=last.theta)
             _, correction = self._tracking(problem, previous, last.phi, episode, fifth, last.v)
             d = tree.add(d, tree.sub(last.d, correction), alpha=1 - rate * self.eta)
-        # φ is stepped in place after this, so the triple needs its own copy of it.
-        self._tracked = _Tracked(k, v, d, tree.map(torch.clone, phi), after.params)
+        # φ is stepped in place after this, and d is averaged over processes, so both are copied.
+        self._tracked = _Tracked(k, v, tree.map(torch.clone, d), tree.map(torch.clone, phi), after.params)
         return Hypergradient(value, d, after, {"inner_loss": loss})
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
@@ -150,6 +150,10 @@ class FSLA(HypergradientStrategy):
                 "Use `accumulate_grad_batches=1` and larger batches",
             )
         self._tracked = None
+
+    def carried(self) -> list[Tensor]:
+        """Return v, d and the previous triple."""
+        return [] if self._tracked is None else [value for each in self._tracked.trees() for value in each.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return v, d, the previous triple and k."""

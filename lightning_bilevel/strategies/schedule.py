@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, positive_integer, value_error
@@ -84,6 +85,10 @@ class HypergradientSchedule(HypergradientStrategy):
         """Let every phase look at the Trainer."""
         for strategy, _ in self.phases:
             strategy.check_trainer(trainer)
+
+    def carried(self) -> list[Tensor]:
+        """Return what every phase carries."""
+        return [value for strategy, _ in self.phases for value in strategy.carried()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return every phase's state."""

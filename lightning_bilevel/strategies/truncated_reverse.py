@@ -69,7 +69,7 @@ def truncated(problem: BilevelProblem, memory: InnerState, phi: Params, episode:
     theta = tree.leaves(state.params)
     state = replace(state, params=theta)
     if steps:
-        state, metrics = run(problem, state, outer, batches[cut:], create_graph=True)
+        state, metrics = run(problem, state, outer, batches[cut:], create_graph=True, taken=cut)
     value = problem.outer_loss(state.params, outer, episode.outer, state.buffers)
     d, c = gradients(value, {name: theta[name] for name in through_start}, outer)
     grads = tree.add(c, vector_jacobian(through_start, outer, d))

@@ -32,7 +32,7 @@ class ZerothOrder(HypergradientStrategy):
     Memory: one inner run (times ``chunk_size``). Cost: b + 1 inner runs, central 2b + 1.
 
     Not where the inner steps can be differentiated: :class:`ForwardGradient` has no bias at a similar cost.
-    Choose μ well above the rounding of h: a warning tells when μ² < ε |h|.
+    Choose μ well above the rounding of h: a warning tells when μ² < ε h.
 
     Source: (FG)²U, arXiv 2406.14095, eq. 16 and 40; Nesterov and Spokoiny, 2017.
 

@@ -1,0 +1,431 @@
+"""``bilevel``: an existing LightningModule, as it is, with an inner and an outer level."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.hooks import InnerStart
+from lightning_bilevel.host import LightningModule
+from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.module import BilevelModule
+from lightning_bilevel.problem import Batch, Episode
+
+Names = str | nn.Module | nn.Parameter
+"""A parameter's or submodule's name, an ``fnmatch`` pattern of parameter names, or the thing itself."""
+Loss = str | Callable[[Any, Batch], Any] | None
+InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
+
+_LISTED = 12
+_SINGLE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_STEPS = ("validation_step", "test_step", "predict_step", "forward", "log", "log_dict")
+_OPTIMIZATION = ("backward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
+_DATA = ("prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+_SETUP = ("setup", "teardown", "transfer_batch_to_device")
+
+
+def bilevel(
+    module: LightningModule,
+    *,
+    inner: Names | Iterable[Names],
+    outer: Names | Iterable[Names],
+    inner_loss: Loss = None,
+    outer_loss: Loss = None,
+    inner_optimizer: InnerOptimizerLike,
+    inner_steps: int = 1,
+    inner_start: InnerStart = "warm",
+) -> BilevelModule:
+    """Make an existing LightningModule bilevel, without a change to its code.
+
+    What comes back is a :class:`BilevelModule` that holds ``module`` as its child ``module``, for
+    ``trainer.fit(wrapped, EpisodeLoader(...))`` with a hypergradient strategy among the callbacks. The module's
+    ``configure_optimizers`` optimizes the outer parameters. Every other hook that the module defines (validation, test
+    and prediction steps, ``forward``, ``on_...``, dataloaders, callbacks) is called as in a fit of its own, except that
+    the training hooks get an :class:`Episode` for a batch; batch transfer hooks get each batch of it. What its losses
+    log is logged once per training step, under the same names; of a name that both losses log, the outer loss's value.
+
+    ``module`` is trained in place: after the fit, the object itself has the new parameters, and is no longer tied to
+    the wrapper. In a checkpoint of the wrapper the names have the prefix ``module.``; to get the original from it, use
+    ``bilevel(module, ...).load_state_dict(torch.load(path)["state_dict"])``, with any levels. The checkpoint also has
+    the module's ``hparams``.
+
+    Args:
+        module: any LightningModule with automatic optimization.
+        inner: selects θ: a submodule's name (all its parameters), a parameter's name, a pattern of parameter names
+            such as ``"*.bias"``, a submodule, a parameter, or a list of these. Frozen parameters do not count.
+        outer: selects φ, in the same ways. Parameters in both levels are a learned initialization: θ starts at φ.
+        inner_loss: g: a function of the module and a batch, or the name of a method that takes a batch. Default: the
+            loss that ``module.training_step(batch, batch_idx)`` returns.
+        outer_loss: f, likewise.
+        inner_optimizer: an :class:`InnerOptimizer`; a function of the module that returns one, which may depend on
+            outer parameters and is called at every inner step; or a ``torch.optim`` class, ``functools.partial`` of
+            one, or a function with one argument named ``params`` that returns a ``torch.optim`` instance.
+        inner_steps: T.
+        inner_start: where inner parameters that are not shared start, as in :class:`BilevelModule`.
+
+    Returns:
+        The wrapper. Its losses are 0-dim tensors; its parameters are those of ``module``.
+
+    Raises:
+        ValueError: an argument of the wrong kind, or a selection that matches nothing.
+        MisconfigurationError: manual optimization, a module that is bilevel already, no ``training_step`` where one is
+            needed; at fit, an optimizer without any outer parameter.
+
+    >>> from lightning_bilevel import SGD, ReverseUnroll, hypergradient
+    >>> class Ridge(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net = nn.Linear(2, 1, bias=False)
+    ...         self.log_penalty = nn.Parameter(torch.tensor(0.0))
+    ...         nn.init.zeros_(self.net.weight)
+    ...     def training_step(self, batch, batch_idx):
+    ...         fit = (self.net(batch[0]) - batch[1]).square().mean()
+    ...         return fit + self.log_penalty.exp() * self.net.weight.square().sum()
+    >>> def validation_loss(module, batch):
+    ...     return (module.net(batch[0]) - batch[1]).square().mean()
+    >>> wrapped = bilevel(
+    ...     Ridge(), inner="net", outer="log_penalty", outer_loss=validation_loss, inner_optimizer=SGD(lr=0.1),
+    ...     inner_steps=3, inner_start="reset",
+    ... )
+    >>> batch = torch.eye(2), torch.ones(2, 1)
+    >>> estimate = hypergradient(wrapped, ReverseUnroll(), Episode([batch], batch))
+    >>> round(estimate.grads["module.log_penalty"].item(), 4)
+    0.075
+    """
+    if not isinstance(module, LightningModule):
+        raise value_error("bilevel(module)", f"a `{_full_name(LightningModule)}`", _full_name(type(module)))
+    owner = type(module).__name__
+    if isinstance(module, BilevelModule):
+        raise combination_error(
+            f"`bilevel` with `{owner}`", "it is a `BilevelModule` already", "Pass it to `trainer.fit` as it is"
+        )
+    if not module.automatic_optimization:
+        raise combination_error(
+            f"`bilevel` with `{owner}`, which optimizes manually",
+            "the hypergradient reaches the optimizer through automatic optimization",
+            "Remove `self.automatic_optimization = False`, and call no optimizer in `training_step`",
+        )
+    hooks = tuple(name for name in _delegated() if _defines(module, name))
+    kind: Any = type(module)
+    wrapper = _class_for(kind, hooks)(
+        module,
+        {"inner": _patterns(module, "inner", inner), "outer": _patterns(module, "outer", outer)},
+        {
+            "inner_loss": _checked_loss(module, "inner_loss", inner_loss),
+            "outer_loss": _checked_loss(module, "outer_loss", outer_loss),
+        },
+        _checked_optimizer(inner_optimizer),
+        inner_steps,
+        inner_start,
+    )
+    if any(True for _ in module.parameters()):  # there are none yet where ``configure_model`` or ``setup`` makes them
+        for level in ("inner", "outer"):
+            if not any(parameter.requires_grad for parameter in wrapper.selected(level)):
+                raise value_error(
+                    f"bilevel({level}=...)",
+                    f"parameters of `{owner}` that require gradients",
+                    "frozen ones" if wrapper.selected(level) else "none",
+                    "Call `requires_grad_()` on them before." if wrapper.selected(level) else "",
+                )
+    return wrapper
+
+
+class WrappedModule(BilevelModule):
+    """What :func:`bilevel` returns; subclasses made by it have the hooks that the module defines.
+
+    Args:
+        module: the original.
+        patterns: of each level.
+        losses: by hook name.
+        inner_optimizer: as in :func:`bilevel`.
+        inner_steps: T.
+        inner_start: as in :func:`bilevel`.
+    """
+
+    module: LightningModule
+
+    def __init__(
+        self,
+        module: LightningModule,
+        patterns: Mapping[str, Sequence[str]],
+        losses: Mapping[str, Loss],
+        inner_optimizer: InnerOptimizerLike,
+        inner_steps: int,
+        inner_start: InnerStart,
+    ) -> None:
+        super().__init__(inner_steps, inner_start)
+        self.module = module
+        self._patterns, self._losses = patterns, losses
+        # In a list, for an inner optimizer may be a module, whose parameters are the module's already.
+        self._inner_optimizer = [inner_optimizer]
+        self.example_input_array = module.example_input_array
+        self.strict_loading = module.strict_loading
+        self._log_hyperparams = module._log_hyperparams
+        if hasattr(module, "_hparams_name"):
+            self._hparams_name = module._hparams_name
+
+    @property
+    def hparams(self) -> Any:
+        """The module's hyperparameters, for loggers and checkpoints."""
+        return self.module.hparams
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The module's hyperparameters as they were first saved."""
+        return self.module.hparams_initial
+
+    def selected(self, level: str) -> list[nn.Parameter]:
+        """Return the parameters of a level, in the order of the patterns, each once."""
+        chosen = (_matching(self.module, level, pattern) for pattern in self._patterns[level])
+        return list({id(parameter): parameter for some in chosen for parameter in some}.values())
+
+    def inner_parameters(self) -> list[nn.Parameter]:
+        """Return what ``inner`` selects."""
+        return self.selected("inner")
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        """Return what ``outer`` selects."""
+        return self.selected("outer")
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        """Evaluate the inner loss of the module."""
+        return self._loss("inner_loss", batch)
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        """Evaluate the outer loss of the module."""
+        return self._loss("outer_loss", batch)
+
+    def configure_inner_optimizer(self) -> InnerOptimizer | torch.optim.Optimizer:
+        """Return the inner optimizer, with the outer parameters of now."""
+        optimizer = self._inner_optimizer[0]
+        if isinstance(optimizer, (InnerOptimizer, torch.optim.Optimizer)):
+            return optimizer
+        with self.current_hook():
+            return optimizer(self.selected("inner") if _takes_parameters(optimizer) else self.module)
+
+    def configure_optimizers(self) -> Any:
+        """Return the module's own optimizers, which are the outer ones."""
+        with self.current_hook():
+            return self.module.configure_optimizers()
+
+    def on_fit_start(self) -> None:
+        """Refuse optimizers that step no outer parameter, before the first batch."""
+        outer = self.selected("outer")
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if groups and not any(id(parameter) in held for parameter in outer):
+            names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+            raise combination_error(
+                f"`bilevel` with the optimizer that `{type(self.module).__name__}.configure_optimizers()` returns",
+                "it optimizes the outer level and holds none of its parameters: "
+                + _shortened([names[id(parameter)] for parameter in outer]),
+                "Let it hold `self.parameters()`, say: those of the inner level are left alone",
+            )
+        super().on_fit_start()
+        with self.current_hook():
+            self.module.on_fit_start()
+
+    @contextmanager
+    def current_hook(self) -> Iterator[None]:
+        """Let the module's ``log`` know which hook the Trainer is in."""
+        module, before = self.module, self.module._current_fx_name
+        module._current_fx_name = self._current_fx_name
+        try:
+            yield
+        finally:
+            module._current_fx_name = before
+
+    def _loss(self, hook: str, batch: Batch) -> Tensor:
+        chosen, owner = self._losses[hook], type(self.module).__name__
+        result: Any
+        with self.current_hook():
+            if callable(chosen):
+                what, result = f"{hook}(module, batch)", chosen(self.module, batch)
+            else:
+                name = chosen or "training_step"
+                method = getattr(self.module, name)
+                arguments = [batch]
+                if "batch_idx" in inspect.signature(method).parameters:
+                    arguments.append(self.trainer.fit_loop.batch_idx if self._trainer else 0)
+                what, result = f"{owner}.{name}(batch)", method(*arguments)
+        if isinstance(result, Mapping):
+            result = result.get("loss", result)
+        if not isinstance(result, Tensor):
+            raise value_error(
+                what, "a loss tensor, or a mapping with one at 'loss'", type(result).__name__, f"It is the `{hook}`."
+            )
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the class, which no name leads to, as what it was made from."""
+        return _blank, (type(self.module), type(self)._hooks), self.__getstate__()
+
+    _hooks: tuple[str, ...] = ()
+
+
+@functools.cache
+def _class_for(kind: Any, hooks: tuple[str, ...]) -> type[WrappedModule]:
+    """Return the subclass with the given hooks: Lightning asks of many whether they are overridden."""
+    methods = {name: _delegate(name, getattr(kind, name)) for name in hooks}
+    return type(
+        f"Bilevel{kind.__name__}", (WrappedModule,), {**methods, "_hooks": hooks, "__module__": kind.__module__}
+    )
+
+
+def _blank(kind: Any, hooks: tuple[str, ...]) -> WrappedModule:
+    made = _class_for(kind, hooks)
+    return made.__new__(made)
+
+
+def _delegate(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls the module's; it has its signature, which Lightning reads too."""
+
+    @functools.wraps(original)
+    def method(self: WrappedModule, *args: Any, **kwargs: Any) -> Any:
+        function = getattr(self.module, name)
+        with self.current_hook():
+            if name in _SINGLE_BATCH:
+                batch, *others = args
+                return _each(batch, lambda one: function(one, *others, **kwargs))
+            return function(*args, **kwargs)
+
+    return method
+
+
+def _each(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every batch of episodes; to anything else as it is."""
+    if isinstance(batch, Episode):
+        return Episode([function(one) for one in batch.inner], function(batch.outer))
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(entry, Episode) for entry in batch):
+        return [_each(entry, function) for entry in batch]
+    return function(batch)
+
+
+def _delegated() -> list[str]:
+    """Return the names of the hooks that are the module's own business."""
+    prefixed = [
+        name
+        for name in dir(LightningModule)
+        if name.startswith(("on_", "configure_")) and inspect.isfunction(getattr(LightningModule, name))
+    ]
+    taken = {"on_fit_start", "configure_optimizers"}
+    named = [*_STEPS, *_OPTIMIZATION, *_DATA, *_SETUP]
+    return [name for name in dict.fromkeys([*prefixed, *named]) if name not in taken]
+
+
+def _defines(module: LightningModule, name: str) -> bool:
+    return getattr(getattr(module, name), "__func__", None) is not getattr(LightningModule, name)
+
+
+def _patterns(module: LightningModule, level: str, selection: Any) -> list[str]:
+    """Turn a selection into names and patterns, which stay right in a copy of the module."""
+    if isinstance(selection, (str, nn.Module, nn.Parameter)) or not isinstance(selection, Iterable):
+        selection = [selection]
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: list[str] = []
+    for entry in selection:
+        if isinstance(entry, str):
+            found.append(entry)
+            continue
+        parameters = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+        if not isinstance(entry, (nn.Module, nn.Parameter)) or any(id(p) not in names for p in parameters):
+            elsewhere = f"a `{type(entry).__name__}` from elsewhere"
+            raise _no_match(module, level, elsewhere if isinstance(entry, (nn.Module, nn.Parameter)) else repr(entry))
+        found += [names[id(parameter)] for parameter in parameters]
+    if any(True for _ in module.parameters()):
+        for pattern in found:
+            _matching(module, level, pattern)
+    return found
+
+
+def _matching(module: LightningModule, level: str, pattern: str) -> list[nn.Parameter]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if pattern in parameters:
+        return [parameters[pattern]]
+    children = dict(module.named_modules(remove_duplicate=False))
+    child = children.get(pattern) if pattern else None
+    found = [p for name, p in parameters.items() if fnmatchcase(name, pattern)]
+    found = found if child is None else list(child.parameters())
+    if not found:
+        raise _no_match(module, level, repr(pattern))
+    return found
+
+
+def _no_match(module: LightningModule, level: str, got: str) -> ValueError:
+    owner = type(module).__name__
+    return value_error(
+        f"bilevel({level}=...)",
+        f"names, patterns, submodules or parameters of `{owner}`",
+        _Verbatim(got),
+        f"`{owner}` has {_shortened([name for name, _ in module.named_parameters()])}.",
+    )
+
+
+class _Verbatim(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """List names; many of them as patterns of those that begin alike.
+
+    >>> _shortened([f"{block}.{part}" for block in ("body.0", "body.1", "head.0") for part in "abcde"])
+    'body.0.* (5), body.1.* (5), head.0.* (5)'
+    """
+    groups = {name: 1 for name in names}
+    depth = max((name.count(".") for name in names), default=0)
+    while len(groups) > _LISTED and depth:
+        groups = {}
+        for name in names:
+            head = ".".join(name.split(".")[:depth])
+            key = name if head == name else f"{head}.*"
+            groups[key] = groups.get(key, 0) + 1
+        depth -= 1
+    listed = [f"{name} ({count})" if name.endswith(".*") else name for name, count in groups.items()]
+    more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    return ", ".join([*listed[:_LISTED], *more]) or "no parameters"
+
+
+def _checked_loss(module: LightningModule, hook: str, loss: Any) -> Loss:
+    owner = type(module).__name__
+    if loss is None and not _defines(module, "training_step"):
+        raise missing_error(owner, "`training_step`", f"Add one, or pass `bilevel({hook}=...)`")
+    if loss is None or (isinstance(loss, str) and callable(getattr(module, loss, None))):
+        return loss
+    if isinstance(loss, str) or not callable(loss):
+        raise value_error(
+            f"bilevel({hook}=...)", f"a function of the module and a batch, or the name of a method of `{owner}`", loss
+        )
+    return loss
+
+
+def _checked_optimizer(optimizer: Any) -> InnerOptimizerLike:
+    if not isinstance(optimizer, (InnerOptimizer, torch.optim.Optimizer)) and (
+        not callable(optimizer) or (isinstance(optimizer, type) and issubclass(optimizer, InnerOptimizer))
+    ):
+        raise value_error(
+            "bilevel(inner_optimizer=...)",
+            "an `InnerOptimizer`, a function of the module that returns one, or a partial of a `torch.optim` class",
+            optimizer,
+            "Write `SGD(lr=0.1)`, with `from lightning_bilevel import SGD`.",
+        )
+    return optimizer
+
+
+def _takes_parameters(function: Any) -> bool:
+    made = function.func if isinstance(function, functools.partial) else function
+    if isinstance(made, type) and issubclass(made, torch.optim.Optimizer):
+        return True
+    return next(iter(inspect.signature(function).parameters), "") == "params"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -1,0 +1,535 @@
+"""``bilevel`` makes an unedited LightningModule bilevel: the same numbers as a subclass written by hand."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+
+from lightning_bilevel import (
+    SGD,
+    BilevelModule,
+    Episode,
+    ForwardGradient,
+    ForwardUnroll,
+    HypergradientMonitor,
+    ReverseUnroll,
+    bilevel,
+    hypergradient,
+)
+from lightning_bilevel.errors import MisconfigurationError
+from modules import EXAMPLES, FEATURES, differing, examples, listed, loader, parameters, seeded, tasks, trainer
+
+
+class Parts:
+    """What the plain module and the subclass by hand have in common."""
+
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        self.example_weights = nn.Parameter(torch.zeros(EXAMPLES))
+        self.log_lr = nn.Parameter(torch.tensor(-2.0))
+        self.val_error = MeanSquaredError()
+        self.hooks: list[str] = []
+
+    def weighted(self, batch: Any) -> Tensor:
+        x, y, index = batch
+        loss = (self.example_weights[index].sigmoid() * (self.net(x) - y).square().mean(1)).mean()
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        prediction = self(batch[0])
+        self.val_error(prediction, batch[1])
+        self.log("val_error", self.val_error)
+        self.log_dict({"val_loss": F.mse_loss(prediction, batch[1])}, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        self.hooks.append(f"epoch {self.current_epoch}, step {self.global_step}, {self.trainer.max_epochs} epochs")
+        self.log("epoch_end", float(self.current_epoch))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+class Plain(Parts, LightningModule):
+    """As users have it, with all kinds of hooks."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.build()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.weighted(batch), "batch_idx": batch_idx}
+
+
+class ByHand(Parts, BilevelModule):
+    """The same problem as a subclass."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(inner_steps=3, **options)
+        self.build()
+
+    def inner_parameters(self) -> Any:
+        return self.net
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return self.weighted(batch)
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return F.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_inner_optimizer(self) -> Any:
+        return SGD(lr=self.log_lr.exp(), momentum=0.9)
+
+
+class Minimal(LightningModule):
+    """Two layers, one loss, nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+
+    def loss(self, batch: Any) -> Tensor:
+        return (self.head(self.body(batch[0]).tanh()) - batch[1]).square().mean()
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def validation_loss(module: Any, batch: Any) -> Tensor:
+    return F.mse_loss(module.net(batch[0]), batch[1])
+
+
+def wrapped(module: Any = None, **options: Any) -> BilevelModule:
+    """Return the wrapper that equals ``ByHand``."""
+    defaults = {
+        "inner": "net",
+        "outer": ["example_weights", "log_lr"],
+        "outer_loss": validation_loss,
+        "inner_optimizer": lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9),
+        "inner_steps": 3,
+    }
+    return bilevel(module or seeded(Plain), **{**defaults, **options})
+
+
+def maml(**options: Any) -> BilevelModule:
+    defaults = {"inner": "*", "outer": "*", "inner_optimizer": SGD(lr=0.1), "inner_steps": 2}
+    return bilevel(seeded(Minimal), **{**defaults, **options})
+
+
+def named(module: BilevelModule, level: str) -> set[str]:
+    chosen = {id(parameter) for parameter in getattr(module, f"{level}_parameters")()}
+    return {name.removeprefix("module.") for name, p in module.named_parameters() if id(p) in chosen}
+
+
+STRATEGIES = [
+    ReverseUnroll(),
+    ForwardUnroll(),
+    ForwardGradient(num_directions=2),
+    ForwardGradient(num_directions=2, mode="forward"),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'mode', '')}")
+def test_hypergradients_equal_those_of_a_subclass(strategy):
+    episode = Episode([examples(0), examples(1)], examples(2)[:2])
+    ours, theirs = (hypergradient(m, strategy, episode) for m in (wrapped(), seeded(ByHand)))
+    assert torch.equal(ours.value, theirs.value)
+    assert not differing({name.removeprefix("module."): g for name, g in ours.grads.items()}, dict(theirs.grads))
+
+
+def validation() -> Any:
+    return DataLoader(TensorDataset(*examples(3)[:2]), batch_size=4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[::3], ids=["reverse", "forward"])
+def test_a_fit_equals_that_of_a_subclass_bit_for_bit(strategy, tmp_path):
+    metrics, modules = [], [wrapped(), seeded(ByHand)]
+    for number, module in enumerate(modules):
+        logger = CSVLogger(tmp_path, name=str(number))
+        fit = trainer(copy.deepcopy(strategy), max_epochs=2, logger=logger, log_every_n_steps=1)
+        fit.fit(module, loader(), validation())
+        metrics.append((fit.callback_metrics, (tmp_path / str(number) / "version_0" / "metrics.csv").read_text()))
+    assert metrics[0] == metrics[1]
+    assert {"train_loss", "train_loss_epoch", "val_error", "val_loss", "epoch_end", "outer_loss"} <= set(metrics[0][0])
+    ours, theirs = modules
+    assert not differing(parameters(ours.module), parameters(theirs))
+    assert ours.module.hooks == theirs.hooks == ["epoch 0, step 4, 2 epochs", "epoch 1, step 8, 2 epochs"]
+
+
+def test_the_module_is_trained_in_place_and_free_again():
+    module = seeded(Plain)
+    before, identities = parameters(module), [id(p) for p in module.parameters()]
+    wrapper = wrapped(module)
+    assert wrapper.module is module
+    trainer(ReverseUnroll()).fit(wrapper, loader(), validation())
+    assert [id(p) for p in module.parameters()] == identities
+    changed = differing(parameters(module), before)
+    assert {"net.0.weight", "example_weights", "log_lr"} <= set(changed)
+    assert all(p.requires_grad for p in module.parameters())
+    assert "log" not in vars(module)
+    assert module._current_fx_name is None
+    batches = DataLoader(TensorDataset(*examples(0)), batch_size=4)
+    alone = trainer()
+    alone.fit(module, batches, validation())
+    assert {"train_loss", "val_error"} <= set(alone.callback_metrics)
+
+
+SELECTIONS = {
+    "name": ("net.0.weight", {"net.0.weight"}),
+    "submodule's name": ("net.0", {"net.0.weight", "net.0.bias"}),
+    "glob": ("*.bias", {"net.0.bias", "net.1.bias", "net.3.bias"}),
+    "submodule": (lambda m: m.net[3], {"net.3.weight", "net.3.bias"}),
+    "parameter": (lambda m: m.net[0].bias, {"net.0.bias"}),
+    "generator": (lambda m: m.net[3].parameters(), {"net.3.weight", "net.3.bias"}),
+    "list": (lambda m: ["net.0.*", m.net[3].bias, m.net[1]], {"net.0.weight", "net.0.bias", "net.3.bias"}),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("level", ["inner", "outer"])
+def test_selection(name, level):
+    select, expected = SELECTIONS[name]
+    expected = expected | ({"net.1.weight", "net.1.bias"} if name == "list" else set())
+    module = seeded(Plain)
+    chosen = select(module) if callable(select) else select
+    wrapper = wrapped(module, **{level: chosen})
+    assert named(wrapper, level) == expected
+    assert len(getattr(wrapper, f"{level}_parameters")()) == len(expected)
+    assert named(copy.deepcopy(wrapper), level) == expected
+
+
+def test_both_levels_by_default_losses_and_stacked_episodes():
+    for strategy in (ReverseUnroll(), ForwardGradient(num_directions=2, mode="forward")):
+        wrapper = maml()
+        stacked = hypergradient(wrapper, strategy, tasks(3))
+        looped = [hypergradient(wrapper, strategy, task) for task in tasks(3)]
+        torch.testing.assert_close(stacked.value, sum(one.value for one in looped) / 3)
+        for name, grad in stacked.grads.items():
+            torch.testing.assert_close(grad, sum(one.grads[name] for one in looped) / 3, atol=1e-6, rtol=1e-4)
+        fit = trainer(strategy, logger=False)
+        fit.fit(wrapper, listed([tasks(3)] * 2))
+        assert torch.equal(fit.callback_metrics["loss"], fit.callback_metrics["outer_loss"])
+
+
+OPTIMIZERS = {
+    "own": SGD(lr=0.1),
+    "function of the module": lambda module: SGD(lr=0.1),
+    "class": partial(torch.optim.SGD, lr=0.1),
+    "function of params": lambda params: torch.optim.SGD(params, lr=0.1),
+    "function of the module, torch": lambda module: torch.optim.SGD(module.head.parameters(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inner_optimizers(name):
+    task = tasks(1)[0]
+    results = [
+        hypergradient(maml(inner=["head"], outer="body", inner_optimizer=optimizer), ReverseUnroll(), task)
+        for optimizer in (OPTIMIZERS[name], SGD(lr=0.1))
+    ]
+    assert not differing(results[0].grads, results[1].grads)
+
+
+def test_losses_by_name_equal_the_default():
+    results = [
+        hypergradient(maml(inner_loss=loss, outer_loss=loss), ReverseUnroll(), tasks(1)[0])
+        for loss in (None, "loss", "training_step", lambda module, batch: module.loss(batch))
+    ]
+    assert all(not differing(result.grads, results[0].grads) for result in results[1:])
+
+
+class Curious(Minimal):
+    """Looks at the Trainer in its training step, overrides ``log``, and changes batches on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.add((batch_idx, self.current_epoch, self.global_step, self.device.type, self.trainer.max_epochs))
+        return super().training_step(batch)
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().log(f"my_{name}", *args, **kwargs)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + 1, batch[1]
+
+    def val_dataloader(self) -> Any:
+        return validation()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", batch[0].mean())
+
+    def configure_callbacks(self) -> Any:
+        return [ReverseUnroll()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seen.add("load")
+
+
+def test_what_a_module_sees_and_overrides():
+    module = seeded(Curious)
+    wrapper = bilevel(module, inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
+    fit = trainer()
+    fit.fit(wrapper, loader())
+    assert module.seen == {(step, 0, step, "cpu", 1) for step in range(4)}
+    assert {"my_loss", "my_val", "my_outer_loss"} <= set(fit.callback_metrics)
+    assert "loss" not in fit.callback_metrics
+    expected = torch.cat([batch[0] for batch in validation()]).mean() + 1
+    torch.testing.assert_close(fit.callback_metrics["my_val"], expected)
+
+
+def test_lightning_is_told_what_the_module_overrides():
+    for module in (seeded(Plain), seeded(Minimal), seeded(Curious)):
+        wrapper = bilevel(module, inner="*.weight", outer="*.bias", inner_optimizer=SGD(lr=0.1))
+        for hook in ("validation_step", "test_step", "forward", "on_train_epoch_end", "val_dataloader", "log"):
+            assert is_overridden(hook, wrapper) == is_overridden(hook, module), hook
+    assert type(wrapped()) is type(wrapped())
+    with pytest.warns(UserWarning, match=r"^You passed in a `val_dataloader` but have no `validation_step`"):
+        trainer(ReverseUnroll()).fit(maml(), listed([tasks(1)]), validation())
+
+
+class MetricInTraining(Minimal):
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanSquaredError()
+
+    def training_step(self, batch: Any) -> Tensor:
+        prediction = self.head(self.body(batch[0]).tanh())
+        self.log("value", self.error(prediction, batch[1]), on_step=True, on_epoch=False)
+        self.log("metric", self.error, on_step=True, on_epoch=True)
+        return (prediction - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES[::3], ids=["reverse", "forward"])
+def test_a_metric_in_the_training_step_counts_once_a_step(strategy, stacked):
+    module = seeded(MetricInTraining)
+    wrapper = bilevel(module, inner="*", outer="*", inner_optimizer=SGD(lr=0.1), inner_steps=2)
+    losses = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            losses.append(trainer.callback_metrics["outer_loss"].item())
+            assert trainer.callback_metrics["value"].item() == pytest.approx(losses[-1], rel=1e-5)
+            assert trainer.callback_metrics["metric_step"].item() == pytest.approx(losses[-1], rel=1e-5)
+
+    hypergradient(wrapper, strategy, tasks(2))
+    assert module.error._update_count == 0  # which changes nothing in the module
+    fit = trainer(copy.deepcopy(strategy), Keep(), HypergradientMonitor(every_n_steps=2))
+    fit.fit(wrapper, listed([tasks(3 if stacked else 1)] * 3))
+    assert fit.callback_metrics["metric_epoch"].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_checkpoints(tmp_path):
+    wrapper = wrapped(seeded(lambda: Plain(width=7)))
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer(ReverseUnroll(), saver, enable_checkpointing=True).fit(wrapper, loader(), validation())
+    checkpoint = torch.load(saver.best_model_path, weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"width": 7}
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"module"}
+    again = seeded(lambda: Plain(**checkpoint["hyper_parameters"]), 5)
+    wrapped(again).load_state_dict(checkpoint["state_dict"])
+    assert not differing(parameters(again), parameters(wrapper.module))
+    evaluation = trainer(saver, ReverseUnroll(), enable_checkpointing=True)
+    evaluation.validate(wrapped(again), validation(), ckpt_path=saver.best_model_path, verbose=False)
+    assert set(evaluation.callback_metrics) == {"val_error", "val_loss"}
+    predictions = trainer().predict(wrapper, DataLoader(examples(3)[0], batch_size=4))
+    wrapper.eval()
+    torch.testing.assert_close(torch.cat(predictions), wrapper.module.net(examples(3)[0]).detach())
+
+
+def test_copies_and_pickles():
+    wrapper = wrapped(inner_optimizer=SGD(lr=0.1), outer="example_weights")
+    for copied in (copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
+        assert type(copied) is type(wrapper)
+        assert copied.module is not wrapper.module
+        assert not differing(parameters(copied), parameters(wrapper))
+        assert copied.hparams == {"width": 4}
+        trainer(ReverseUnroll()).fit(copied, loader(), validation())
+        assert differing(parameters(copied), parameters(wrapper))
+
+
+class Late(Minimal):
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "body"):
+            self.body, self.head = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+
+
+def test_layers_may_be_built_late():
+    wrapper = bilevel(Late(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
+    trainer(ReverseUnroll()).fit(wrapper, loader())
+    assert named(wrapper, "inner") == {"head.weight", "head.bias"}
+    wrapper = bilevel(Late(), inner="haed", outer="body", inner_optimizer=SGD(lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"^Expected `bilevel\(inner=...\)` to be names, .*, got 'haed'. `Late` has body"
+    ):
+        trainer(ReverseUnroll()).fit(wrapper, loader())
+
+
+class Big(Minimal):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(30))
+
+
+class Manual(Minimal):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class NoStep(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+
+def frozen() -> Any:
+    module = Minimal()
+    module.head.requires_grad_(False)
+    return module
+
+
+REFUSALS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "no match": (
+        Minimal,
+        {"inner": "nte.*"},
+        ValueError,
+        r"Expected `bilevel\(inner=...\)` to be names, patterns, submodules or parameters of `Minimal`, got 'nte.\*'. "
+        r"`Minimal` has body.weight, body.bias, head.weight, head.bias.$",
+    ),
+    "no match, big": (
+        Big,
+        {"outer": ["head", ""]},
+        ValueError,
+        r"Expected `bilevel\(outer=...\)` to .* got ''. `Big` has body.\* \(2\), head.\* \(2\), blocks.\* \(120\).$",
+    ),
+    "from elsewhere": (
+        Minimal,
+        {"outer": nn.Linear(1, 1)},
+        ValueError,
+        r"Expected `bilevel\(outer=...\)` to be .*, got a `Linear` from elsewhere. `Minimal` has body.weight",
+    ),
+    "a number": (Minimal, {"inner": 3}, ValueError, r"Expected `bilevel\(inner=...\)` to be names, .*, got 3. "),
+    "nothing": (
+        Minimal,
+        {"inner": []},
+        ValueError,
+        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, got 'none'.$",
+    ),
+    "frozen": (
+        frozen,
+        {},
+        ValueError,
+        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, got 'frozen ones'. C",
+    ),
+    "no module": (
+        lambda: nn.Linear(1, 1),
+        {},
+        ValueError,
+        r"Expected `bilevel\(module\)` to be a `pytorch_lightning.LightningModule`, got 'torch.Linear'.$",
+    ),
+    "bilevel already": (ByHand, {}, MisconfigurationError, "Cannot use `bilevel` with `ByHand`. This is because it is"),
+    "manual": (
+        Manual,
+        {},
+        MisconfigurationError,
+        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because the hypergradient reaches",
+    ),
+    "no training step": (
+        NoStep,
+        {"inner": "net", "outer": "net"},
+        MisconfigurationError,
+        r"`NoStep` has no `training_step`. Add one, or pass `bilevel\(inner_loss=...\)`.$",
+    ),
+    "unknown loss": (
+        Minimal,
+        {"outer_loss": "lost"},
+        ValueError,
+        r"Expected `bilevel\(outer_loss=...\)` to be a function of the module and a batch, or the name of a method of "
+        "`Minimal`, got 'lost'.$",
+    ),
+    "no loss": (Minimal, {"inner_loss": 3}, ValueError, r"Expected `bilevel\(inner_loss=...\)` to be .*, got 3.$"),
+    "no optimizer": (
+        Minimal,
+        {"inner_optimizer": 0.1},
+        ValueError,
+        r"Expected `bilevel\(inner_optimizer=...\)` to be an `InnerOptimizer`, a function of the module .*, got 0.1. W",
+    ),
+    "an optimizer's class": (
+        Minimal,
+        {"inner_optimizer": SGD},
+        ValueError,
+        r"Expected `bilevel\(inner_optimizer=...\)` to be an `InnerOptimizer`, .*, got <class",
+    ),
+    "steps": (Minimal, {"inner_steps": 0}, ValueError, r"Expected `BilevelModule\(inner_steps=...\)` to be a positive"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name):
+    build, options, error, message = REFUSALS[name]
+    defaults = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
+    with pytest.raises(error, match=f"^{message}"):
+        bilevel(build(), **{**defaults, **options})
+
+
+def test_an_optimizer_without_outer_parameters_is_refused():
+    class Inner(Minimal):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+    wrapper = bilevel(Inner(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
+    message = (
+        r"^Cannot use `bilevel` with the optimizer that `Inner.configure_optimizers\(\)` returns. This is because it "
+        r"optimizes the outer level and holds none of its parameters: body.weight, body.bias. Let it hold"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        trainer(ReverseUnroll()).fit(wrapper, loader())
+    assert all(p.requires_grad for p in wrapper.parameters())
+
+
+@pytest.mark.parametrize("result", [None, {"lost": 1}])
+def test_a_training_step_without_a_loss_is_refused(result):
+    class Silent(Minimal):
+        def training_step(self, batch, batch_idx):
+            return result
+
+    wrapper = bilevel(Silent(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"^Expected `Silent.training_step\(batch\)` to be a loss tensor, or a mapping"
+    ):
+        hypergradient(wrapper, ReverseUnroll(), tasks(1)[0])
+
+
+def test_a_fit_without_a_strategy_is_refused():
+    with pytest.raises(MisconfigurationError, match="^`BilevelPlain` has no hypergradient strategy. Add one to the"):
+        trainer().fit(wrapped(), loader(), validation())
