@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--inner-steps", type=int, default=100)
     parser.add_argument("--outer-steps", type=int, default=5)
     parser.add_argument("--directions", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--draws", type=int, default=128, help="directions per point: draws / b estimates are averaged")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows = []
         for b in args.directions:
             strategy = ForwardGradient(num_directions=b, guide=guide)
-            estimates = (hypergradient(module, strategy, episode, seed=seed).grads for seed in range(args.repeats))
+            repeats = max(2, args.draws // b)
+            estimates = (hypergradient(module, strategy, episode, seed=seed).grads for seed in range(repeats))
             errors = torch.stack([(tree.norm(tree.sub(grads, exact)) / length) ** 2 for grads in estimates])
             predicted = (1 - cosine**2) * (size - 1) / (b - (guide is not None))
-            standard_error = (errors.std() / args.repeats**0.5).item()
+            standard_error = (errors.std() / repeats**0.5).item()
             rows.append({"measured": errors.mean().item(), "standard_error": standard_error, "predicted": predicted})
             print(f"{name:22s} {b:4d} {rows[-1]['measured']:10.2f} {standard_error:8.2f} {predicted:10.2f}", flush=True)
         results[name] = {"cosine": cosine, "factor": 1 - cosine**2, "errors": rows}

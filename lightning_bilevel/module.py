@@ -232,9 +232,12 @@ class BilevelModule(BilevelHooks):
         """Let a monitor see the estimates of this fit."""
         self._monitors.append(monitor)
 
-    def detach_strategy(self) -> None:
-        """Undo :meth:`attach_strategy` and :meth:`attach_monitor`."""
+    def detach_monitors(self) -> None:
+        """Undo :meth:`attach_monitor`."""
         self._monitors.clear()
+
+    def detach_strategy(self) -> None:
+        """Undo :meth:`attach_strategy`."""
         for hook in ("setup", "configure_model", "on_train_start"):
             self.__dict__.pop(hook, None)
         if self._attachment is not None:
@@ -245,9 +248,12 @@ class BilevelModule(BilevelHooks):
         """Return what the inner level carries from step to step, for a checkpoint."""
         return self._memory.state_dict()
 
-    def load_inner_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`inner_state_dict`."""
-        self._memory.load_state_dict(state, self.device)
+    def load_inner_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore :meth:`inner_state_dict`; ``None`` begins anew from weights that were loaded after :meth:`setup`."""
+        if state is not None:
+            self._memory.load_state_dict(state, self.device)
+        elif self._attachment is not None and self._attachment.ready:
+            self._memory.begin(self._attachment.functional, self._attachment.seed)
 
     def on_fit_start(self) -> None:
         """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""

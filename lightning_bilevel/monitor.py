@@ -63,6 +63,15 @@ class HypergradientMonitor(Callback):
         if stage == "fit":
             pl_module.attach_monitor(self)
 
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Let go of the module."""
+        pl_module.detach_monitors()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the module; Lightning calls no ``teardown`` after an error."""
+        if hasattr(pl_module, "detach_monitors"):
+            pl_module.detach_monitors()
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse a reference that cannot work on the problem, before the first batch."""
         self.reference.check(pl_module.functional().problem)

@@ -376,3 +376,10 @@ def test_the_table_in_markdown() -> None:
     assert {line.count("|") for line in lines} == {len(Facts._fields) + 1}
     (line,) = (line for line in lines if line.startswith("| `PZOBO` |"))
     assert line == "| `PZOBO` | no | no | solve | no | yes | O(M · chunk) | Q + 1 inner runs |"
+
+
+def test_a_monitor_lets_go_of_the_module_where_no_strategy_came() -> None:
+    module = Fit()
+    with pytest.raises(MisconfigurationError, match=r"`Fit` has no hypergradient strategy\."):
+        trainer(HypergradientMonitor()).fit(module, listed(EPISODES))
+    assert module._monitors == []

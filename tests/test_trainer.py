@@ -463,6 +463,20 @@ def test_resuming_equals_going_on_bit_for_bit(name, first, limits, when, done, t
     assert identical(whole_fit.optimizers[0].state_dict(), resumed_fit.optimizers[0].state_dict())
 
 
+def test_a_checkpoint_from_elsewhere_is_where_reset_returns_to(tmp_path):
+    first = trainer(ReverseUnroll(), max_steps=1)
+    first.fit(Cleaning(inner_start="reset"), loader())
+    first.save_checkpoint(tmp_path / "own.ckpt")
+    checkpoint = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    del checkpoint["lightning_bilevel"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    second = Cleaning(inner_start="reset")
+    trainer(ReverseUnroll(), max_steps=2).fit(second, loader(), ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+    initial = second.inner_state_dict()["initial"]
+    assert initial
+    assert all(torch.equal(value, checkpoint["state_dict"][name]) for name, value in initial.items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen inner parameters
 # ---------------------------------------------------------------------------------------------------------------------

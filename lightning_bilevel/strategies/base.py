@@ -130,6 +130,5 @@ class HypergradientStrategy(Callback):
         checkpoint["lightning_bilevel"] = pl_module.inner_state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise simply start fresh."""
-        if "lightning_bilevel" in checkpoint:
-            pl_module.load_inner_state_dict(checkpoint["lightning_bilevel"])
+        """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise start a fresh inner level."""
+        pl_module.load_inner_state_dict(checkpoint.get("lightning_bilevel"))
