@@ -392,9 +392,10 @@ def hypergradient(
         module: the problem.
         strategy: the estimator.
         episode: one episode, or several for the mean of their estimates.
-        seed: of random directions, and of dropout.
+        seed: of random directions, and of dropout. Directions also go by the training steps taken, so that the
+            same seed repeats an estimate of a fit while the fit stands there.
 
-    >>> # see BilevelModule
+    The example of :class:`BilevelModule` calls it.
     """
     functional = module.functional()
     episodes = [episode] if isinstance(episode, Episode) else list(episode)
@@ -402,8 +403,7 @@ def hypergradient(
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, torch.enable_grad(), module._knowing(functional.levels):
         torch.manual_seed(seed)
-        key = Key(seed, module._memory.estimates)
-        return module._estimate(copy.deepcopy(strategy), functional, episodes, key)
+        return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
 
 
 def _functional(module: BilevelModule) -> FunctionalModule:
