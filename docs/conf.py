@@ -29,10 +29,11 @@ generated.mkdir(exist_ok=True)
 
 def cleaning_table(results: list[dict]) -> str:
     """Return the results of `data_cleaning.py --strategy all` as a table."""
-    heads = ["strategy", "noisy %", "cleaned %", "clean only %", "AUROC", "cosine", "seconds", "peak MiB"]
+    kinds = ("noisy", "validation only", "cleaned", "clean only")
+    heads = ["strategy", *(f"{kind} %" for kind in kinds), "AUROC", "cosine", "seconds", "peak MiB"]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for row in results:
-        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in ("noisy", "cleaned", "clean only")]
+        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in kinds]
         cosine = "" if row["cosine"] is None else f"{row['cosine']:.2f}"
         numbers = [f"{row['auroc']:.3f}", cosine, f"{row['seconds']:.0f}", f"{row['peak memory (MiB)']:.0f}"]
         lines.append([f"`{row['strategy']}`", *accuracy, *numbers])

@@ -10,9 +10,10 @@ the net does well on a few hundred validation examples with right labels. Weight
     python examples/data_cleaning.py --data-dir FOLDER_WITH_MNIST
 
 The data are scikit-learn's 1,797 handwritten digits (900 to train on, 400 with right labels to validate, 497 to test),
-or MNIST. Three nets are then trained from the same start, with the same optimizer and for as many steps as the net saw
-in the run: on all labels alike, with the learned weights, and on the examples whose labels are right. Their test
-accuracies are compared. Franceschi et al. (ICML 2017), section 5.1; FSLA (arXiv 2112.04660), section 6.2.
+or MNIST. Four nets are then trained from the same start, with the same optimizer and for as many steps as the net saw
+in the run: on all labels alike, on the validation examples alone, with the learned weights, and on the training
+examples whose labels are right. Their test accuracies are compared. Franceschi et al. (ICML 2017), section 5.1; FSLA
+(arXiv 2112.04660), section 6.2.
 """
 
 from __future__ import annotations
@@ -225,14 +226,18 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
 
     logits = module.logits.detach().cpu()
+    everything = torch.full_like(logits, torch.inf)
+    x, y = data.validation.tensors
+    trusted = TensorDataset(x, y, torch.zeros_like(y))
     weightings = {
-        "noisy": torch.zeros_like(logits),
-        "cleaned": logits,
-        "clean only": torch.where(data.is_wrong, -torch.inf, torch.inf),
+        "noisy": (data.train, torch.zeros_like(logits)),
+        "validation only": (trusted, everything),
+        "cleaned": (data.train, logits),
+        "clean only": (data.train, torch.where(data.is_wrong, -torch.inf, torch.inf)),
     }
     accuracy = {
-        name: accuracy_of_retrained(DataCleaning(**sizes, **options), start, weights, data, steps)
-        for name, weights in weightings.items()
+        name: accuracy_of_retrained(DataCleaning(**sizes, **options), start, examples, weights, data, steps)
+        for name, (examples, weights) in weightings.items()
     }
     curves = report.logged(trainer.logger.log_dir)
     cosines = [value for value in curves.get("hypergradient_cosine", ([], []))[1] if value == value]  # nan for 0
@@ -251,13 +256,18 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy_of_retrained(
-    module: DataCleaning, start: Mapping[str, Tensor], logits: Tensor, data: CleaningData, steps: int
+    module: DataCleaning,
+    start: Mapping[str, Tensor],
+    examples: TensorDataset,
+    logits: Tensor,
+    data: CleaningData,
+    steps: int,
 ) -> float:
-    """Train the net from ``start`` on fixed weights, for as many steps as in the run; return its test accuracy."""
+    """Train the net from ``start`` at fixed weights, for as many steps as in the run; return its test accuracy."""
     module.net.load_state_dict(start)
     module.logits.copy_(logits)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    batches = [data.train[batch] for batch in order.split(data.hparams.batch_size)]
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+    batches = [examples[batch] for batch in order.split(data.hparams.batch_size)]
     x, y = data.test.tensors
     with module.adapted(batches, steps=steps * module.inner_steps):
         return (module.net(x).argmax(-1) == y).float().mean().item()
@@ -361,10 +371,11 @@ def without_strategy(argv: Sequence[str]) -> list[str]:
 
 def show(results: Sequence[Mapping[str, Any]], args: argparse.Namespace, files: Sequence[Path]) -> None:
     """Print the table."""
-    columns = ["strategy", "noisy %", "cleaned %", "clean only %", "AUROC", "seconds", "peak MiB"]
+    kinds = ("noisy", "validation only", "cleaned", "clean only")
+    columns = ["strategy", *(f"{kind} %" for kind in kinds), "AUROC", "seconds", "peak MiB"]
     rows = []
     for row in results:
-        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in ("noisy", "cleaned", "clean only")]
+        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in kinds]
         numbers = [f"{row['auroc']:.3f}", f"{row['seconds']:.1f}", f"{row['peak memory (MiB)']:.0f}"]
         rows.append([row["strategy"], *accuracy, *numbers])
         if row["cosine"] is not None:

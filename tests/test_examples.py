@@ -36,7 +36,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("strategy", CLEANING)
 def test_data_cleaning_with(strategy: str, tmp_path: Path) -> None:
     result = run("data_cleaning", "--smoke", "--quiet", "--output", str(tmp_path), "--strategy", strategy, "--compare")
-    assert set(result["accuracy"]) == {"noisy", "cleaned", "clean only"}
+    assert set(result["accuracy"]) == {"noisy", "validation only", "cleaned", "clean only"}
     assert all(0 <= value <= 1 for value in [*result["accuracy"].values(), result["auroc"]])
     assert -1 <= result["cosine"] <= 1 + 1e-6
     assert math.isfinite(result["seconds"])
