@@ -201,6 +201,8 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = CleaningData(args.data_dir, corruption=args.corruption, steps_per_epoch=chosen["steps"], seed=args.seed)
     data.setup()
     pl.seed_everything(args.seed, verbose=False)
+    if args.data_dir is None:
+        torch.set_num_threads(1)  # more gain nothing on a net this small
     steps, options = chosen["steps"], {name: value for name, value in chosen.items() if name != "steps"}
     sizes = {"num_examples": len(data.train), "num_pixels": data.train.tensors[0][0].numel()}
     module = DataCleaning(**sizes, **options)
