@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -54,6 +55,16 @@ def missing_error(owner: str, what: str, fix: str) -> MisconfigurationError:
     MisconfigurationError('`Net` has no inner_loss. Add `def inner_loss(self, batch): ...`.')
     """
     return MisconfigurationError(f"`{owner}` has no {what}. {fix}.")
+
+
+def refuse(found: Sequence[MisconfigurationError]) -> None:
+    """Raise one report of all that was found, if anything was.
+
+    Raises:
+        MisconfigurationError: a line for each.
+    """
+    if found:
+        raise MisconfigurationError("\n".join(map(str, found)))
 
 
 def positive_integer(what: str, value: Any) -> int:

@@ -31,6 +31,7 @@ def estimate(
     episodes: Sequence[Episode],
     key: Key,
     chunk_size: int,
+    ended: Callable[[Hypergradient, int], None] = lambda part, count: None,
 ) -> Hypergradient:
     """Return the mean estimate over episodes.
 
@@ -42,25 +43,35 @@ def estimate(
         episodes: at least one.
         key: of this estimate. All episodes get the same directions, so that a stack equals the loop.
         chunk_size: episodes in one stack at most; some strategies take one at a time.
+        ended: told of the estimate of each stack, and of the number of episodes in it.
 
     Returns:
         The mean of values, estimates and metrics. With several episodes the tensors of ``state`` are
         stacked, ``(len(episodes), *shape)``.
+
+    Raises:
+        FloatingPointError: something is nan or infinite; the message says what, and names the strategy.
     """
-    if len(episodes) == 1:
-        return checked(strategy.estimate(problem, memories(0, 0), phi, episodes[0], key))
     parts: list[tuple[int, Hypergradient]] = []
     first = 0
-    for chunk in _chunks(problem, episodes, chunk_size if strategy.stacks else 1):
-        if len(chunk) > 1:
-            vectorized = problem.stack(len(chunk))
-            part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), key)
-        else:
-            part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], key)
-            part = part._replace(state=_map_state(lambda value: value[None], part.state))
-        parts.append((len(chunk), part))
-        first += len(chunk)
-    return checked(_mean(parts, len(episodes)))
+    try:
+        for chunk in _chunks(problem, episodes, chunk_size if strategy.stacks else 1):
+            if len(chunk) > 1:
+                vectorized = problem.stack(len(chunk))
+                part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), key)
+            else:
+                part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], key)
+            ended(part, len(chunk))
+            if len(chunk) == 1 < len(episodes):
+                part = part._replace(state=_map_state(lambda value: value[None], part.state))
+            parts.append((len(chunk), part))
+            first += len(chunk)
+        return checked(parts[0][1] if len(parts) == 1 else _mean(parts, len(episodes)))
+    except FloatingPointError as error:
+        if name := tree.first_nonfinite(phi):
+            hint = "Lower the learning rate of `configure_optimizers()`, or clip: `Trainer(gradient_clip_val=...)`."
+            raise nonfinite_error(f"outer parameter `{name}`", "nan or inf after the last outer step", hint) from error
+        raise FloatingPointError(f"{error} (Hypergradient strategy: `{type(strategy).__name__}`.)") from error
 
 
 def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:
@@ -84,10 +95,17 @@ def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode
 
 
 def checked(result: Hypergradient) -> Hypergradient:
-    """Raise if the outer loss or the estimate is nan or infinite, with names; one synchronization."""
-    total = tree.norm(result.grads) + result.value.abs()
+    """Raise if θ_T, the outer loss or the estimate is nan or infinite, with names; one synchronization."""
+    theta = result.state.params
+    total = tree.norm(result.grads) + tree.norm(theta) + result.value.abs()
     if torch.isfinite(total):
         return result
+    if name := tree.first_nonfinite(theta):
+        raise nonfinite_error(
+            f"inner parameter `{name}` after the last inner step",
+            "nan or inf",
+            "Lower the inner learning rate, or take fewer inner steps.",
+        )
     if not torch.isfinite(result.value):
         raise nonfinite_error(
             "outer loss", result.value.item(), "Look at the outer loss at θ_T; lower the inner learning rate."

@@ -15,6 +15,7 @@ from lightning_bilevel.levels import Levels, Selection, rest
 from lightning_bilevel.problem import Batch, Episode
 
 InnerStart = Literal["warm", "reset", "reinit"]
+OnNonfinite = Literal["raise", "skip"]
 
 _LEVELS = "Add `def inner_parameters(self): return self.net`, or `outer_parameters`, or both"
 _FIXES = {
@@ -37,6 +38,8 @@ class BilevelHooks(LightningModule):
     """
 
     differentiable_solve: ClassVar[bool] = True
+    inner_start: InnerStart
+    on_nonfinite: OnNonfinite
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class BilevelHooks(LightningModule):
         inner_start: InnerStart = "warm",
         proximal: float = 0.0,
         episode_chunk_size: int | None = None,
+        on_nonfinite: OnNonfinite = "raise",
     ) -> None:
         super().__init__()
         self.inner_steps = positive_integer("BilevelModule(inner_steps=...)", inner_steps)
@@ -53,10 +57,8 @@ class BilevelHooks(LightningModule):
         if episode_chunk_size is not None:
             positive_integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
         self.episode_chunk_size = episode_chunk_size
-        if inner_start not in get_args(InnerStart):
-            names = " or ".join(repr(name) for name in get_args(InnerStart))
-            raise value_error("BilevelModule(inner_start=...)", names, inner_start)
-        self.inner_start = inner_start
+        self.inner_start = _one_of(InnerStart, "inner_start", inner_start)
+        self.on_nonfinite = _one_of(OnNonfinite, "on_nonfinite", on_nonfinite)
         self._levels: Levels | None = None  # known while a fit runs
 
     def inner_parameters(self) -> Selection:
@@ -160,3 +162,10 @@ class BilevelHooks(LightningModule):
 
     def _missing(self, hook: str) -> MisconfigurationError:
         return missing_error(type(self).__name__, f"`{hook}`", _FIXES[hook])
+
+
+def _one_of(kind: Any, argument: str, value: Any) -> Any:
+    if value not in get_args(kind):
+        names = " or ".join(repr(name) for name in get_args(kind))
+        raise value_error(f"BilevelModule({argument}=...)", names, value)
+    return value

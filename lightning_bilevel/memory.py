@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,20 @@ from torch import Tensor, nn
 
 from lightning_bilevel import tree
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import missing_error
+from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import InnerStart
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.problem import Episode, InnerState
 from lightning_bilevel.tree import Params
+
+FORMAT = 1
+"""Number of the layout of :meth:`InnerMemory.state_dict`; goes up when that changes."""
+
+_INSTEAD = (
+    "Resume with what the checkpoint was written with, or begin anew from its weights: "
+    "`module.load_state_dict(torch.load(path)['state_dict'])`"
+)
 
 
 @dataclass
@@ -30,6 +39,7 @@ class InnerMemory:
         initial: values at the start of the fit, for ``"reset"``.
         estimates: hypergradients estimated so far; numbers the random draws.
         seed: of all random draws.
+        skipped: outer steps without an estimate, for something in them was not finite.
     """
 
     start: InnerStart
@@ -38,10 +48,11 @@ class InnerMemory:
     initial: Params = field(default_factory=dict)
     estimates: int = 0
     seed: int = 0
+    skipped: int = 0
 
     def begin(self, functional: FunctionalModule, seed: int) -> None:
         """Start a fit: remember the present values where they will be needed again."""
-        self.slots, self.steps, self.estimates, self.seed = {}, 0, 0, seed
+        self.slots, self.steps, self.estimates, self.seed, self.skipped = {}, 0, 0, seed, 0
         if self.start == "reset":
             present = functional.theta()
             self.initial = {name: present[name].clone() for name in functional.levels.inner_only}
@@ -91,19 +102,58 @@ class InnerMemory:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact resume needs."""
         return {
+            "format": FORMAT,
             "start": self.start,
             "slots": self.slots,
             "steps": self.steps,
             "initial": self.initial,
             "estimates": self.estimates,
             "seed": self.seed,
+            "skipped": self.skipped,
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore :meth:`state_dict`, with its tensors on ``device``."""
+    def load_state_dict(
+        self, state: dict[str, Any], device: torch.device, functional: FunctionalModule | None = None
+    ) -> None:
+        """Restore :meth:`state_dict`.
+
+        Args:
+            state: from a checkpoint.
+            device: where its tensors go.
+            functional: the module, where a fit goes on: what it cannot go on with is refused.
+
+        Raises:
+            MisconfigurationError: another version of this package has written it, or another kind of inner level.
+        """
+        if not isinstance(state, dict) or set(state) != set(self.state_dict()) or state["format"] != FORMAT:
+            number = state.get("format", "none") if isinstance(state, dict) else "none"
+            raise combination_error(
+                "this checkpoint",
+                f"its inner state has the format {number}, and this version of lightning_bilevel reads format {FORMAT}",
+                _INSTEAD,
+            )
+        if functional is not None:
+            self._refuse_another_level(state, functional)
         self.slots = {slot: tree.to(values, device) for slot, values in state["slots"].items()}
         self.initial = tree.to(state["initial"], device)
         self.steps, self.estimates, self.seed = state["steps"], state["estimates"], state["seed"]
+        self.skipped = state["skipped"]
+
+    def _refuse_another_level(self, state: dict[str, Any], functional: FunctionalModule) -> None:
+        if state["start"] != self.start:
+            raise combination_error(
+                f"`inner_start={self.start!r}` with this checkpoint",
+                f"its fit ran with {state['start']!r}",
+                _INSTEAD,
+            )
+        expected = functional.problem.init_slots(functional.theta(), functional.phi())
+        kept, wanted = _shapes(state["slots"]), _shapes(expected, functional.levels.inner_only)
+        if kept and kept != wanted:
+            raise combination_error(
+                "this inner optimizer with this checkpoint",
+                f"the one of its fit kept {_described(kept)}, and this one keeps {_described(wanted)}",
+                _INSTEAD,
+            )
 
     def _warm_slots(self, functional: FunctionalModule) -> Slots:
         # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
@@ -152,3 +202,15 @@ def _reset(reset: Any, child: nn.Module) -> None:
 
 def _average(stacked: Tensor) -> Tensor:
     return stacked.mean(0) if stacked.is_floating_point() else stacked[0]
+
+
+def _shapes(slots: Slots, names: Sequence[str] | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {
+        slot: {name: tuple(values[name].shape) for name in (values if names is None else names)}
+        for slot, values in slots.items()
+    }
+
+
+def _described(shapes: dict[str, dict[str, tuple[int, ...]]]) -> str:
+    parameters = len({name for named in shapes.values() for name in named})
+    return f"{sorted(shapes)} for {parameters} parameters" if shapes else "nothing"

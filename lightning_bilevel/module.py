@@ -14,28 +14,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_bilevel import tree
+from lightning_bilevel.attachment import Attachment, fit_refusals, functional_of
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import (
-    MisconfigurationError,
-    combination_error,
-    missing_error,
-    value_error,
-)
+from lightning_bilevel.errors import combination_error, missing_error, refuse, value_error
 from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.functional import FunctionalModule
-from lightning_bilevel.hooks import BilevelHooks, InnerStart
-from lightning_bilevel.host import LightningModule, Trainer
+from lightning_bilevel.hooks import BilevelHooks, InnerStart, OnNonfinite
+from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.inner_loop import run
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.monitor import HypergradientMonitor
-from lightning_bilevel.parallel import Ranks, parallel_refusals
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
-from lightning_bilevel.recorder import LogRecorder
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.surrogate import surrogate_loss
+from lightning_bilevel.tree import Params
 
 
 class BilevelModule(BilevelHooks):
@@ -59,6 +54,9 @@ class BilevelModule(BilevelHooks):
         proximal: λ of the term λ/2 ‖θ − φ‖² added to the inner loss for shared parameters (iMAML).
         episode_chunk_size: episodes of one batch that are vectorized together; ``None`` chooses by device and
             kind of net, 1 loops.
+        on_nonfinite: what a nan or an infinity in an estimate does: ``"raise"`` stops with an error that says where it
+            came up; ``"skip"`` leaves θ, φ and the outer optimizer's state as they were, and goes on with the next
+            episode; ``skipped_steps`` is logged.
 
     Raises:
         ValueError: a bad argument.
@@ -90,10 +88,11 @@ class BilevelModule(BilevelHooks):
         inner_start: InnerStart = "warm",
         proximal: float = 0.0,
         episode_chunk_size: int | None = None,
+        on_nonfinite: OnNonfinite = "raise",
     ) -> None:
-        super().__init__(inner_steps, inner_start, proximal, episode_chunk_size)
+        super().__init__(inner_steps, inner_start, proximal, episode_chunk_size, on_nonfinite)
         self._memory = InnerMemory(inner_start)
-        self._attachment: _Attachment | None = None
+        self._attachment: Attachment | None = None
         self._monitors: list[HypergradientMonitor] = []
 
     @contextmanager
@@ -127,41 +126,73 @@ class BilevelModule(BilevelHooks):
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Estimate the hypergradient and return the outer loss with it as its gradient."""
-        attachment = self._attached()
-        functional, ranks = attachment.functional, attachment.ranks
+        attachment, memory = self._attached(), self._memory
+        functional, ranks, strategy = attachment.functional, attachment.ranks, attachment.strategy
+        key = Key(memory.seed, memory.estimates, rank=ranks.rank, share=ranks.share, step=self.global_step)
         episodes: list[Episode] = []
-        observers = [monitor for monitor in self._monitors if self._memory.estimates % monitor.every_n_steps == 0]
-        before = Randomness(functional.device) if observers else None
-        key = Key(self._memory.seed, self._memory.estimates, rank=ranks.rank, share=ranks.share, step=self.global_step)
 
         def estimated() -> Hypergradient:
             episodes.extend(Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch))
-            return self._estimate(attachment.strategy, functional, episodes, key)
+            return self._estimate(strategy, functional, episodes, key)
 
-        result, value = ranks.estimated(estimated)
+        before = strategy.state_dict() if self.on_nonfinite == "skip" else {}
+        try:
+            result, value = ranks.estimated(estimated)
+        except FloatingPointError as error:
+            if self.on_nonfinite == "raise" or tree.first_nonfinite(functional.phi()) is not None:
+                raise
+            strategy.load_state_dict(before)
+            return self._skipped(functional, error)
         functional.recorder.replay(self, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
-        if before is not None:
-            with Randomness(functional.device).preserved():
-                again = self._repetition(functional, episodes, before)
-                for monitor in observers:
-                    metrics |= ranks.together(partial(monitor.compare, attachment.strategy, result, again))
-        kept = self._memory.keep(functional, result.state, len(episodes))
-        ranks.settle(kept + attachment.strategy.carried())
-        self._memory.estimates += 1
+        for monitor in self._monitors:
+            if memory.estimates % monitor.every_n_steps == 0:
+                again = self._repetition(functional, episodes, key)
+                metrics |= ranks.together(partial(monitor.compare, strategy, result, again))
+        ranks.settle(memory.keep(functional, result.state, len(episodes)) + strategy.carried())
+        memory.estimates += 1
+        attachment.usable = True
         if not self.trainer.barebones:  # there, logging does nothing but warn
             self.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
             self.log_dict(metrics, batch_size=len(episodes))
+            if self.on_nonfinite == "skip":
+                self.log("skipped_steps", float(memory.skipped), batch_size=len(episodes))
+        return self._surrogate(functional, result.value, result.grads)
+
+    def _skipped(self, functional: FunctionalModule, error: FloatingPointError) -> Tensor:
+        """Return a loss without a gradient, and count it; the inner level is as it was before."""
+        self._memory.estimates += 1  # the next one draws anew
+        self._memory.skipped += 1
+        if self._memory.skipped == 1:
+            rank_zero_warn(f"Skipped an outer step, and will skip others like it (see `skipped_steps`): {error}")
+        if not self.trainer.barebones:
+            self.log("skipped_steps", float(self._memory.skipped), prog_bar=True, batch_size=1)
+        # Lightning refuses ``None`` in more than one process; :meth:`drop_skipped` undoes the zeros.
+        phi = functional.phi()
+        return self._surrogate(functional, next(iter(phi.values())).new_tensor(float("nan")), tree.zeros_like(phi))
+
+    def drop_skipped(self) -> None:
+        """Let the outer optimizer leave its parameters alone if every estimate for this step was skipped.
+
+        A gradient of zeros would still move them: by momentum, or weight decay.
+        """
+        attachment = self._attached()
+        if self.on_nonfinite == "skip" and not attachment.usable:
+            for name in attachment.functional.levels.outer:
+                self.get_parameter(name).grad = None
+        attachment.usable = False
+
+    def _surrogate(self, functional: FunctionalModule, value: Tensor, grads: Params) -> Tensor:
         names = functional.levels.outer
         parameters = [functional.swapper.current(name) for name in names]
-        return surrogate_loss(result.value, [result.grads[name] for name in names], parameters)
+        return surrogate_loss(value, [grads[name] for name in names], parameters)
 
     def functional(self) -> FunctionalModule:
         """Return the pure functions of this module: those of the running fit, or fresh ones."""
         if self._attachment is not None and self._attachment.ready:
             return self._attachment.functional
-        _refuse(self.missing_hooks())
-        return _functional(self)
+        refuse(self.missing_hooks())
+        return functional_of(self)
 
     @contextmanager
     def _knowing(self, levels: Levels) -> Iterator[None]:
@@ -187,35 +218,21 @@ class BilevelModule(BilevelHooks):
                 "a training step takes one hypergradient",
                 "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
             )
-        found = [*self.missing_hooks(), *parallel_refusals(strategy, trainer)]
-        if type(self).training_step is not BilevelModule.training_step:
-            found.append(
-                combination_error(
-                    f"an overridden `{type(self).__name__}.training_step`",
-                    "the training step of a `BilevelModule` is the hypergradient estimate",
-                    "Write `inner_loss(batch)` and `outer_loss(batch)` instead",
-                )
-            )
-        if not self.automatic_optimization:
-            found.append(
-                combination_error(
-                    "manual optimization with a `BilevelModule`",
-                    "the hypergradient reaches the optimizer through automatic optimization",
-                    "Remove `self.automatic_optimization = False`",
-                )
-            )
-        _refuse(found)
+        refuse(fit_refusals(self, BilevelModule.training_step, strategy, trainer))
         seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
-        self._attachment = attachment = _Attachment(strategy, Ranks(trainer), seed)
+        self._attachment = attachment = Attachment(strategy, trainer, seed)
         self._once_after("setup", lambda: self._prepare_after_layers(attachment))
         self._once_after("on_train_start", lambda: prepare_episodes(trainer))
 
-    def _prepare_after_layers(self, attachment: _Attachment) -> None:
+    def _prepare_after_layers(self, attachment: Attachment) -> None:
         # Not shadowed before: other callbacks ask in their own ``setup`` whether the hook is overridden.
         if getattr(self.configure_model, "__func__", None) is LightningModule.configure_model:
-            attachment.prepare(self)
+            self._prepare(attachment)
         else:
-            self._once_after("configure_model", lambda: attachment.prepare(self))
+            self._once_after("configure_model", lambda: self._prepare(attachment))
+
+    def _prepare(self, attachment: Attachment) -> None:
+        self._levels = attachment.prepare(self, self._memory)
 
     def _once_after(self, hook: str, action: Callable[[], None]) -> None:
         """Shadow a hook on the instance: at its next call, ``action`` follows and the shadow goes."""
@@ -241,7 +258,7 @@ class BilevelModule(BilevelHooks):
         for hook in ("setup", "configure_model", "on_train_start"):
             self.__dict__.pop(hook, None)
         if self._attachment is not None:
-            self._attachment.unfreeze()
+            self._attachment.undo()
             self._attachment = self._levels = None
 
     def inner_state_dict(self) -> dict[str, Any]:
@@ -250,10 +267,12 @@ class BilevelModule(BilevelHooks):
 
     def load_inner_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore :meth:`inner_state_dict`; ``None`` begins anew from weights that were loaded after :meth:`setup`."""
+        attached = self._attachment is not None and self._attachment.ready
+        functional = self._attachment.functional if self._attachment is not None and attached else None
         if state is not None:
-            self._memory.load_state_dict(state, self.device)
-        elif self._attachment is not None and self._attachment.ready:
-            self._memory.begin(self._attachment.functional, self._attachment.seed)
+            self._memory.load_state_dict(state, self.device, functional)
+        elif self._attachment is not None and functional is not None:
+            self._memory.begin(functional, self._attachment.seed)
 
     def on_fit_start(self) -> None:
         """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""
@@ -267,7 +286,7 @@ class BilevelModule(BilevelHooks):
                 "Let `configure_optimizers()` return `torch.optim.Adam(self.outer_parameters())`, say",
             )
 
-    def _attached(self) -> _Attachment:
+    def _attached(self) -> Attachment:
         if self._attachment is None or not self._attachment.ready:
             raise missing_error(
                 type(self).__name__,
@@ -282,29 +301,42 @@ class BilevelModule(BilevelHooks):
         functional: FunctionalModule,
         episodes: Sequence[Episode],
         key: Key,
+        masks: Key | None = None,
     ) -> Hypergradient:
-        """Return the mean estimate over episodes; checks the module on the first ones it sees."""
+        """Return the mean estimate over episodes; checks the module on the first ones it sees.
+
+        Args:
+            strategy: the estimator.
+            functional: the pure functions.
+            episodes: the episodes.
+            key: of the estimate.
+            masks: names what the losses draw (dropout); default ``key``. The global generators are left as they are,
+                so that a resumed fit goes on with the masks of the one that was cut off.
+        """
         if not episodes:
             raise value_error(
                 f"{type(self).__name__}.episodes(batch)", "at least one episode", [], "Look at the loader."
             )
-        phi, several = functional.phi(), len(episodes) > 1
+        phi, several, recorder = functional.phi(), len(episodes) > 1, functional.recorder
         if several and self._memory.start == "warm" and functional.levels.inner_only:
             raise combination_error(
                 f"`inner_start='warm'` with {len(episodes)} episodes in a batch",
                 f"{functional.levels.inner_only[0]} would continue from several ends at once",
                 "Use `inner_start='reset'`, or one episode per batch",
             )
-        with functional.session():
 
-            def memories(first: int, count: int) -> InnerState:
-                return self._memory.recall(functional, episodes[0], count, first)
+        def memories(first: int, count: int) -> InnerState:
+            return self._memory.recall(functional, episodes[0], count, first)
 
-            def recorded(first: int, count: int) -> InnerState:
-                memory = memories(first, count)
-                functional.recorder.begin(max(count, 1))
-                return memory
+        def recorded(first: int, count: int) -> InnerState:
+            memory = memories(first, count)
+            recorder.begin()
+            return memory
 
+        def ended(part: Hypergradient, count: int) -> None:
+            recorder.end(part.value, count)
+
+        with functional.session(), Randomness(functional.device).preserved((masks or key).masks):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0, 0))
@@ -316,19 +348,18 @@ class BilevelModule(BilevelHooks):
                     size = 1
                 functional.episode_chunk_size = size
             problem = replace(functional.problem, inner_steps=self.inner_steps)  # which may change during a fit
-            problem = functional.recorder.watched(problem)
-            return estimate(problem, strategy, recorded, phi, episodes, key, max(functional.episode_chunk_size, 1))
+            size = max(functional.episode_chunk_size, 1)
+            return estimate(recorder.watched(problem), strategy, recorded, phi, episodes, key, size, ended)
 
     def _repetition(
-        self, functional: FunctionalModule, episodes: Sequence[Episode], randomness: Randomness
+        self, functional: FunctionalModule, episodes: Sequence[Episode], masks: Key
     ) -> Callable[[HypergradientStrategy, int], Hypergradient]:
-        """Return a function that estimates once more at the present step, with draws of its own."""
+        """Return a function that estimates once more at the present step: the same masks, directions of its own."""
 
         def again(strategy: HypergradientStrategy, number: int) -> Hypergradient:
-            randomness.restore()
             seed = Key(self._memory.seed, episode=number).generator(0).initial_seed()
             key = Key(seed, self._memory.estimates, step=self.global_step)
-            return self._estimate(copy.deepcopy(strategy), functional, episodes, key)
+            return self._estimate(copy.deepcopy(strategy), functional, episodes, key, masks)
 
         return again
 
@@ -342,45 +373,6 @@ class BilevelModule(BilevelHooks):
                 "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
                 "every call, or do not select them in `outer_parameters()`",
             )
-
-
-class _Attachment:
-    """The tie between a module and the strategy of the running fit."""
-
-    def __init__(self, strategy: HypergradientStrategy, ranks: Ranks, seed: int) -> None:
-        self.strategy, self.ranks, self.seed = strategy, ranks, seed
-        self._functional: FunctionalModule | None = None
-        self._frozen: list[torch.nn.Parameter] = []
-
-    @property
-    def ready(self) -> bool:
-        """Whether the module's layers exist and its levels are known."""
-        return self._functional is not None
-
-    @property
-    def functional(self) -> FunctionalModule:
-        """The module's pure functions."""
-        assert self._functional is not None
-        return self._functional
-
-    def prepare(self, module: BilevelModule) -> None:
-        """Look up the levels, check the strategy, freeze what no outer optimizer steps."""
-        functional = _functional(module)
-        self.strategy.check(functional.problem)
-        module._memory.begin(functional, self.seed)
-        # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
-        self.ranks.begin(list(module._memory.initial.values()))
-        for name in functional.levels.inner_only:
-            parameter = module.get_parameter(name)
-            parameter.requires_grad_(False)
-            self._frozen.append(parameter)
-        self._functional, module._levels = functional, functional.levels
-
-    def unfreeze(self) -> None:
-        """Restore the flags that :meth:`prepare` changed."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen.clear()
 
 
 def hypergradient(
@@ -399,23 +391,8 @@ def hypergradient(
     """
     functional = module.functional()
     episodes = [episode] if isinstance(episode, Episode) else list(episode)
-    device = functional.device
-    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with forked, torch.enable_grad(), module._knowing(functional.levels):
-        torch.manual_seed(seed)
+    with torch.enable_grad(), module._knowing(functional.levels):
         return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
-
-
-def _functional(module: BilevelModule) -> FunctionalModule:
-    """Build the pure functions of a module; what its hooks log meanwhile has nowhere to go yet."""
-    with LogRecorder().recording(module):
-        return FunctionalModule(module)
-
-
-def _refuse(found: Sequence[MisconfigurationError]) -> None:
-    """Raise one report of all errors, if there are any."""
-    if found:
-        raise MisconfigurationError("\n".join(map(str, found)))
 
 
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:

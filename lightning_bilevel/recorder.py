@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,17 @@ class LogRecorder:
     """Shadows ``log`` and ``log_dict`` of a module, and replays each name once.
 
     A loss runs many times per training step: at every inner step, again where a strategy recomputes or perturbs, and
-    inside function transforms, where Lightning's own ``log`` raises. What counts is the last value of a run, which
-    lasts from :meth:`begin` to the first outer loss; what is logged outside of runs is dropped. Metrics that a loss
-    updates count likewise: the last update of each run, if it is replayed.
+    inside function transforms, where Lightning's own ``log`` raises. What counts is what stood last when the outer loss
+    was evaluated that the estimate gives as its value: at θ_T, unperturbed. A run lasts from :meth:`begin` to
+    :meth:`end`; what is logged outside of runs is dropped. Metrics that a loss updates count likewise, once per run,
+    if they are replayed.
     """
 
     def __init__(self) -> None:
         self._runs: list[tuple[int, dict[str, _Call]]] = []
         self._running = False
+        self._latest: dict[str, _Call] = {}
+        self._evaluations: list[_Evaluation] = []
         self._metrics: list[_RecordedMetric] = []
 
     @contextmanager
@@ -59,27 +62,41 @@ class LogRecorder:
                 del child.__dict__["log"], child.__dict__["log_dict"]
                 child.__dict__.update(before)
 
-    def begin(self, count: int) -> None:
-        """Begin the run of ``count`` episodes."""
-        self._runs.append((count, {}))
-        self._running = True
+    def begin(self) -> None:
+        """Begin a run."""
+        self._running, self._latest, self._evaluations = True, {}, []
         for metric in self._metrics:
             metric.begin()
 
     def watched(self, problem: BilevelProblem) -> BilevelProblem:
-        """Return ``problem``, whose outer loss ends a run."""
+        """Return ``problem``, with what stood at each evaluation of its outer loss kept."""
 
         def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
             loss = problem.outer_loss(theta, phi, batch, buffers)
-            self._running = False
+            if self._running and (self._latest or self._metrics):
+                states = [metric.present() for metric in self._metrics]
+                self._evaluations.append(_Evaluation(_primal(loss), dict(self._latest), states))
             return loss
 
         return replace(problem, outer_loss=outer_loss)
 
+    def end(self, value: Tensor, count: int) -> None:
+        """End the run of ``count`` episodes, whose outer loss at θ_T is ``value``."""
+        self._running = False
+        if self._evaluations:
+            chosen = self._evaluations[0]
+            if len(self._evaluations) > 1:
+                values = torch.stack([evaluation.value.to(value) for evaluation in self._evaluations])
+                chosen = self._evaluations[int((values - value).abs().argmin())]
+            self._runs.append((count, chosen.calls))
+            for metric, state in zip(self._metrics, chosen.metrics, strict=True):
+                metric.end(state)
+        self._evaluations = []
+
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""
         if self._running:
-            self._runs[-1][1][name] = (_primal(value), args, kwargs)
+            self._latest[name] = (_primal(value), args, kwargs)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Keep the values for later."""
@@ -104,6 +121,14 @@ class LogRecorder:
         self._runs, self._metrics = [], []
 
 
+class _Evaluation(NamedTuple):
+    """What stood when an outer loss had been evaluated: its value, the calls to log, and the metrics' states."""
+
+    value: Tensor
+    calls: dict[str, _Call]
+    metrics: list[dict[str, Any]]
+
+
 class _RecordedMetric:
     """One metric, whose updates inside losses take plain tensors and count once per run.
 
@@ -114,13 +139,13 @@ class _RecordedMetric:
 
     def __init__(self, metric: Metric, running: Callable[[], bool]) -> None:
         self._metric, self._running = metric, running
-        self._start = self._end = self._state()
+        self._start = self._end = self.present()
         self._inside = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Shadow the methods that update; on exit the metric is as it was."""
-        before, attributes = self._state(), self._metric.__dict__
+        before, attributes = self.present(), self._metric.__dict__
         shadowed: dict[str, Any] = {name: attributes[name] for name in ("forward", "update") if name in attributes}
         attributes.update({name: self._shadow(getattr(self._metric, name)) for name in ("forward", "update")})
         try:
@@ -128,12 +153,21 @@ class _RecordedMetric:
         finally:
             del attributes["forward"], attributes["update"]
             attributes.update(shadowed)
-            self._end = self._state()
             self._restore(before)
 
+    def present(self) -> dict[str, Any]:
+        """Return a copy of the metric's state."""
+        names = [*self._metric._defaults, "_update_count", "_computed", "_forward_cache"]
+        return {name: _copied(getattr(self._metric, name)) for name in names}
+
     def begin(self) -> None:
-        """Begin a run: its updates start from the present state."""
-        self._start = self._state()
+        """Begin a run: each of its updates starts from the present state."""
+        self._start = self.present()
+
+    def end(self, state: dict[str, Any]) -> None:
+        """End a run in ``state``, from which the next goes on."""
+        self._end = state
+        self._restore(state)
 
     def replay(self) -> None:
         """Put the state in place that the runs led to."""
@@ -145,7 +179,7 @@ class _RecordedMetric:
                 return original(*args, **kwargs)
             # Inside a transform even what is made of plain tensors would belong to it, and outlive it in the state.
             with torch._C._DisableFuncTorch():
-                before = self._state()
+                before = self.present()
                 if self._running():
                     self._restore(self._start)
                 self._inside = True
@@ -158,10 +192,6 @@ class _RecordedMetric:
                         self._restore(before)
 
         return shadow
-
-    def _state(self) -> dict[str, Any]:
-        names = [*self._metric._defaults, "_update_count", "_computed", "_forward_cache"]
-        return {name: _copied(getattr(self._metric, name)) for name in names}
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

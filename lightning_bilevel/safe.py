@@ -105,8 +105,16 @@ class Randomness:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
     @contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Restore the snapshot on exit: what runs inside leaves no trace in the generators."""
+    def preserved(self, seed: int | None = None) -> Iterator[None]:
+        """Restore the snapshot on exit: what runs inside leaves no trace in the generators.
+
+        Args:
+            seed: what runs inside starts from; ``None`` goes on from the present.
+        """
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if self._cuda is not None:
+                torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
         try:
             yield
         finally:

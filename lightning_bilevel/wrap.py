@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel.errors import combination_error, missing_error, value_error
-from lightning_bilevel.hooks import InnerStart
+from lightning_bilevel.hooks import InnerStart, OnNonfinite
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.module import BilevelModule
@@ -42,6 +42,9 @@ def bilevel(
     inner_optimizer: InnerOptimizerLike,
     inner_steps: int = 1,
     inner_start: InnerStart = "warm",
+    proximal: float = 0.0,
+    episode_chunk_size: int | None = None,
+    on_nonfinite: OnNonfinite = "raise",
 ) -> BilevelModule:
     """Make an existing LightningModule bilevel, without a change to its code.
 
@@ -70,6 +73,9 @@ def bilevel(
             one, or a function with one argument named ``params`` that returns a ``torch.optim`` instance.
         inner_steps: T.
         inner_start: where inner parameters that are not shared start, as in :class:`BilevelModule`.
+        proximal: as in :class:`BilevelModule`.
+        episode_chunk_size: as in :class:`BilevelModule`.
+        on_nonfinite: as in :class:`BilevelModule`.
 
     Returns:
         The wrapper. Its losses are 0-dim tensors; its parameters are those of ``module``.
@@ -123,8 +129,11 @@ def bilevel(
             "outer_loss": _checked_loss(module, "outer_loss", outer_loss),
         },
         _checked_optimizer(inner_optimizer),
-        inner_steps,
-        inner_start,
+        inner_steps=inner_steps,
+        inner_start=inner_start,
+        proximal=proximal,
+        episode_chunk_size=episode_chunk_size,
+        on_nonfinite=on_nonfinite,
     )
     if any(True for _ in module.parameters()):  # there are none yet where ``configure_model`` or ``setup`` makes them
         for level in ("inner", "outer"):
@@ -146,8 +155,7 @@ class WrappedModule(BilevelModule):
         patterns: of each level.
         losses: by hook name.
         inner_optimizer: as in :func:`bilevel`.
-        inner_steps: T.
-        inner_start: as in :func:`bilevel`.
+        options: of :class:`BilevelModule`.
     """
 
     module: LightningModule
@@ -158,10 +166,9 @@ class WrappedModule(BilevelModule):
         patterns: Mapping[str, Sequence[str]],
         losses: Mapping[str, Loss],
         inner_optimizer: InnerOptimizerLike,
-        inner_steps: int,
-        inner_start: InnerStart,
+        **options: Any,
     ) -> None:
-        super().__init__(inner_steps, inner_start)
+        super().__init__(**options)
         self.module = module
         self._patterns, self._losses = patterns, losses
         # In a list, for an inner optimizer may be a module, whose parameters are the module's already.

@@ -27,6 +27,7 @@ LAYERS = [
     ("strategies",),
     ("functional", "estimation", "monitor", "parallel"),
     ("memory",),
+    ("attachment",),
     ("module",),
     ("wrap",),
     ("__init__",),

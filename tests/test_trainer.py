@@ -29,15 +29,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bilevel import (
+    PZOBO,
     SGD,
     Adam,
     BilevelModule,
     Episode,
     EpisodeLoader,
     ForwardGradient,
+    GammaGreedy,
     HypergradientMonitor,
     ReverseUnroll,
     TruncatedReverse,
+    ZerothOrder,
     hypergradient,
 )
 from modules import (
@@ -471,7 +474,10 @@ def test_a_checkpoint_from_elsewhere_is_where_reset_returns_to(tmp_path):
     del checkpoint["lightning_bilevel"]
     torch.save(checkpoint, tmp_path / "other.ckpt")
     second = Cleaning(inner_start="reset")
-    trainer(ReverseUnroll(), max_steps=2).fit(second, loader(), ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match="This checkpoint has no inner state"):
+        trainer(ReverseUnroll(), max_steps=2).fit(
+            second, loader(), ckpt_path=tmp_path / "other.ckpt", weights_only=True
+        )
     initial = second.inner_state_dict()["initial"]
     assert initial
     assert all(torch.equal(value, checkpoint["state_dict"][name]) for name, value in initial.items())
@@ -651,7 +657,13 @@ LOG_CASES: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any], Any]]
     "recomputed": (LoggingCleaning, lambda: ReverseUnroll(checkpoint=1), None),
     "double backward": (LoggingCleaning, lambda: ForwardGradient(num_directions=2, chunk_size=1), None),
     "forward": (LoggingCleaning, lambda: ForwardGradient(num_directions=2, mode="forward"), None),
+    "every step judged": (LoggingCleaning, GammaGreedy, None),
+    "guided": (LoggingCleaning, lambda: ForwardGradient(num_directions=2, guide=GammaGreedy()), None),
+    "perturbed": (LoggingCleaning, lambda: PZOBO(num_directions=2, mu=0.3), None),
+    "perturbed one by one": (LoggingCleaning, lambda: ZerothOrder(num_directions=2, mu=0.3, chunk_size=1), None),
     "stacked": (LoggingMaml, ReverseUnroll, [tasks(3)] * 4),
+    "stacked, every step judged": (LoggingMaml, GammaGreedy, [tasks(3)] * 4),
+    "looped, every step judged": (lambda: LoggingMaml(episode_chunk_size=1), GammaGreedy, [tasks(3)] * 4),
     "stacked forward": (LoggingMaml, lambda: ForwardGradient(num_directions=2, mode="forward"), [tasks(3)] * 4),
     "looped": (lambda: LoggingMaml(episode_chunk_size=1), ReverseUnroll, [tasks(3)] * 4),
 }

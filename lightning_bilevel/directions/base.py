@@ -44,6 +44,11 @@ class Key:
         start = part * size + min(part, extra)
         return start, start + size + (part < extra)
 
+    @property
+    def masks(self) -> int:
+        """The seed of what the losses draw themselves, such as dropout masks."""
+        return self.generator(-1).initial_seed()
+
     def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator for the direction with global number ``index``."""
         words = (self.seed, self.estimate, self.episode, self.rank, index)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
 from abc import abstractmethod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error
-from lightning_bilevel.host import Callback, Trainer
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.host import Callback, Trainer, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.tree import Params
 
@@ -92,9 +94,7 @@ class HypergradientStrategy(Callback):
 
     def check(self, problem: BilevelProblem) -> None:
         """Raise one report of everything this strategy cannot work with; called before the first batch."""
-        found = self.all_refusals(problem)
-        if found:
-            raise MisconfigurationError("\n".join(str(refusal) for refusal in found))
+        refuse(self.all_refusals(problem))
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts methods of the module here, and a copy would copy the module with them.
@@ -120,8 +120,17 @@ class HypergradientStrategy(Callback):
         """Give the module back as it was."""
         pl_module.detach_strategy()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Take back the gradient of a step whose estimates were all skipped."""
+        pl_module.drop_skipped()
+
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the module back as it was; Lightning calls no ``teardown`` after an error."""
+        if _is_of_an_unreadable_checkpoint(exception):
+            exception.args = (
+                f"Cannot read the checkpoint {trainer.ckpt_path}: it is cut off, or no checkpoint. A process that is "
+                f"killed while it writes leaves such a file. Resume from an earlier one. ({exception})",
+            )
         if hasattr(pl_module, "detach_strategy"):
             pl_module.detach_strategy()
 
@@ -131,4 +140,18 @@ class HypergradientStrategy(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise start a fresh inner level."""
-        pl_module.load_inner_state_dict(checkpoint.get("lightning_bilevel"))
+        saved = checkpoint.get("lightning_bilevel")
+        if saved is None and trainer.state.fn == "fit":
+            rank_zero_warn(
+                "This checkpoint has no inner state, for no hypergradient strategy was there when it was written: "
+                "the inner level begins anew, from the checkpoint's weights."
+            )
+        pl_module.load_inner_state_dict(saved)
+
+
+def _is_of_an_unreadable_checkpoint(exception: BaseException) -> bool:
+    """Return whether ``torch.load`` raised, which it does with errors of any kind on what is no checkpoint."""
+    if not isinstance(exception, Exception) or isinstance(exception, (OSError, MemoryError)):
+        return False
+    frames = traceback.walk_tb(exception.__traceback__)
+    return any(frame.f_code is torch.load.__code__ for frame, _ in frames)

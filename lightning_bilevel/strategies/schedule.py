@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, positive_integer, value_error
 from lightning_bilevel.host import Trainer
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -95,6 +95,16 @@ class HypergradientSchedule(HypergradientStrategy):
         return {"phases": [strategy.state_dict() for strategy, _ in self.phases]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore every phase's state."""
+        """Restore every phase's state.
+
+        Raises:
+            MisconfigurationError: it is that of another number of phases.
+        """
+        if len(state_dict["phases"]) != len(self.phases):
+            raise combination_error(
+                f"a `HypergradientSchedule` of {len(self.phases)} phases with this checkpoint",
+                f"it was written with {len(state_dict['phases'])}",
+                "Resume with the schedule of that run; the steps of a phase may change",
+            )
         for (strategy, _), state in zip(self.phases, state_dict["phases"], strict=True):
             strategy.load_state_dict(state)
