@@ -155,8 +155,7 @@ class BilevelModule(BilevelHooks):
         if not self.trainer.barebones:  # there, logging does nothing but warn
             self.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
             self.log_dict(metrics, batch_size=len(episodes))
-            if self.on_nonfinite == "skip":
-                self.log("skipped_steps", float(memory.skipped), batch_size=len(episodes))
+        self._log_skipped()
         return self._surrogate(functional, result.value, result.grads)
 
     def _skipped(self, functional: FunctionalModule, error: FloatingPointError) -> Tensor:
@@ -165,11 +164,14 @@ class BilevelModule(BilevelHooks):
         self._memory.skipped += 1
         if self._memory.skipped == 1:
             rank_zero_warn(f"Skipped an outer step, and will skip others like it (see `skipped_steps`): {error}")
-        if not self.trainer.barebones:
-            self.log("skipped_steps", float(self._memory.skipped), prog_bar=True, batch_size=1)
+        self._log_skipped()
         # Lightning refuses ``None`` in more than one process; :meth:`drop_skipped` undoes the zeros.
         phi = functional.phi()
         return self._surrogate(functional, next(iter(phi.values())).new_tensor(float("nan")), tree.zeros_like(phi))
+
+    def _log_skipped(self) -> None:
+        if self.on_nonfinite == "skip" and not self.trainer.barebones:
+            self.log("skipped_steps", float(self._memory.skipped), prog_bar=True, batch_size=1)
 
     def drop_skipped(self) -> None:
         """Let the outer optimizer leave its parameters alone if every estimate for this step was skipped.

@@ -14,6 +14,7 @@ from lightning_bilevel.autodiff import hessian_product, outer_gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
 from lightning_bilevel.host import Trainer
+from lightning_bilevel.inner_loop import last_loss
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -110,6 +111,7 @@ class FSLA(HypergradientStrategy):
         first, third, fifth = (episode.inner[i % len(episode.inner)] for i in (0, 1, 2))
         before = problem.start(memory, phi)
         after, loss = self._inner_step(problem, before, phi, first, rate)
+        metrics = last_loss(problem, [loss])
         v = self._linear_step(problem, before, phi, episode, third, last, rate * self.beta)
         value, d = self._tracking(problem, after, phi, episode, fifth, v)
         if last is not None:
@@ -118,7 +120,7 @@ class FSLA(HypergradientStrategy):
             d = tree.add(d, tree.sub(last.d, correction), alpha=1 - rate * self.eta)
         # φ is stepped in place after this, and d is averaged over processes, so both are copied.
         self._tracked = _Tracked(k, v, tree.map(torch.clone, d), tree.map(torch.clone, phi), after.params)
-        return Hypergradient(value, d, after, {"inner_loss": loss})
+        return Hypergradient(value, d, after, metrics)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the single loop cannot work with in ``problem``."""
