@@ -215,10 +215,10 @@ class Ranks:
             seen = ", ".join(f"{value:.9g} on rank {rank}" for rank, value in enumerate(values.tolist()))
             raise combination_error(
                 f"`Trainer(strategy='ddp_directions')` with an outer loss that is {seen}",
-                "ranks that share out the directions of one estimate have to see the same episodes and masks. Data or "
-                "masks differ if a loader shuffles or shards by rank, if its workers are seeded by rank (your own "
-                "`worker_init_fn`, transforms that draw from an unseeded generator), or if one rank has drawn more "
-                "random numbers than another, which changes dropout masks (code under `rank_zero_only`)",
+                "ranks that share out the directions of one estimate have to see the same episodes. Data differ if a "
+                "loader shuffles or shards by rank, if its workers are seeded by rank (your own `worker_init_fn`, "
+                "transforms that draw from an unseeded generator), or if one rank has drawn more random numbers than "
+                "another before a loader shuffles (code under `rank_zero_only`)",
                 "Call `seed_everything(seed, workers=True)` and let all ranks do the same, or use "
                 "`Trainer(strategy='ddp')`",
             )

@@ -24,6 +24,7 @@ from lightning_bilevel import (
     SGD,
     Adam,
     BilevelModule,
+    Episode,
     EpisodeLoader,
     FirstOrder,
     ForwardGradient,
@@ -89,8 +90,9 @@ class Noisy(BilevelModule):
 class Watch(Callback):
     """Keeps the first batch, its averaged hypergradient, and what was logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, save: Path | None) -> None:
         self.seen: dict[str, Any] = {"logged": []}
+        self.save = save
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.seen["start"] = tree_map(torch.clone, dict(pl_module.state_dict()))
@@ -99,11 +101,14 @@ class Watch(Callback):
         self.seen.setdefault("batch", batch)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        grads = {name: pl_module.get_parameter(name).grad.clone() for name in pl_module.functional().levels.outer}
-        self.seen.setdefault("grads", grads)
+        if "grads" not in self.seen:
+            outer = pl_module.functional().levels.outer
+            self.seen["grads"] = {name: pl_module.get_parameter(name).grad.clone() for name in outer}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.seen["logged"].append({name: value.item() for name, value in trainer.callback_metrics.items()})
+        if self.save and trainer.global_step == STEPS - 1:
+            trainer.save_checkpoint(self.save)
 
 
 class Case(NamedTuple):
@@ -116,6 +121,9 @@ class Case(NamedTuple):
         same: whether the ranks build the same layers, with the same seed.
         shuffle: the data.
         monitor: whether a ``HypergradientMonitor`` runs along.
+        trainer: options of it.
+        several: episodes in a batch.
+        num_workers: of the loaders.
     """
 
     strategy: Callable[[], HypergradientStrategy]
@@ -124,27 +132,48 @@ class Case(NamedTuple):
     same: bool = True
     shuffle: bool = False
     monitor: bool = False
+    trainer: dict[str, Any] = {}  # noqa: RUF012
+    several: int = 0
+    num_workers: int = 0
 
 
-def loader(shuffle: bool) -> EpisodeLoader:
+def loader(shuffle: bool, several: int = 0, num_workers: int = 0) -> Any:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
     y = x.sum(1, keepdim=True).sin()
-    inner = DataLoader(TensorDataset(x, y, torch.arange(16)), batch_size=4, shuffle=shuffle)
-    outer = DataLoader(TensorDataset(x.flip(0), y.flip(0)), batch_size=2, shuffle=shuffle)
+    if several:
+        tasks = [
+            Episode([(x[i : i + 4], y[i : i + 4], torch.arange(4))], (x[i : i + 2], y[i : i + 2])) for i in range(12)
+        ]
+        return DataLoader(tasks, batch_size=several, shuffle=shuffle, collate_fn=list)
+    options: dict[str, Any] = {"shuffle": shuffle, "num_workers": num_workers}
+    inner = DataLoader(TensorDataset(x, y, torch.arange(16)), batch_size=4, **options)
+    outer = DataLoader(TensorDataset(x.flip(0), y.flip(0)), batch_size=2, **options)
     return EpisodeLoader(inner, outer, inner_batches=2)
 
 
-def fit(case: Case, rank: int = 0, **options: Any) -> dict[str, Any]:
-    """Run a case, and return what happened: of an error, its type and text."""
-    torch.manual_seed(SEED if case.same else SEED + rank)
-    module, strategy, watch = Noisy(**case.options), case.strategy(), Watch()
+def fit(
+    case: Case, rank: int = 0, save: Path | None = None, ckpt_path: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run a case, and return what happened: of an error, its type and text.
+
+    Args:
+        case: the case.
+        rank: of this process.
+        save: a checkpoint to write before the last step.
+        ckpt_path: one to resume from.
+        options: of the Trainer.
+    """
+    torch.manual_seed(SEED + 1 if ckpt_path else SEED if case.same else SEED + rank)
+    module, strategy, watch = Noisy(**case.options), case.strategy(), Watch(save)
     monitors = [HypergradientMonitor(TruncatedReverse(2), every_n_steps=2)] if case.monitor else []
-    if case.same:
+    if case.same and not ckpt_path:
         torch.manual_seed(SEED)
-    options = {"max_steps": STEPS, "max_epochs": -1, **options}
+    options = {"max_steps": STEPS, "max_epochs": -1, **case.trainer, **options}
     try:
-        trainer(strategy, watch, *monitors, **options).fit(module, loader(case.shuffle))
+        running = trainer(strategy, watch, *monitors, **options)
+        data = loader(case.shuffle, case.several, case.num_workers)
+        running.fit(module, data, ckpt_path=ckpt_path)
         error = None
     except Exception as caught:
         error = (type(caught).__name__, str(caught))
@@ -196,6 +225,26 @@ OTHER = {
     ),
     "monitored": Case(lambda: ForwardGradient(3), monitor=True),
 }
+RESUMED = {
+    "go on": Case(lambda: ForwardGradient(3), shuffle=True),
+    "go on, FSLA": Case(FSLA, {"plain": True, "inner_steps": 1}, shuffle=True),
+    "go on, shared": Case(lambda: ForwardGradient(3), parallel="ddp_directions", shuffle=True),
+    "go on, shared and guided": Case(
+        lambda: ForwardGradient(3, guide=FSLA()), {"plain": True, "inner_steps": 1}, "ddp_directions", shuffle=True
+    ),
+}
+ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2}
+SKIP: dict[str, Any] = {"on_nonfinite": "skip", "trouble": (1, "outer")}
+HABITS = {
+    f"{name}, {parallel}": Case(lambda: ForwardGradient(3), parallel=parallel, **options)
+    for parallel in ("ddp", "ddp_directions")
+    for name, options in {
+        "accumulate": {"trainer": ACCUMULATE},
+        "several episodes": {"several": 3, "options": {"inner_start": "reset"}, "shuffle": True},
+        "loader workers": {"num_workers": 2, "shuffle": True},
+        "skip": {"options": SKIP, "trainer": {"max_steps": 4}},
+    }.items()
+}
 TROUBLE = {
     kind: Case(lambda: ForwardGradient(3), {"trouble": (1, kind)}) for kind in ("inner", "outer", "episodes")
 } | {
@@ -203,7 +252,7 @@ TROUBLE = {
     "unequal outer": Case(lambda: ForwardGradient(3), {"trouble": (1, "unequal outer")}, "ddp_directions"),
     "unequal inner": Case(lambda: PZOBO(1), {"trouble": (2, "unequal inner")}, "ddp_directions"),
 }
-CASES = {**EVERY, **DIRECTIONS, **OTHER, **TROUBLE}
+CASES = {**EVERY, **DIRECTIONS, **OTHER, **TROUBLE, **RESUMED, **HABITS}
 
 
 def main(folder: Path) -> None:
@@ -212,7 +261,11 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         # Lightning starts the other process, which runs this loop too, at the first fit.
-        found[name] = fit(case, int(os.environ.get("LOCAL_RANK", 0)), strategy=case.parallel, devices=2)
+        rank, parallel = int(os.environ.get("LOCAL_RANK", 0)), {"strategy": case.parallel, "devices": 2}
+        middle = folder / f"{name}.ckpt" if name in RESUMED else None
+        found[name] = fit(case, rank, middle, **parallel)
+        if middle:
+            found[f"{name}, resumed"] = fit(case, rank, ckpt_path=middle, **parallel)
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
 
 
