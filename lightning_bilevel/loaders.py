@@ -81,7 +81,8 @@ class EpisodeLoader(CombinedLoader):
             )
         self.rank: int | None = None
         self._outer, self._inner = _Reader("outer", seed), _Reader("inner", seed)
-        self._handed_out = self._positions()
+        self._handed_out = self._begun = self._positions()
+        self._progress: Any = None  # Lightning's count of batches
         self._ended = False
         self._resumed = 0  # `__iter__` goes on with a pass of which at most so many batches were handed out
 
@@ -103,7 +104,7 @@ class EpisodeLoader(CombinedLoader):
     @override
     def __next__(self) -> Any:
         """Return the next episode; in a Trainer, the triple that Lightning expects: with its number, and 0."""
-        in_trainer = self.limits is not None
+        in_trainer, begun = self.limits is not None, self._handed_out
         # Lightning reads one ahead then: an episode is handed out when the next is asked for.
         reads_ahead = in_trainer and math.isinf(self._episodes())
         if reads_ahead:
@@ -121,6 +122,7 @@ class EpisodeLoader(CombinedLoader):
             self._end_pass()
         elif not reads_ahead:
             self._handed_out = self._positions()
+        self._begun = begun
         return (episode, number, 0) if in_trainer else episode
 
     @override
@@ -129,11 +131,13 @@ class EpisodeLoader(CombinedLoader):
         self._outer.close()
         self._inner.close()
         super().reset()
-        self.limits = None
+        self.limits = self._progress = None
 
     @override
     def _state_dicts(self) -> list[dict[str, Any]]:
-        readers = zip((self._outer, self._inner), self._handed_out, strict=True)
+        # A step that an exception cut short is taken again.
+        in_flight = self._progress is not None and self._progress.current.ready > self._progress.current.processed
+        readers = zip((self._outer, self._inner), self._begun if in_flight else self._handed_out, strict=True)
         return [{reader.name: {"seed": reader.seed, "position": position} for reader, position in readers}]
 
     @override
@@ -148,7 +152,7 @@ class EpisodeLoader(CombinedLoader):
             )
         for reader in (self._outer, self._inner):
             reader.seed, reader.position = states[0][reader.name]["seed"], tuple(states[0][reader.name]["position"])
-        self._handed_out = self._positions()
+        self._handed_out = self._begun = self._positions()
         # With `max_steps`, Lightning may take one episode to end an epoch that had ended before it calls `__iter__`.
         self._resumed = max(self._outer.batches, 1)
         # Lightning looks at the two loaders one by one, which indeed cannot resume.
@@ -185,8 +189,9 @@ def prepare_episodes(trainer: Trainer) -> None:
 
     That is its position in the data if the checkpoint was written at an epoch's end and training goes by
     ``max_epochs``, or if ``configure_optimizers`` read ``trainer.estimated_stepping_batches`` (otherwise the episodes
-    of the first epoch come again); and the rank whose data the Trainer's strategy wants this process to see. Another
-    kind of loader is left alone. ``BilevelModule`` calls it.
+    of the first epoch come again); the rank whose data the Trainer's strategy wants this process to see; and the count
+    of finished steps, so that one that was cut off is taken again. Another kind of loader is left alone.
+    ``BilevelModule`` calls it.
 
     Args:
         trainer: in ``fit``.
@@ -195,6 +200,7 @@ def prepare_episodes(trainer: Trainer) -> None:
     loader, fetcher, states = loop._combined_loader, loop._data_fetcher, loop._combined_loader_states_to_load
     if not isinstance(loader, EpisodeLoader) or fetcher is None:
         return
+    loader._progress = loop.epoch_loop.batch_progress
     before = loader._rank()
     loader.rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
     if states or loader.rank != before:

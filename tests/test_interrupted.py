@@ -1,0 +1,87 @@
+"""Ctrl-C and errors leave the checkpoint that the user asked for; a loader whose worker dies says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_bilevel import EpisodeLoader, ForwardGradient, ReverseUnroll
+from modules import Cleaning, identical, loader, seeded, trainer
+
+STEPS, INTERRUPTED = 7, 2  # four steps are an epoch
+
+
+class CtrlC(Cleaning):
+    """Its user presses Ctrl-C, or a bug shows, in the middle of a step."""
+
+    error: BaseException | None = None
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        if self.error is not None and self._attachment is not None and self.global_step == INTERRUPTED:
+            if isinstance(self.error, KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise self.error
+        return super().inner_loss(batch)
+
+
+def fit(*saver: Callback, error: BaseException | None = None, ckpt_path: Path | None = None) -> Any:
+    module = seeded(CtrlC, 1 if ckpt_path else 0)
+    module.error = error
+    running = trainer(ForwardGradient(2), *saver, max_epochs=-1, max_steps=STEPS, enable_checkpointing=bool(saver))
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            running.fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored after a Ctrl-C
+    return [module.state_dict(), running.optimizers[0].state_dict(), module.inner_state_dict()]
+
+
+@pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt(), SystemExit), (RuntimeError("bug"), RuntimeError)])
+@pytest.mark.parametrize("kind", [ModelCheckpoint, OnExceptionCheckpoint])
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`", "ignore:.*(was called without a model|no last checkpoint)"
+)
+def test_an_interrupted_fit_leaves_a_checkpoint_and_goes_on_exactly(error, raised, kind, tmp_path):
+    saver = kind(tmp_path, **({"save_on_exception": True} if kind is ModelCheckpoint else {}))
+    with pytest.raises(raised):
+        fit(saver, error=error)
+    (path,) = tmp_path.glob("*.ckpt")
+    assert torch.load(path, weights_only=False)["global_step"] == INTERRUPTED
+    assert identical(fit(ckpt_path=path), fit())
+
+
+class Dying(Dataset[Tensor]):
+    """Its worker process is killed, as for lack of memory."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_reported_by_torch(tmp_path):
+    dying = DataLoader(Dying(), batch_size=2, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
+        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(dying, dying))
+
+
+class Failing(Dying):
+    def __getitem__(self, index: int) -> Tensor:
+        raise KeyError("no such file")
+
+
+def test_an_error_in_a_worker_keeps_its_traceback():
+    failing = DataLoader(Failing(), batch_size=2, num_workers=1)
+    with pytest.raises(KeyError, match=r"(?s)Caught KeyError in DataLoader worker.*in __getitem__.*no such file"):
+        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(failing, failing))
