@@ -48,9 +48,8 @@ def fit(*saver: Callback, error: BaseException | None = None, ckpt_path: Path | 
 
 @pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt(), SystemExit), (RuntimeError("bug"), RuntimeError)])
 @pytest.mark.parametrize("kind", [ModelCheckpoint, OnExceptionCheckpoint])
-@pytest.mark.filterwarnings(
-    "ignore:Be aware that when using `ckpt_path`", "ignore:.*(was called without a model|no last checkpoint)"
-)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint)")
 def test_an_interrupted_fit_leaves_a_checkpoint_and_goes_on_exactly(error, raised, kind, tmp_path):
     saver = kind(tmp_path, **({"save_on_exception": True} if kind is ModelCheckpoint else {}))
     with pytest.raises(raised):
