@@ -87,8 +87,9 @@ class HypergradientMonitor(Callback):
         reference = again(self.reference, 0).grads
         length = tree.norm(reference)
         own = tree.norm(estimate.grads)
+        smallest = torch.finfo(length.dtype).tiny  # an estimate of zero points nowhere: its cosine is 0
         metrics = {
-            "hypergradient_cosine": tree.dot(estimate.grads, reference) / (own * length),
+            "hypergradient_cosine": tree.dot(estimate.grads, reference) / (own * length).clamp_min(smallest),
             "hypergradient_relative_error": tree.norm(tree.sub(estimate.grads, reference)) / length,
             "hypergradient_norm_ratio": own / length,
         }
