@@ -1,6 +1,7 @@
 """Bilevel optimization for PyTorch Lightning: hypergradients as callbacks."""
 
-from lightning_bilevel import directions, inner_optimizers, linear_solvers, strategies
+from lightning_bilevel import directions, few_shot, inner_optimizers, linear_solvers, strategies
+from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from lightning_bilevel.loaders import EpisodeLoader
 from lightning_bilevel.module import BilevelModule, hypergradient
@@ -47,10 +48,13 @@ __all__ = [
     "RMSprop",
     "ReverseUnroll",
     "SGD",
+    "StrategyAudit",
     "TruncatedReverse",
     "ZerothOrder",
+    "audit",
     "bilevel",
     "directions",
+    "few_shot",
     "hypergradient",
     "inner_optimizers",
     "linear_solvers",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
+from lightning_bilevel.diagnosis import once_differentiable
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.hooks import BilevelHooks
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
@@ -153,6 +154,15 @@ class FunctionalModule:
         opaque = self._solves
         return [name for name in self.levels.outer if name not in names and not opaque]
 
+    def without_second_derivative(self, episode: Episode, memory: InnerState) -> list[str]:
+        """Return the ``autograd.Function`` classes in the inner loss that are marked ``once_differentiable``."""
+        if self._solves:
+            return []
+        phi = tree.leaves(self.phi())
+        theta = tree.leaves(self.problem.start(memory, phi).params)
+        loss, _ = self._inner_loss(theta, phi, episode.inner[0], memory.buffers)
+        return [name for name, _ in once_differentiable(loss)]
+
     def _not_shared(self, phi: Params) -> Params:
         return {name: value for name, value in phi.items() if name not in self.levels.shared}
 
@@ -289,11 +299,13 @@ def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
 
 
 def _scalar(module: nn.Module, hook: str, loss: Tensor) -> Tensor:
+    what = f"{type(module).__name__}.{hook}(batch)"
     if not isinstance(loss, Tensor) or loss.ndim:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise value_error(
-            f"{type(module).__name__}.{hook}(batch)", "a 0-dim tensor", got, "Reduce it with `.mean()` or `.sum()`."
-        )
+        raise value_error(what, "a 0-dim tensor", got, "Reduce it with `.mean()` or `.sum()`.")
+    if not loss.is_floating_point():
+        hint = "A count has no gradient: take a smooth loss, or `.float()` of it with `ZerothOrder`."
+        raise value_error(what, "a tensor of floating-point numbers", f"a tensor of {loss.dtype}", hint)
     return loss
 
 

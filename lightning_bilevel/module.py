@@ -341,7 +341,7 @@ class BilevelModule(BilevelHooks):
         with functional.session(), Randomness(functional.device).preserved((masks or key).masks):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
-                self._check_losses(functional, episodes[0], memories(0, 0))
+                self._check_losses(functional, episodes[0], memories(0, 0), strategy)
                 functional.episode_chunk_size = 0  # chosen at the first batch of several episodes
             if several and functional.episode_chunk_size == 0:
                 size = self.episode_chunk_size or functional.problem.vectorizable
@@ -365,15 +365,25 @@ class BilevelModule(BilevelHooks):
 
         return again
 
-    def _check_losses(self, functional: FunctionalModule, episode: Episode, memory: InnerState) -> None:
+    def _check_losses(
+        self, functional: FunctionalModule, episode: Episode, memory: InnerState, strategy: HypergradientStrategy
+    ) -> None:
         with Randomness(functional.device).preserved():
             untouched = functional.untouched(episode, memory)
+            once = functional.without_second_derivative(episode, memory) if strategy.second_order else []
         if untouched:
             raise missing_error(
                 type(self).__name__,
                 f"loss that depends on the outer parameters {untouched}",
                 "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
                 "every call, or do not select them in `outer_parameters()`",
+            )
+        if once:
+            raise combination_error(
+                f"`{type(strategy).__name__}` with `{once[0]}` in `{type(self).__name__}.inner_loss`",
+                f"`{once[0]}` is marked `once_differentiable`, so that autograd would leave its second derivative out "
+                "without a word",
+                "Write its `backward` with differentiable operations and drop the mark, or use `PZOBO`",
             )
 
 

@@ -20,16 +20,16 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # each other, without a circle.
 LAYERS = [
     ("tree", "errors", "host", "safe", "surrogate"),  # nothing of ours
-    ("swap", "levels", "inner_optimizers", "directions", "linear_solvers"),
+    ("swap", "levels", "inner_optimizers", "directions", "linear_solvers", "diagnosis"),
     ("problem",),
-    ("inner_loop", "recorder", "loaders", "hooks"),
+    ("inner_loop", "recorder", "loaders", "hooks", "few_shot"),
     ("autodiff",),
-    ("strategies",),
+    ("strategies", "precision"),
     ("functional", "estimation", "monitor", "parallel"),
     ("memory",),
     ("attachment",),
     ("module",),
-    ("wrap",),
+    ("wrap", "auditing"),
     ("__init__",),
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_bilevel import (
     FSLA,
@@ -111,6 +112,20 @@ class BareNet(Net):
         self.net = Bare()
 
 
+class Once(torch.autograd.Function):
+    """x², whose author did not think of second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
 class Diverging(Net):
     """Goes wrong in one quantity at a given inner step or outer evaluation."""
 
@@ -122,10 +137,14 @@ class Diverging(Net):
         self.step = -1  # the losses are evaluated once before, to see what they depend on
 
     def inner_loss(self, batch: Any) -> Tensor:
+        if self.where == "once":
+            return Once.apply(super().inner_loss(batch))
         return super().inner_loss(batch) + (batch[2].sum() if self.where == "inner" and len(batch) > 2 else 0)
 
     def outer_loss(self, batch: Any) -> Tensor:
         loss = super().outer_loss(batch)
+        if self.where == "count":
+            return (loss > 0).long()
         if self.where == "outer" and len(batch) > 2:
             return loss * batch[2].sum()
         if self.where == "hypergradient":
@@ -320,6 +339,17 @@ FITS: dict[str, Case] = {
         batches=[tasks(3)],
     ),
     # Numbers
+    "a count for a loss": Case(
+        lambda: Diverging("count"),
+        r"Expected `Diverging\.outer_loss\(batch\)` to be a tensor of floating-point numbers, got",
+        error=ValueError,
+        first=True,
+    ),
+    "a loss that is differentiable once": Case(
+        lambda: Diverging("once"),
+        r"Cannot use `ReverseUnroll` with `Once` in `Diverging\.inner_loss`\. This is because `Once` is marked",
+        first=True,
+    ),
     "inner loss nan": Case(
         lambda: Diverging("inner"),
         r"Expected the inner loss at step 2 of 3 to be finite, got nan\. Lower the inner learning rate",

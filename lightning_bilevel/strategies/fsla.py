@@ -125,9 +125,10 @@ class FSLA(HypergradientStrategy):
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the single loop cannot work with in ``problem``."""
         found = []
-        if problem.shared:
-            found.append(("parameters shared by both levels", "θ has to go on from step to step", "`ReverseUnroll`"))
-        elif not problem.warm:
+        if problem.shared:  # then the rest does not matter
+            shared = "`FSLA` with parameters shared by both levels"
+            return [combination_error(shared, "θ has to go on from step to step", "Use `ReverseUnroll`")]
+        if not problem.warm:
             found.append(("an inner level that starts anew", "θ has to go on", "`inner_start='warm'`"))
         if problem.inner_steps != 1:
             steps = f"`inner_steps={problem.inner_steps}`"

@@ -1,0 +1,400 @@
+"""One tiny step of every hypergradient strategy on a module: what comes out, and why nothing does."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from lightning_bilevel import tree
+from lightning_bilevel.auditing.probes import Graphs, Probe, Saved, Short, Stacked
+from lightning_bilevel.diagnosis import diagnose, split_message
+from lightning_bilevel.directions import Rademacher
+from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.linear_solvers import LinearSolver
+from lightning_bilevel.module import BilevelModule, hypergradient
+from lightning_bilevel.problem import Episode, Hypergradient, stackable
+from lightning_bilevel.strategies import (
+    FirstOrder,
+    ForwardGradient,
+    ForwardUnroll,
+    HypergradientStrategy,
+    ReverseUnroll,
+    ZerothOrder,
+)
+from lightning_bilevel.tree import Params
+
+Verdict = Literal["yes", "zero", "doubtful", "not finite", "refused", "no"]
+"""Works; gives exactly zero for an outer parameter; disagrees with finite differences; gave nan or infinity; cannot be
+combined with this module; raised an error."""
+
+DIFFERENCES = (1e-2, 1e-1)
+"""Steps of the finite differences, relative to the root mean square of φ. 1% is small beside the curvature of a usual
+net; in float32 slopes below 1e-4 drown in the rounding of an outer loss near 1, and a longer step may show them."""
+
+AGREEMENT = 0.2
+"""Relative difference from a finite difference beyond which a derivative is doubted; kinks stay well below it."""
+
+COLUMNS = 16
+"""``ForwardUnroll`` is rehearsed on all outer coordinates up to this many, beyond on one direction."""
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What became of one strategy.
+
+    Attributes:
+        strategy: the strategy as a user writes it.
+        verdict: see :data:`Verdict`.
+        operation: the operation behind a failure, as a user knows it: ``cdist``; empty where unknown.
+        where: the user's line that calls it, ``file.py:line``; empty where unknown.
+        reason: why it does not work.
+        advice: what to do.
+        zero: outer parameters whose estimate is exactly zero.
+        seconds: of the rehearsed steps, with at most 2 directions.
+        cosine: with the exact hypergradient of the rehearsed steps; ``None`` for random directions.
+        memory: its order in T, M = dim θ, N = dim φ.
+        cost: of an outer step.
+    """
+
+    strategy: str
+    verdict: Verdict
+    operation: str = ""
+    where: str = ""
+    reason: str = ""
+    advice: str = ""
+    zero: tuple[str, ...] = ()
+    seconds: float | None = None
+    cosine: float | None = None
+    memory: str = ""
+    cost: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether nothing speaks against it."""
+        return self.verdict == "yes"
+
+    @property
+    def because(self) -> str:
+        """The reason and the line."""
+        return located(self.reason, self.where)
+
+
+class Rehearsal:
+    """Estimates on a short inner run, all at the same φ, episodes, directions and dropout masks.
+
+    Args:
+        module: the module.
+        episodes: one or two.
+        steps: inner steps.
+        seed: of directions and dropout.
+    """
+
+    def __init__(self, module: BilevelModule, episodes: Sequence[Episode], steps: int, seed: int) -> None:
+        self.module, self.episodes, self.seed = module, episodes, seed
+        functional = module.functional()
+        self.problem, self.phi, self.device = functional.problem, functional.phi(), functional.device
+        self.steps = min(steps, module.inner_steps)
+        self._compiled = compiled(module)
+        self._graphs = Graphs()
+        self._first_order = self.attempt(FirstOrder(), timed=False)
+        self.attempt(self._graphs, timed=False)
+        self._exact = self.attempt(ReverseUnroll(), timed=False).result
+        self._slope = self._finite_difference() if self._exact is not None else None
+        if self._graphs.once or self._agrees(ReverseUnroll(), self._exact) is False:
+            self._exact = None  # nothing to compare with
+
+    def rows(self, strategies: Sequence[HypergradientStrategy]) -> list[AuditRow]:
+        """Return what becomes of every strategy."""
+        rows = [self._row(strategy) for strategy in strategies]
+        doubted = [row for row, s in zip(rows, strategies, strict=True) if row.verdict == "doubtful" and s.exact]
+        if not doubted or doubted[0].operation:
+            return rows
+        because = f"it differentiates the losses twice, and `{doubted[0].strategy}` is doubtful"
+        return [
+            replace(row, verdict="doubtful", reason=because, advice=doubted[0].advice)
+            if strategy.second_order and row.verdict in ("yes", "zero")
+            else row
+            for row, strategy in zip(rows, strategies, strict=True)
+        ]
+
+    def obstacle(self) -> str:
+        """Return a sentence on what stands in every strategy's way; empty where nothing does."""
+        error = self._first_order.error
+        if error is not None:
+            found = diagnose(error, lambda: self._estimate(FirstOrder()))
+            return f"Not even first derivatives work: {located(found.reason, found.where)}. {found.fix}"
+        return f"The outer loss has no gradient: {self._graphs.flat}" if self._graphs.flat else ""
+
+    def vectorization(self) -> tuple[str, bool | None]:
+        """Return a sentence on whether episodes of a batch can be stacked, and the answer, if there is one."""
+        first = self.episodes[0]
+        if self.problem.solver is not None:
+            return "The episodes of a batch are looped, for `solve_inner` takes one.", None
+        if self._first_order.error is not None:
+            return "", None
+        if not stackable(first, first):
+            return "The episodes of a batch are looped: their batches have entries that are no tensors.", False
+        error = self.attempt(Stacked(), transforms=True, timed=False).error
+        if error is not None and not isinstance(error, FloatingPointError):
+            found = diagnose(error, lambda: self._estimate(Stacked()))
+            because = located(found.reason, found.where)
+            return f"The losses cannot be vectorized over episodes, so these are looped: {because}.", False
+        looped = self.problem.vectorizable == 1
+        tail = "; on a CPU they are looped all the same, which is faster for this net" if looped else ""
+        return f"The losses can be vectorized over episodes{tail}.", True
+
+    def step_bytes(self) -> int | None:
+        """Return what reverse mode saves per inner step; ``None`` where there are no steps, or they fail."""
+        probe = Saved()
+        ran = self.problem.solver is None and self.attempt(probe, timed=False).error is None
+        return probe.sizes[1] - probe.sizes[0] if ran else None
+
+    def attempt(self, strategy: HypergradientStrategy, transforms: bool = False, timed: bool = True) -> _Outcome:
+        """Estimate, and once more where that is quick: the first call sets things up, the second one is timed."""
+        seconds = math.inf
+        try:
+            for _ in range(2):
+                began = time.perf_counter()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about settings that are made small here
+                    result = self._estimate(strategy)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds = min(seconds, time.perf_counter() - began)
+                if seconds > 1 or not timed:
+                    break
+        except Exception as error:  # whatever a user's losses raise is a finding
+            return _Outcome(None, error)
+        finally:
+            if self._compiled and (transforms or _inside_transforms(strategy)):
+                # What was met inside a function transform stays uncompiled ever after.
+                torch.compiler.reset()
+        return _Outcome(result, None, seconds)
+
+    def _estimate(self, strategy: HypergradientStrategy) -> Hypergradient:
+        episodes = self.episodes[:1] if isinstance(strategy, Probe) else self.episodes
+        return hypergradient(self.module, Short(strategy, self.steps), episodes, seed=self.seed)
+
+    def _row(self, strategy: HypergradientStrategy) -> AuditRow:
+        row = AuditRow(written(strategy), "yes", memory=strategy.memory, cost=strategy.cost)
+        refusals = strategy.all_refusals(self.problem)
+        if refusals:
+            reason, advice = split_message("\n".join(map(str, refusals)))
+            return replace(row, verdict="refused", reason=_without(strategy, reason), advice=advice)
+        small = self._small(strategy)
+        outcome = self.attempt(small)
+        if outcome.result is None:
+            assert outcome.error is not None
+            return self._failed(row, small, outcome.error)
+        grads = outcome.result.grads
+        row = replace(
+            row, seconds=outcome.seconds, zero=tuple(name for name, value in grads.items() if not value.any())
+        )
+        if self._exact is not None and not small.direction_parallel:
+            row = replace(row, cosine=_cosine(grads, self._exact.grads))
+        doubt = self._doubt(strategy, small, outcome.result)
+        if doubt is not None:
+            return replace(row, verdict="doubtful", **doubt._asdict())
+        return self._zero(row) if row.zero else row
+
+    def _doubt(
+        self, strategy: HypergradientStrategy, small: HypergradientStrategy, result: Hypergradient
+    ) -> _Doubt | None:
+        """Return what is wrong with an estimate that nothing complained about."""
+        if strategy.second_order and self._graphs.once:
+            name, where = self._graphs.once[0]
+            reason = f"`{name}` is marked `once_differentiable`: its second derivative is left out in silence"
+            return _Doubt(reason, "Write its `backward` with differentiable operations, without the mark.", name, where)
+        if self._agrees(small, result) is False:
+            return _Doubt(
+                "it disagrees with a finite difference of the outer loss",
+                "Look for a custom `autograd.Function`, a straight-through estimator or `detach` in the inner loss.",
+            )
+        if small.exact and self._exact is not None:
+            error = tree.norm(tree.sub(result.grads, self._exact.grads))
+            if error > AGREEMENT * tree.norm(self._exact.grads):
+                return _Doubt("it claims to be exact and differs from `ReverseUnroll`", "Look at the strategy.")
+        return None
+
+    def _zero(self, row: AuditRow) -> AuditRow:
+        names = ", ".join(f"`{name}`" for name in row.zero[:3]) + (", ..." if len(row.zero) > 3 else "")
+        reason, advice = f"it runs, but gives zero for {names}", ""
+        if self._graphs.flat:
+            reason += ": the outer loss has no gradient"
+        elif self._exact is not None and not any(self._exact.grads[name].any() for name in row.zero):
+            reason += ", as does the exact one over these steps"
+        else:
+            advice = "Use a strategy that sees how they act on the inner steps."
+        return replace(row, verdict="zero", reason=reason, advice=advice)
+
+    def _failed(self, row: AuditRow, strategy: HypergradientStrategy, error: Exception) -> AuditRow:
+        """Return the row of a strategy that raised: the operation, and a way out that works, if there is one."""
+        found = diagnose(error, lambda: self._estimate(strategy))
+        verdict: Verdict = "no"
+        if isinstance(error, MisconfigurationError):
+            verdict = "refused"
+        elif isinstance(error, FloatingPointError):
+            verdict = "not finite"
+        advice = found.fix
+        for name, value in _other_ways(strategy):
+            other = copy.deepcopy(strategy)
+            setattr(other, name, value)
+            if verdict == "no" and self._sound(other):
+                advice = f"Use `{row.strategy.partition('(')[0]}(..., {name}={value!r})`, which works here."
+        return replace(
+            row, verdict=verdict, operation=found.operation, where=found.where, reason=found.reason, advice=advice
+        )
+
+    def _sound(self, strategy: HypergradientStrategy) -> bool:
+        result = None if strategy.second_order and self._graphs.once else self.attempt(strategy, timed=False).result
+        return result is not None and self._agrees(strategy, result) is not False
+
+    def _finite_difference(self) -> _Slope | None:
+        """Return the derivative of h along a random direction; ``None`` where it is unclear.
+
+        It is clear where several step sizes agree and stand out from rounding.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            return None  # the rounding of a low precision hides it
+        size = tree.flatten(self.phi).square().mean().sqrt().item() or 1.0
+        slopes = (self._slope_at(factor * size) for factor in DIFFERENCES)
+        return next((slope for slope in slopes if slope is not None), None)
+
+    def _slope_at(self, mu: float) -> _Slope | None:
+        count, found = tree.numel(self.phi), []
+        for step in (mu, 0.6 * mu, 0.3 * mu):
+            result = self.attempt(ZerothOrder(1, step, "central", Rademacher()), timed=False).result
+            if result is None:
+                return None
+            length = tree.norm(result.grads).item()
+            rounding = torch.finfo(result.value.dtype).eps * abs(result.value.item()) / step * math.sqrt(count)
+            if not length > 20 * rounding:
+                return None
+            found.append((tree.scale(result.grads, 1 / length), length))
+        near, near_length = found[-1]
+        for far, far_length in found:
+            if tree.dot(far, near) <= 0 or abs(far_length - near_length) > AGREEMENT / 4 * near_length:
+                return None
+        return _Slope(near, near_length, count)
+
+    def _agrees(self, strategy: HypergradientStrategy, result: Hypergradient | None) -> bool | None:
+        """Return whether an estimate has the slope of h; ``None`` where that says nothing about it."""
+        along = isinstance(strategy, ForwardGradient) and strategy.guide is None
+        if result is None or self._slope is None or not (strategy.exact or along):
+            return None
+        # With v of ±1: a forward gradient is ⟨∇h, v⟩ v, as long as the finite difference's estimate; ∇h itself has the
+        # slope ⟨∇h, v⟩/√N along v/√N, where that estimate has the length |⟨∇h, v⟩| √N.
+        expected = self._slope.length if along else self._slope.length / self._slope.size
+        found = tree.dot(result.grads, self._slope.direction).item()
+        # Where ∇h is nearly at right angles to v, its slope is a small difference of large terms: ‖∇h‖ is the scale.
+        exact = result if strategy.exact else self._exact
+        usual = 0.0 if exact is None else tree.norm(exact.grads).item() / math.sqrt(self._slope.size)
+        return abs(found - expected) <= AGREEMENT * max(expected, usual * (self._slope.size if along else 1))
+
+    def _small(self, strategy: HypergradientStrategy) -> HypergradientStrategy:
+        """Return the strategy with few directions; a large number of columns is stood for by one direction."""
+        if isinstance(strategy, ForwardUnroll) and tree.numel(self.phi) > COLUMNS:
+            return ForwardGradient(1, Rademacher(), strategy.chunk_size, mode=strategy.mode)
+        few = copy.deepcopy(strategy)
+        if isinstance(few, ForwardGradient) and few.guide is None:
+            few.num_directions, few.directions = 1, Rademacher()  # those of the finite difference
+        elif hasattr(few, "num_directions"):
+            few.num_directions = min(few.num_directions, 2)
+        return few
+
+
+class _Outcome(NamedTuple):
+    """An estimate, or what it raised."""
+
+    result: Hypergradient | None
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+class _Doubt(NamedTuple):
+    """Why an estimate may be wrong; see :class:`AuditRow`."""
+
+    reason: str
+    advice: str
+    operation: str = ""
+    where: str = ""
+
+
+class _Slope(NamedTuple):
+    """A finite difference of h along v, whose entries are ±1.
+
+    Attributes:
+        direction: v or −v, at length 1, along which h grows.
+        length: |⟨∇h, v⟩| √N.
+        size: N.
+    """
+
+    direction: Params
+    length: float
+    size: int
+
+
+def located(reason: str, where: str) -> str:
+    """Return a reason with its line.
+
+    >>> located("`cdist` has no second derivative", "model.py:12")
+    '`cdist` has no second derivative (model.py:12)'
+    """
+    return f"{reason} ({where})" if where else reason
+
+
+def compiled(module: torch.nn.Module) -> bool:
+    """Return whether ``torch.compile`` was applied to a part of the module."""
+    return any(hasattr(child, "_orig_mod") or child._compiled_call_impl is not None for child in module.modules())
+
+
+def written(strategy: HypergradientStrategy) -> str:
+    """Return a strategy as a user writes it, with the arguments that are not at their defaults.
+
+    >>> written(ZerothOrder(4)), written(ForwardGradient(guide=FirstOrder()))
+    ('ZerothOrder(num_directions=4)', 'ForwardGradient(guide=FirstOrder())')
+    """
+    arguments = []
+    for name, parameter in inspect.signature(type(strategy)).parameters.items():
+        value = getattr(strategy, name, parameter.default)
+        if isinstance(value, HypergradientStrategy):
+            arguments.append(f"{name}={written(value)}")
+        elif isinstance(value, LinearSolver):
+            arguments.append(f"{type(value).__name__}(...)")
+        elif isinstance(value, (int, float, str)) and value != parameter.default:
+            arguments.append(f"{name}={value!r}")
+    return f"{type(strategy).__name__}({', '.join(arguments)})"
+
+
+def _without(strategy: HypergradientStrategy, reason: str) -> str:
+    """Leave the strategy's name out of its own row."""
+    return re.sub(rf"`{type(strategy).__name__}` with ", "", reason)
+
+
+def _inside_transforms(strategy: HypergradientStrategy) -> bool:
+    """Return whether the losses run inside of ``torch.func``."""
+    vectorized = strategy.direction_parallel and not strategy.second_order
+    return vectorized or getattr(strategy, "mode", "") == "forward"
+
+
+def _other_ways(strategy: HypergradientStrategy) -> Iterator[tuple[str, Any]]:
+    """Yield arguments that may make a strategy work."""
+    mode = getattr(strategy, "mode", None)
+    if mode is not None:
+        yield "mode", "double_backward" if mode == "forward" else "forward"
+    elif getattr(strategy, "chunk_size", 1) != 1:
+        yield "chunk_size", 1
+
+
+def _cosine(a: Params, b: Params) -> float | None:
+    lengths = (tree.norm(a) * tree.norm(b)).item()
+    return tree.dot(a, b).item() / lengths if lengths else None
