@@ -11,7 +11,6 @@ from lightning_bilevel.host import Trainer
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.parallel import Ranks, parallel_refusals
-from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.recorder import LogRecorder
 from lightning_bilevel.strategies.base import HypergradientStrategy
 
@@ -76,7 +75,7 @@ def functional_of(module: BilevelHooks) -> FunctionalModule:
 def fit_refusals(
     module: BilevelHooks, training_step: object, strategy: HypergradientStrategy, trainer: Trainer
 ) -> list[MisconfigurationError]:
-    """Return what is wrong with a fit before the module's layers need to exist; warn of what may be.
+    """Return what is wrong with a fit before the module's layers need to exist.
 
     Args:
         module: the module.
@@ -84,7 +83,6 @@ def fit_refusals(
         strategy: estimates the hypergradients.
         trainer: runs the fit.
     """
-    warn_of_precision(trainer)
     found = [*module.missing_hooks(), *parallel_refusals(strategy, trainer)]
     if type(module).training_step is not training_step:
         found.append(

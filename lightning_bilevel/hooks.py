@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
-from lightning_bilevel.host import LightningModule
+from lightning_bilevel.host import LightningModule, notice_other_namespace
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.levels import Levels, Selection, rest
 from lightning_bilevel.problem import Batch, Episode
@@ -50,6 +50,7 @@ class BilevelHooks(LightningModule):
         on_nonfinite: OnNonfinite = "raise",
     ) -> None:
         super().__init__()
+        notice_other_namespace()
         self.inner_steps = positive_integer("BilevelModule(inner_steps=...)", inner_steps)
         if not isinstance(proximal, (int, float)) or not 0 <= proximal < float("inf"):
             raise value_error("BilevelModule(proximal=...)", "a non-negative number", proximal)

@@ -1,15 +1,24 @@
 """The one door to Lightning: every name this package takes from it, from one namespace.
 
 Lightning ships twice, as ``pytorch_lightning`` and as ``lightning.pytorch``; their classes are
-distinct. The package follows the one the project imported first.
+distinct. The package follows the one that was imported first; where none was, the one that is
+installed, ``pytorch_lightning`` if both are. Sorted imports are in the right order: ``lightning`` comes before
+``lightning_bilevel``, and ``pytorch_lightning`` after it.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
+_OLD, _NEW = "pytorch_lightning", "lightning.pytorch"
+_LOADED = [name for name in sys.modules if name in (_OLD, _NEW)]  # in the order of the imports
+NAMESPACE = _LOADED[0] if _LOADED else _OLD if find_spec(_OLD) else _NEW
+OTHER = _NEW if NAMESPACE == _OLD else _OLD
+
+if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -47,12 +56,55 @@ __all__ = [
     "FSDPStrategy",
     "LightningModule",
     "ModelParallelStrategy",
+    "NAMESPACE",
+    "OTHER",
     "StrategyRegistry",
     "Trainer",
     "XLAStrategy",
     "_collect_rng_states",
     "_set_rng_states",
+    "is_foreign",
+    "mixing",
     "move_data_to_device",
+    "notice_other_namespace",
     "pl_worker_init_function",
     "rank_zero_warn",
 ]
+
+
+def is_foreign(thing: object) -> bool:
+    """Return whether a class of the namespace that this package does not use is among those of ``thing``.
+
+    >>> is_foreign(LightningModule())
+    False
+    """
+    return any(kind.__module__.startswith(OTHER) for kind in type(thing).__mro__)
+
+
+def mixing(what: str) -> tuple[str, str, str]:
+    """Return the words of a combination error about the two namespaces.
+
+    Args:
+        what: what was tried, such as ``"`bilevel` with `Net`"``.
+    """
+    return (
+        f"{what}, which is of `{OTHER}`",
+        f"lightning_bilevel uses `{NAMESPACE}` here, and the classes of the two packages are distinct",
+        f"Import `{OTHER}` before `lightning_bilevel` and before anything that imports `{NAMESPACE}`, or take "
+        f"everything from `{NAMESPACE}`",
+    )
+
+
+@cache
+def notice_other_namespace() -> None:
+    """Warn if the other namespace was imported too, once.
+
+    For where objects of the two meet, no code of ours may be reached: a Trainer does not tell more of a module that is
+    not its own than that it wants a ``LightningModule``.
+    """
+    if OTHER in sys.modules:
+        rank_zero_warn(
+            f"`{NAMESPACE}` and `{OTHER}` are both imported, and their classes are distinct. lightning_bilevel uses "
+            f"`{NAMESPACE}`: Trainers, modules and data modules have to come from there. If yours come from `{OTHER}`, "
+            f"import it before `lightning_bilevel` and before anything that imports `{NAMESPACE}`."
+        )

@@ -165,7 +165,7 @@ class InnerMemory:
             return reinitialized(functional, Key(self.seed, self.estimates, episode).generator(0).initial_seed())
         present = functional.theta()
         if self.start == "reset" and self.initial:
-            return {name: value.to(present[name].device) for name, value in self.initial.items()}
+            return {name: value.to(present[name]) for name, value in self.initial.items()}
         return {name: present[name] for name in names}
 
 

@@ -26,6 +26,7 @@ from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.monitor import HypergradientMonitor
+from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -221,6 +222,7 @@ class BilevelModule(BilevelHooks):
                 "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
             )
         refuse(fit_refusals(self, BilevelModule.training_step, strategy, trainer))
+        warn_of_precision(trainer)
         seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
         self._attachment = attachment = Attachment(strategy, trainer, seed)
         self._once_after("setup", lambda: self._prepare_after_layers(attachment))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import missing_error, positive_integer, value_error
-from lightning_bilevel.host import Callback, Trainer
+from lightning_bilevel.errors import combination_error, missing_error, positive_integer, value_error
+from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing
 from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
@@ -54,6 +54,8 @@ class HypergradientMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Ask the module for its estimates."""
+        if is_foreign(trainer):
+            raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
         if not hasattr(pl_module, "attach_monitor"):
             raise missing_error(
                 type(pl_module).__name__,

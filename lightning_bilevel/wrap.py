@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.hooks import InnerStart, OnNonfinite
-from lightning_bilevel.host import LightningModule
+from lightning_bilevel.host import LightningModule, is_foreign, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.module import BilevelModule
 from lightning_bilevel.problem import Batch, Episode
@@ -106,6 +106,8 @@ def bilevel(
     >>> round(estimate.grads["module.log_penalty"].item(), 4)
     0.075
     """
+    if is_foreign(module):
+        raise combination_error(*mixing(f"`bilevel` with `{type(module).__name__}`"))
     if not isinstance(module, LightningModule):
         raise value_error("bilevel(module)", f"a `{_full_name(LightningModule)}`", _full_name(type(module)))
     owner = type(module).__name__

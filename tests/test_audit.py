@@ -407,19 +407,16 @@ def test_no_forward_mode(act: Any, operation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "operation", "reason"),
+    ("act", "reason"),
     [
-        (branching, ".item()", "Python looks at the value of a tensor, which has many values where it is vectorized"),
-        (recomputed, "torch.utils.checkpoint", "`torch.utils.checkpoint` does not work inside function transforms"),
+        (branching, "Python looks at the value of a tensor, which has many values where it is vectorized"),
+        (recomputed, "`torch.utils.checkpoint` does not work inside function transforms"),
     ],
     ids=["branching", "recomputed"],
 )
-def test_cannot_be_vectorized(act: Any, operation: str, reason: str) -> None:
+def test_cannot_be_vectorized(act: Any, reason: str) -> None:
     report = quiet(Net(act))
-    for name in PERTURBED:
-        row = report[name]
-        assert (row.verdict, row.operation, row.where, row.reason) == ("no", operation, line(act), reason)
-        assert row.advice == f"Use `{name}(..., chunk_size=1)`, which works here."
+    assert all(report[name].works for name in PERTURBED)  # looped
     assert not report.vectorizes
     assert f"cannot be vectorized over episodes, so these are looped: {reason}" in " ".join(str(report).split())
     assert report["ReverseUnroll"].works
@@ -453,9 +450,8 @@ class Recurrent(nn.Module):
 
 def test_an_rnn() -> None:
     report = quiet(Net(net=seeded(Recurrent)))
-    assert failing(report) == set(PERTURBED)
-    assert report["PZOBO"].operation == "lstm"
-    assert report["PZOBO"].where.startswith("test_audit.py:")
+    assert failing(report) == set()
+    assert report.vectorizes is False
 
 
 def test_batch_norm_is_no_obstacle() -> None:
@@ -486,7 +482,7 @@ def test_a_function_that_is_differentiable_once_is_found_though_nothing_raises()
         assert row.reason == "`Once` is marked `once_differentiable`: its second derivative is left out in silence"
     assert report[FORWARD].reason == "`Once` is an `autograd.Function` that function transforms cannot enter"
     assert report[FORWARD].advice.startswith("Give it `setup_context`")  # the other engine is no way out
-    assert report["PZOBO"].advice == "Use `PZOBO(..., chunk_size=1)`, which works here."
+    assert report["PZOBO"].works
     assert report["FirstOrder"].verdict == "zero"
 
 

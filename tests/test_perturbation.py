@@ -274,7 +274,8 @@ class Repeated(NamedTuple):
     def at(self, mu: float, count: int = 1) -> tuple[Params, Tensor]:
         """Return θ_T and h, stacked, at φ + μu."""
         with self.functional.session():
-            return self.runs.at(Gaussian().draw(Key(), 0, count, self.runs.phi), mu)
+            directions = Gaussian().draw(Key(), 0, count, self.runs.phi)
+            return self.runs.solutions(directions, mu), self.runs.values(directions, mu)
 
     def value(self) -> Tensor:
         """Return h of the base run."""
@@ -315,6 +316,30 @@ def test_vectorized_runs_repeat_the_base_run(shared: bool) -> None:
     for i in range(3):
         assert_close(tree.index(theta, i), repeated.runs.base.state.params, 1e-12)
         torch.testing.assert_close(h[i], repeated.value(), rtol=1e-12, atol=0)
+
+
+class Branching(Noisy):
+    """Looks at a value in Python, which cannot be vectorized."""
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        loss = super().inner_loss(batch)
+        return loss if loss.item() > 0 else 2 * loss
+
+
+@every_kind
+def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) -> None:
+    module, (episode,) = Branching(False), episodes(1)
+    memory, functional = module.warm(episode), module.functional()
+
+    def grads(strategy: HypergradientStrategy) -> Params:
+        with functional.session(), seeded(1):
+            return strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()).grads
+
+    looped = grads(make(4, 0.1, chunk_size=1))
+    strategy = make(4, 0.1, chunk_size=None)
+    with pytest.warns(UserWarning, match=r"cannot be vectorized over directions.*vmap.*Set `chunk_size=1`"):
+        assert_close(grads(strategy), looped, 1e-15)
+    assert_close(grads(strategy), looped, 1e-15)  # and without a warning
 
 
 @both_ways

@@ -391,8 +391,6 @@ def _other_ways(strategy: HypergradientStrategy) -> Iterator[tuple[str, Any]]:
     mode = getattr(strategy, "mode", None)
     if mode is not None:
         yield "mode", "double_backward" if mode == "forward" else "forward"
-    elif getattr(strategy, "chunk_size", 1) != 1:
-        yield "chunk_size", 1
 
 
 def _cosine(a: Params, b: Params) -> float | None:

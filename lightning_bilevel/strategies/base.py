@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
-from lightning_bilevel.host import Callback, Trainer, rank_zero_warn
+from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.tree import Params
 
@@ -106,6 +106,8 @@ class HypergradientStrategy(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
+        if is_foreign(trainer):
+            raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
         if not hasattr(pl_module, "attach_strategy"):
             raise missing_error(
                 type(pl_module).__name__,

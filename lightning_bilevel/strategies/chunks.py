@@ -75,7 +75,8 @@ class DirectionalRun:
 
     def _affordable(self) -> int:
         state = self.problem.start(self.memory, self.phi).flat()
-        # The tangents before and after a step and the gradient's tangent are alive at once; so is the direction.
-        per_direction = sum(3 * value.numel() * value.element_size() for value in state.values())
+        # Measured: the tangents before and after a step, the gradient's and what the update makes on the way; and the
+        # direction.
+        per_direction = sum(5 * value.numel() * value.element_size() for value in state.values())
         per_direction += sum(value.numel() * value.element_size() for value in self.phi.values())
         return max(1, TANGENT_BYTES // max(1, per_direction))

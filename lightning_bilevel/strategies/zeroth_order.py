@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, In
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.chunks import checked_chunk_size
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
+from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, warn_of_rounding
 from lightning_bilevel.tree import Params
 
 Scheme = Literal["forward", "central"]
@@ -32,7 +33,8 @@ class ZerothOrder(HypergradientStrategy):
     Memory: one inner run (times ``chunk_size``). Cost: b + 1 inner runs, central 2b + 1.
 
     Not where the inner steps can be differentiated: :class:`ForwardGradient` has no bias at a similar cost.
-    Choose μ well above the rounding of h: a warning tells when μ² < ε h.
+    Choose μ well above the rounding of h: a warning tells when μ² < ε h, with ε that of the least precise dtype in
+    which anything is computed (bfloat16's under ``bf16-mixed``).
 
     Source: (FG)²U, arXiv 2406.14095, eq. 16 and 40; Nesterov and Spokoiny, 2017.
 
@@ -73,39 +75,38 @@ class ZerothOrder(HypergradientStrategy):
         self.scheme = scheme
         self.directions = directions if directions is not None else Gaussian()
         self.chunk_size = checked_chunk_size("ZerothOrder", chunk_size)
-        self._warned = False
+        self._looked = False
 
     def estimate(
         self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
     ) -> Hypergradient:
         """Return the finite-difference estimate; see :meth:`HypergradientStrategy.estimate`."""
-        runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
-        state = runs.base.state
-        value = problem.outer_loss(state.params, phi, episode.outer, state.buffers).detach()
-        self._look_at_rounding(value)
+        with CoarsestDtype() if not self._looked else nullcontext() as seen:
+            runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
+            state = runs.base.state
+            value = problem.outer_loss(state.params, phi, episode.outer, state.buffers).detach()
+        if seen is not None:
+            self._look_at_rounding(value, seen.dtype)
         total = tree.zeros_like(phi)
         for first, last in runs.chunks(*key.bounds(self.num_directions)):
             v = self.directions.draw(key, first, last, phi)
-            ahead = runs.at(v, self.mu)[1]
+            ahead = runs.values(v, self.mu)
             if self.scheme == "central":
-                slopes = (ahead - runs.at(v, -self.mu)[1]) / (2 * self.mu)
+                slopes = (ahead - runs.values(v, -self.mu)) / (2 * self.mu)
             else:
                 slopes = (ahead - value) / self.mu
             total = tree.add(total, tree.combine(slopes, v), alpha=key.share[1] / self.num_directions)
+        if runs.looped:
+            self.chunk_size = 1  # one look is enough
         return Hypergradient(value, total, state, runs.base.metrics)
 
-    def _look_at_rounding(self, value: Tensor) -> None:
-        if self._warned:
-            return
-        self._warned = True  # one look: each would wait for the device
-        epsilon = torch.finfo(value.dtype).eps
-        if self.mu**2 < epsilon * abs(value.item()):
-            warnings.warn(
-                f"`ZerothOrder(mu={self.mu})` is small for {value.dtype}: differences of an outer loss of "
-                f"{value.item():.3g} are mostly rounding. "
-                f"Raise `mu` to about {math.sqrt(epsilon * abs(value.item())):.1g}, or use float64.",
-                stacklevel=2,
-            )
+    def _look_at_rounding(self, value: Tensor, computed: torch.dtype | None) -> None:
+        self._looked = True  # one look: each would wait for the device
+        dtype = value.dtype if computed is None else coarser(value.dtype, computed)
+        rounding = torch.finfo(dtype).eps * abs(value.item())
+        if self.mu**2 < rounding:
+            reason = f"differences of an outer loss of {value.item():.3g} are mostly rounding"
+            warn_of_rounding("ZerothOrder", self.mu, dtype, reason, f"about {math.sqrt(rounding):.1g}")
 
 
 def checked_mu(owner: str, mu: float) -> float:

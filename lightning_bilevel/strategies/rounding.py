@@ -1,0 +1,74 @@
+"""Is a difference mostly rounding? In which dtype something is computed, and what finite differences say of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class CoarsestDtype(TorchDispatchMode):
+    """Finds the floating dtype of least precision that anything is computed in while this context is active.
+
+    Under autocast, losses and gradients are float32 tensors with the rounding of bfloat16 or float16: only the
+    operations on the way tell. Looking costs some microseconds an operation and changes no result.
+
+    Attributes:
+        dtype: the dtype; ``None`` before any floating operation.
+
+    >>> with CoarsestDtype() as seen, torch.autocast("cpu", torch.bfloat16):
+    ...     loss = (torch.ones(2, 2) @ torch.ones(2, 2)).float().sum()
+    >>> loss.dtype, seen.dtype
+    (torch.float32, torch.bfloat16)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and look at what it returns."""
+        returned = func(*args, **(kwargs or {}))
+        for value in tree_iter(returned):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.dtype = value.dtype if self.dtype is None else coarser(self.dtype, value.dtype)
+        return returned
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Return the dtype with the larger rounding unit.
+
+    >>> coarser(torch.float16, torch.bfloat16)
+    torch.bfloat16
+    """
+    return b if torch.finfo(b).eps > torch.finfo(a).eps else a
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Return the relative error of rounding to nearest: at most ε/√12 at root mean square.
+
+    >>> round(rounding_error(torch.bfloat16), 4)
+    0.0023
+    """
+    return torch.finfo(dtype).eps / math.sqrt(12)
+
+
+def warn_of_rounding(strategy: str, mu: float, dtype: torch.dtype, reason: str, enough: str) -> None:
+    """Say that μ is too small for differences, and what to do.
+
+    Args:
+        strategy: the class name.
+        mu: μ.
+        dtype: what is computed in.
+        reason: a clause, with a number.
+        enough: the μ to raise it to.
+    """
+    finer = "float64" if dtype == torch.float32 else "float32 or float64"
+    warnings.warn(
+        f"`{strategy}(mu={mu})` is small for {dtype}: {reason}. Raise `mu` to {enough}, or use {finer}.", stacklevel=3
+    )
