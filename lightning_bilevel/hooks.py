@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
 from lightning_bilevel.host import LightningModule, notice_other_namespace
 from lightning_bilevel.inner_optimizers import InnerOptimizer
-from lightning_bilevel.levels import Levels, Selection, rest
+from lightning_bilevel.levels import Levels, rest
 from lightning_bilevel.problem import Batch, Episode
 
 InnerStart = Literal["warm", "reset", "reinit"]
@@ -62,14 +62,14 @@ class BilevelHooks(LightningModule):
         self.on_nonfinite = _one_of(OnNonfinite, "on_nonfinite", on_nonfinite)
         self._levels: Levels | None = None  # known while a fit runs
 
-    def inner_parameters(self) -> Selection:
+    def inner_parameters(self) -> Any:
         """Return θ: parameters, submodules, or a list of both. Default: all that :meth:`outer_parameters` leaves.
 
         Example: ``return self.net``
         """
         return self._other_level("inner", "outer")
 
-    def outer_parameters(self) -> Selection:
+    def outer_parameters(self) -> Any:
         """Return φ: parameters, submodules, or a list of both. Default: all that :meth:`inner_parameters` leaves.
 
         Example: ``return [self.example_weights]``
@@ -140,7 +140,7 @@ class BilevelHooks(LightningModule):
         """Whether :meth:`solve_inner` is overridden."""
         return type(self).solve_inner is not BilevelHooks.solve_inner
 
-    def _other_level(self, level: str, other: str) -> Selection:
+    def _other_level(self, level: str, other: str) -> Any:
         if self._levels is not None:
             # Inner-only parameters are frozen now, so that "all the rest" cannot be told by their flags. While a loss
             # is evaluated, plain tensors stand in their places, which ``get_parameter`` refuses.

@@ -24,6 +24,10 @@ class Key:
         rank: the process, where each process draws its own directions; 0 otherwise.
         share: (i, n): evaluate the i-th of n shares of the directions.
         step: optimizer steps taken so far; does not change what is drawn.
+
+    >>> first, again = (torch.rand(2, generator=Key(seed=1).generator(7)) for _ in range(2))
+    >>> torch.equal(first, again)
+    True
     """
 
     seed: int = 0
@@ -62,6 +66,13 @@ class DirectionSampler(ABC):
     A direction is a pure function of its key and its global number: it is drawn again rather
     than stored, and one process draws the same directions as many. How the range of numbers
     is cut into calls must not change what is drawn, beyond rounding.
+
+    >>> class Axis(DirectionSampler):
+    ...     def flat(self, key, start, stop, like):
+    ...         axes = [torch.randint(len(like), (1,), generator=key.generator(i)) for i in range(start, stop)]
+    ...         return len(like) ** 0.5 * torch.eye(len(like), dtype=like.dtype)[torch.cat(axes)]
+    >>> Axis().flat(Key(seed=1), 0, 2, torch.zeros(4)).norm(dim=1)
+    tensor([2., 2.])
     """
 
     @abstractmethod

@@ -25,6 +25,13 @@ class InnerOptimizer(ABC):
     Attributes:
         elementwise: whether entry i of the new parameters depends on entry i of the old ones
             only; rules that mix entries (a global norm, say) set it to ``False``.
+
+    >>> import torch
+    >>> class Signs(InnerOptimizer):
+    ...     def update(self, params, grads, slots, step):
+    ...         return {name: value - 0.1 * grads[name].sign() for name, value in params.items()}, {}
+    >>> Signs().update({"w": torch.ones(1)}, {"w": torch.full((1,), 3.0)}, {}, step=1)
+    ({'w': tensor([0.9000])}, {})
     """
 
     elementwise: bool = True

@@ -21,6 +21,12 @@ class Solution(NamedTuple):
         converged: whether the residual met the tolerance; ``None`` for solvers that do not aim at one.
         iterations: products with A that were taken.
         residual: ‖b − A x‖ / ‖b‖ where the solver knows it, else ``None``.
+
+    >>> import torch
+    >>> from lightning_bilevel.linear_solvers import ConjugateGradient
+    >>> solution = ConjugateGradient().solve(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])})
+    >>> solution.value, solution.converged, solution.iterations
+    ({'w': tensor([4.])}, True, 1)
     """
 
     value: Params
@@ -35,6 +41,14 @@ class LinearSolver(ABC):
     Attributes:
         blockwise: whether a block-diagonal A is solved block by block, so that the systems of several
             episodes may pass as one.
+
+    >>> import torch
+    >>> class Diagonal(LinearSolver):
+    ...     def solve(self, matvec, b):
+    ...         diagonal = matvec({name: torch.ones_like(value) for name, value in b.items()})
+    ...         return Solution({name: value / diagonal[name] for name, value in b.items()}, None, 1, None)
+    >>> Diagonal().solve(lambda v: {"w": 4 * v["w"]}, {"w": torch.tensor([8.0])}).value
+    {'w': tensor([2.])}
     """
 
     blockwise: bool = False

@@ -31,7 +31,7 @@ class ImplicitGradient(HypergradientStrategy):
     ``proximal > 0`` (iMAML): else nothing ties the minimum to φ. An inner optimizer that depends on φ (a
     learned learning rate) does not move the minimum: refused.
 
-    Source: (FG)²U, arXiv 2406.14095, eq. 24–28; survey, arXiv 2101.11517, eq. 66–74.
+    Source: (FG)²U, arXiv 2406.14095, eq. 24–28; survey, arXiv 2207.11719, eq. 66–74.
 
     Args:
         solver: solves H x = d. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate is the safe first

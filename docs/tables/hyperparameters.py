@@ -1,0 +1,65 @@
+"""`benchmarks/hyperparameters.py`."""
+
+from math import sqrt
+from statistics import mean, stdev
+from typing import Any
+
+from tables import markdown, results
+
+NAMES = {
+    "grid": "grid",
+    "reverse": "`ReverseUnroll`",
+    "aid-fp": "AID-FP, `Neumann(10)`",
+    "aid-cg": "AID-CG, `ConjugateGradient(10)`",
+    "pzobo": "`PZOBO`",
+    "hozog": "HOZOG, `ZerothOrder`",
+    "forward": "`ForwardUnroll`",
+}
+LABELS = {
+    "validation loss": "validation loss",
+    "test loss": "test loss",
+    "test accuracy": "test %",
+    "refitted test loss": "refitted loss",
+    "refitted test accuracy": "refitted %",
+    "lr": "learning rate",
+    "momentum": "momentum",
+    "CPU seconds": "CPU s",
+}
+PENALTIES = (
+    "validation loss",
+    "test loss",
+    "test accuracy",
+    "refitted test loss",
+    "refitted test accuracy",
+    "CPU seconds",
+)
+RATES = ("lr", "momentum", "validation loss", "test loss", "test accuracy", "CPU seconds")
+
+
+def tables() -> dict[str, str]:
+    """Return a table for each task and each data set that was run."""
+    made = {}
+    for data, found in results("hyperparameters")["results"].items():
+        seeds = list(found.values())
+        made[f"hyperparameters_{data}"] = table(seeds, "penalties", PENALTIES)
+        made[f"hyperparameters_{data}_rate"] = table(seeds, "learning rate", RATES)
+    return made
+
+
+def table(seeds: list[dict[str, Any]], task: str, keys: tuple[str, ...]) -> str:
+    rows = []
+    for number, first in enumerate(seeds[0][task]):
+        runs = [seed[task][number] for seed in seeds]
+        rows.append([NAMES[first["method"]], *(cell(key, [run[key] for run in runs]) for key in keys)])
+    return markdown(("method", *(LABELS[key] for key in keys)), rows)
+
+
+def cell(key: str, values: list[float]) -> str:
+    """Return the mean and, where it says something, its standard error."""
+    if key == "CPU seconds":
+        return f"{mean(values):.1f}"
+    if "accuracy" in key:
+        values = [100 * value for value in values]
+    error = stdev(values) / sqrt(len(values))
+    digits = 1 if "accuracy" in key else 3
+    return f"{mean(values):.{digits}f} ± {error:.{digits}f}"
