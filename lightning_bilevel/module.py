@@ -49,7 +49,7 @@ class BilevelModule(BilevelHooks):
     step, ``hypergradient_norm``.
 
     Args:
-        inner_steps: T.
+        inner_steps: T, the number of inner steps.
         inner_start: where inner parameters that are not shared start: ``"warm"`` continues θ and the inner
             optimizer's state; ``"reset"`` returns to the values at the start of the fit; ``"reinit"`` draws fresh ones.
         proximal: λ of the term λ/2 ‖θ − φ‖² added to the inner loss for shared parameters (iMAML).
@@ -401,7 +401,18 @@ def hypergradient(
         seed: of random directions, and of dropout. Directions also go by the training steps taken, so that the
             same seed repeats an estimate of a fit while the fit stands there.
 
-    The example of :class:`BilevelModule` calls it.
+    >>> from lightning_bilevel import SGD, ReverseUnroll
+    >>> class Scale(BilevelModule):
+    ...     def __init__(self):
+    ...         super().__init__(inner_steps=1, inner_start="reset")
+    ...         self.theta, self.phi = (torch.nn.Parameter(torch.tensor(value)) for value in (0.0, 1.0))
+    ...     def outer_parameters(self): return [self.phi]
+    ...     def inner_loss(self, x): return (self.theta - self.phi * x).square() / 2
+    ...     def outer_loss(self, x): return (self.theta - x).square() / 2
+    ...     def configure_inner_optimizer(self): return SGD(lr=0.5)
+    >>> x = torch.tensor(2.0)
+    >>> hypergradient(Scale(), ReverseUnroll(), Episode([x], x)).grads
+    {'phi': tensor(-1.)}
     """
     functional = module.functional()
     episodes = [episode] if isinstance(episode, Episode) else list(episode)

@@ -104,6 +104,9 @@ class Hypergradient(NamedTuple):
         grads: the estimate, keyed by outer parameter name, shaped as the parameters.
         state: the inner state after the last step; ``state.params`` is θ_T.
         metrics: 0-dim tensors to log, such as ``inner_loss`` of the last inner step.
+
+    >>> Hypergradient(torch.tensor(2.0), {"w": torch.ones(1)}, InnerState({"v": torch.zeros(1)}), {}).grads["w"]
+    tensor([1.])
     """
 
     value: Tensor
@@ -122,7 +125,7 @@ class BilevelProblem:
         initial: Ω_0, see :data:`Initial`.
         init_slots: the inner optimizer's first state, see :data:`InitSlots`.
         update: the inner optimizer's step, see :data:`Update`.
-        inner_steps: T.
+        inner_steps: T, the number of inner steps.
         shared: names that are in θ and in φ: there θ_0 = φ.
         solver: the user's own inner solver, see :data:`Solver`, or ``None`` for the gradient loop.
         differentiable_solve: whether autograd may go through ``solver``.

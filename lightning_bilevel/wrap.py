@@ -71,7 +71,7 @@ def bilevel(
         inner_optimizer: an :class:`InnerOptimizer`; a function of the module that returns one, which may depend on
             outer parameters and is called at every inner step; or a ``torch.optim`` class, ``functools.partial`` of
             one, or a function with one argument named ``params`` that returns a ``torch.optim`` instance.
-        inner_steps: T.
+        inner_steps: T, the number of inner steps.
         inner_start: where inner parameters that are not shared start, as in :class:`BilevelModule`.
         proximal: as in :class:`BilevelModule`.
         episode_chunk_size: as in :class:`BilevelModule`.

@@ -148,6 +148,20 @@ def audit(
 
     Example:
         ``audit(module, next(iter(loader)))``
+
+    >>> from lightning_bilevel import SGD, Episode
+    >>> class Scale(BilevelModule):
+    ...     def __init__(self):
+    ...         super().__init__(inner_steps=1, inner_start="reset")
+    ...         self.theta, self.phi = (torch.nn.Parameter(torch.tensor(value)) for value in (0.0, 1.0))
+    ...     def outer_parameters(self): return [self.phi]
+    ...     def inner_loss(self, x): return (self.theta - self.phi * x).square() / 2
+    ...     def outer_loss(self, x): return (self.theta - x).square() / 2
+    ...     def configure_inner_optimizer(self): return SGD(lr=0.5)
+    >>> x = torch.tensor(2.0)
+    >>> report = audit(Scale(), Episode([x], x), [ReverseUnroll(), PZOBO()], verbose=False)
+    >>> [(row.strategy, row.verdict) for row in report.rows]
+    [('ReverseUnroll()', 'yes'), ('PZOBO()', 'yes')]
     """
     _bilevel("audit", module)
     positive_integer("audit(steps=...)", steps)
@@ -180,6 +194,9 @@ class StrategyAudit(Callback):
 
     Example:
         ``Trainer(callbacks=[ReverseUnroll(), StrategyAudit()])``
+
+    >>> StrategyAudit(steps=3).steps
+    3
     """
 
     def __init__(self, strategies: Sequence[HypergradientStrategy] | None = None, steps: int = 2) -> None:

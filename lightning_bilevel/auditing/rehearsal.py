@@ -335,7 +335,7 @@ class _Slope(NamedTuple):
     Attributes:
         direction: v or −v, at length 1, along which h grows.
         length: |⟨∇h, v⟩| √N.
-        size: N.
+        size: N, the number of outer parameters.
     """
 
     direction: Params

@@ -33,6 +33,10 @@ class HypergradientStrategy(Callback):
         cost: work per outer step, in inner steps and products.
         direction_parallel: whether directions can be shared out over processes.
         stacks: whether several episodes can be estimated as one stacked problem.
+
+    >>> from lightning_bilevel import FirstOrder
+    >>> FirstOrder().exact, FirstOrder().requires, FirstOrder().carried()
+    (False, 'solve', [])
     """
 
     exact: bool

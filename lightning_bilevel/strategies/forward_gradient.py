@@ -46,7 +46,7 @@ class ForwardGradient(HypergradientStrategy):
     ``GammaGreedy``, ``ImplicitGradient``.
 
     Args:
-        num_directions: b.
+        num_directions: b, the number of directions.
         directions: the sampler; one v covers all outer parameters jointly.
         chunk_size: directions pushed at once; the inner run is repeated per chunk. ``None`` picks the largest
             that fits a memory budget.

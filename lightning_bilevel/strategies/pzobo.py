@@ -44,7 +44,7 @@ class PZOBO(HypergradientStrategy):
     Source: PZOBO, arXiv 2110.07004, eq. 4–5 and 7, Algorithm 1.
 
     Args:
-        num_directions: Q.
+        num_directions: Q, the number of perturbed runs.
         mu: μ, in the units of φ.
         directions: the sampler.
         chunk_size: perturbed runs that are vectorized together; ``None`` chooses by device and kind of net.

@@ -39,7 +39,7 @@ class ZerothOrder(HypergradientStrategy):
     Source: (FG)²U, arXiv 2406.14095, eq. 16 and 40; Nesterov and Spokoiny, 2017.
 
     Args:
-        num_directions: b.
+        num_directions: b, the number of directions.
         mu: μ, in the units of φ.
         scheme: ``"forward"`` or ``"central"``.
         directions: the sampler.

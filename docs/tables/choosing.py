@@ -1,0 +1,51 @@
+"""What estimates cost and how good they are, from `data_cleaning.py --strategy all` and `guided_error.py`."""
+
+from __future__ import annotations
+
+from tables import markdown, results
+
+NAMES = {
+    "reverse": "`ReverseUnroll()`",
+    "checkpointed": '`ReverseUnroll(checkpoint="sqrt")`',
+    "truncated": "`TruncatedReverse(5)`",
+    "gamma-greedy": "`GammaGreedy(0.99)`",
+    "first-order": "`FirstOrder()`",
+    "neumann": "`ImplicitGradient(Neumann(20, step_size=0.5))`",
+    "cg": "`ImplicitGradient(ConjugateGradient(10, damping=0.1))`",
+    "nystrom": "`ImplicitGradient(Nystrom(10, rho=0.1))`",
+    "identity": "`ImplicitGradient(Identity())`",
+    "guided": "`ForwardGradient(8, guide=TruncatedReverse(5))`",
+    "forward": "`ForwardGradient(32)`",
+    "pzobo": "`PZOBO(32)`",
+    "zeroth-order": "`ZerothOrder(32)`",
+}
+DIRECTIONS = 16
+
+
+def tables() -> dict[str, str]:
+    """Return the table of costs, and that of guides."""
+    rows = {row["strategy"]: row for row in results("data_cleaning_all")["results"]}
+    costs = [
+        [
+            text,
+            f"{rows[name]['seconds'] / rows['reverse']['seconds']:.1f}",
+            "" if rows[name]["cosine"] is None else f"{rows[name]['cosine']:.2f}",
+            f"{rows[name]['auroc']:.3f}",
+        ]
+        for name, text in NAMES.items()
+    ]
+    found = results("guided_error")["results"]
+    number = found["b"].index(DIRECTIONS)
+    guides = [
+        [
+            "none" if name == "no guide" else f"`{name}`",
+            f"{each['cosine']:.2f}",
+            f"{each['errors'][number]['measured']:.0f}",
+        ]
+        for name, each in found.items()
+        if isinstance(each, dict)
+    ]
+    return {
+        "choosing_costs": markdown(["strategy", "time", "cosine", "AUROC"], costs),
+        "choosing_guides": markdown(["guide", "its cosine", "squared error"], guides),
+    }
