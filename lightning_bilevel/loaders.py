@@ -190,20 +190,22 @@ def prepare_episodes(trainer: Trainer) -> None:
     That is its position in the data if the checkpoint was written at an epoch's end and training goes by
     ``max_epochs``, or if ``configure_optimizers`` read ``trainer.estimated_stepping_batches`` (otherwise the episodes
     of the first epoch come again); the rank whose data the Trainer's strategy wants this process to see; and the count
-    of finished steps, so that one that was cut off is taken again. Another kind of loader is left alone.
-    ``BilevelModule`` calls it.
+    of finished steps, so that one that was cut off is taken again. Another kind of loader gets its position, if it has
+    one. ``BilevelModule`` calls it.
 
     Args:
         trainer: in ``fit``.
     """
     loop = trainer.fit_loop
     loader, fetcher, states = loop._combined_loader, loop._data_fetcher, loop._combined_loader_states_to_load
-    if not isinstance(loader, EpisodeLoader) or fetcher is None:
+    if loader is None or fetcher is None:
         return
-    loader._progress = loop.epoch_loop.batch_progress
-    before = loader._rank()
-    loader.rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
-    if states or loader.rank != before:
+    moved = bool(states)
+    if isinstance(loader, EpisodeLoader):
+        loader._progress = loop.epoch_loop.batch_progress
+        before, loader.rank = loader._rank(), (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+        moved |= loader.rank != before
+    if moved:
         loop._combined_loader_states_to_load = []
         loader._load_state_dicts(states)
         iter(fetcher)  # what it read ahead is dropped

@@ -1,0 +1,68 @@
+"""MAML and ANIL: sinusoids, Omniglot, the γ-greedy table, larger backbones, speed."""
+
+from math import sqrt
+from statistics import mean, stdev
+
+from tables import markdown, results
+
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5% quantile of Student's t by the number of seeds."""
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page on few-shot learning."""
+    return {
+        "few_shot_sinusoids": sinusoids(),
+        "few_shot_omniglot": omniglot(),
+        "few_shot_gamma_greedy": gamma_greedy(),
+        "few_shot_speed": speed(),
+    }
+
+
+def sinusoids() -> str:
+    found = results("sinusoid_maml")["results"]
+    rows = []
+    for name in ("MAML", "pretrained"):
+        both = zip(found[name]["mean"], found[name]["95%"], strict=True)
+        rows.append([name, *(f"{value:.2f} ± {half:.2f}" for value, half in both)])
+    return markdown(["squared error after", *(f"{steps} steps" for steps in found["steps"])], rows)
+
+
+def omniglot() -> str:
+    rows = []
+    for name, run in results("omniglot")["results"].items():
+        points = zip(*(run["curve"][key] for key in ("steps", "mean", "95%")), strict=True)
+        shown = {steps: f"{100 * value:.2f} ± {100 * half:.2f}" for steps, value, half in points}
+        minutes = [f"{run['seconds'] / 60:.0f}", f"{run['cpu seconds'] / 60:.0f}"]
+        rows.append([name, shown[1], shown[5], f"{run['steps']} × {run['tasks']}", *minutes])
+    heads = ["5-way", "% after 1 step", "% after 5 steps", "meta-steps × tasks", "minutes", "CPU minutes"]
+    return markdown(heads, rows)
+
+
+def gamma_greedy() -> str:
+    rows = []
+    for data, settings in results("gamma_greedy_table")["results"].items():
+        for ways, methods in settings.items():
+            for method, runs in methods.items():
+                accuracy = [100 * run["accuracy"] for run in runs.values()]
+                pairs = [100 * (run["accuracy"] - methods["FO"][seed]["accuracy"]) for seed, run in runs.items()]
+                seconds = mean(run["cpu seconds"] for run in runs.values())
+                against = "" if method == "FO" else interval(pairs)
+                rows.append([f"{data}, {ways}", method, interval(accuracy), against, str(len(runs)), f"{seconds:.0f}"])
+    heads = ["data", "method", "accuracy %", "minus that of FO, by seed", "seeds", "CPU seconds"]
+    return markdown(heads, rows)
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean of one number per seed and its 95% interval."""
+    return f"{mean(values):.2f} ± {STUDENT[len(values)] * stdev(values) / sqrt(len(values)):.2f}"
+
+
+def speed() -> str:
+    found = results("maml_speed")["results"]
+    names = list(found["images"]["cpu seconds"])
+    rows = []
+    for name in names:
+        cells = [found[problem]["cpu seconds"].get(name) for problem in ("sinusoids", "images")]
+        rows.append([name, *("" if seconds is None else f"{1000 * seconds:.1f}" for seconds in cells)])
+    return markdown(["CPU milliseconds per meta-step", "sinusoids, 25 tasks", "images, 4 tasks"], rows)

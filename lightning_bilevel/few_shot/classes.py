@@ -1,0 +1,136 @@
+"""N-way K-shot classification tasks from labelled examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.few_shot.tasks import TaskDataset
+from lightning_bilevel.problem import Episode
+
+
+class FewShotTasks(TaskDataset):
+    """Draws N-way K-shot tasks: N classes, K examples of each as support, others of the same classes as query.
+
+    A task is ``Episode([(x, y)], (x, y))``, the support set and the query set. The classes of a task are numbered
+    anew, from 0 to ``ways`` − 1, in the order they were drawn in; examples are sorted by class.
+
+    Args:
+        data: examples, ``(n, ...)``, as a tensor or an array; or a map-style data set of pairs (example, label),
+            whose examples are tensors of one shape.
+        labels: ``(n,)``, integers; by default ``data.targets``, ``data.labels``, or what the pairs say, for which
+            all of them are read once.
+        ways: N.
+        shots: K.
+        queries: query examples of each class.
+        num_tasks: tasks in an epoch.
+        classes: labels to draw from; by default all. Meta-training and evaluation use disjoint ones.
+        rotations: quarter turns of the last two dimensions, from 0 to 3; every class turned is a class of its own.
+        seed: of all draws.
+        fixed: every epoch has the same tasks.
+
+    Raises:
+        ValueError: a bad argument, fewer classes than ``ways``, or a class of too few examples.
+
+    >>> images, labels = torch.rand(60, 8, 8), torch.arange(60) % 6
+    >>> tasks = FewShotTasks(images, labels, ways=5, shots=1, queries=3, num_tasks=100, rotations=(0, 1, 2, 3))
+    >>> (x, y), = tasks[0].inner
+    >>> x.shape, y, tasks[0].outer[0].shape, tasks.num_classes
+    (torch.Size([5, 8, 8]), tensor([0, 1, 2, 3, 4]), torch.Size([15, 8, 8]), 24)
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        labels: Any = None,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        num_tasks: int = 1000,
+        classes: Iterable[int] | None = None,
+        rotations: Sequence[int] = (0,),
+        seed: int = 0,
+        fixed: bool = False,
+    ) -> None:
+        super().__init__(num_tasks, seed, fixed)
+        self.ways = positive_integer("FewShotTasks(ways=...)", ways)
+        self.shots = positive_integer("FewShotTasks(shots=...)", shots)
+        self.queries = positive_integer("FewShotTasks(queries=...)", queries)
+        self.rotations = tuple(rotations)
+        turns = set(self.rotations)
+        if not turns or len(turns) < len(self.rotations) or not turns <= {0, 1, 2, 3}:
+            raise value_error("FewShotTasks(rotations=...)", "different integers from 0 to 3", rotations)
+        self.data = torch.as_tensor(data) if hasattr(data, "__array__") else data
+        if turns & {1, 3} and isinstance(self.data, Tensor) and len(set(self.data.shape[-2:])) > 1:
+            raise value_error("FewShotTasks(rotations=...)", "0 and 2 where images are not square", rotations)
+        self._members = _members(_labels(self.data, labels), classes, self.shots + self.queries)
+        if self.num_classes < self.ways:
+            hint = "Lower `ways`, or turn images with `rotations=(0, 1, 2, 3)`."
+            raise value_error("FewShotTasks(ways=...)", f"at most the {self.num_classes} classes there are", ways, hint)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes to draw from, turned ones counted."""
+        return len(self._members) * len(self.rotations)
+
+    def draw(self, generator: torch.Generator) -> Episode:
+        """Return a task; see :meth:`TaskDataset.draw`."""
+        support: list[Tensor] = []
+        query: list[Tensor] = []
+        for number in torch.randperm(self.num_classes, generator=generator)[: self.ways].tolist():
+            members = self._members[number // len(self.rotations)]
+            order = torch.randperm(len(members), generator=generator)[: self.shots + self.queries]
+            examples = self._examples(members[order])
+            turn = self.rotations[number % len(self.rotations)]
+            if turn:
+                examples = examples.rot90(turn, (-2, -1))
+            support.append(examples[: self.shots])
+            query.append(examples[self.shots :])
+        names = torch.arange(self.ways)
+        inner = torch.cat(support), names.repeat_interleave(self.shots)
+        return Episode([inner], (torch.cat(query), names.repeat_interleave(self.queries)))
+
+    def _examples(self, members: Tensor) -> Tensor:
+        if isinstance(self.data, Tensor):
+            return self.data[members]
+        return torch.stack([torch.as_tensor(self.data[index][0]) for index in members.tolist()])
+
+
+def _labels(data: Any, labels: Any) -> Tensor:
+    """Return the labels, (n,), given or found."""
+    if labels is None:
+        labels = next(
+            (found for name in ("targets", "labels") if (found := getattr(data, name, None)) is not None), None
+        )
+    if labels is None and isinstance(data, Tensor):
+        raise value_error("FewShotTasks(labels=...)", "given where `data` is a tensor or an array", None)
+    if labels is None:
+        labels = [int(data[index][1]) for index in range(len(data))]
+    found = torch.as_tensor(labels)
+    if found.is_floating_point() or found.shape != (len(data),):
+        got = f"{tuple(found.shape)} of {found.dtype}"
+        raise value_error("FewShotTasks(labels=...)", f"{len(data)} integers, one for each example", got)
+    return found.long()
+
+
+def _members(labels: Tensor, classes: Iterable[int] | None, least: int) -> list[Tensor]:
+    """Return the indices of the examples of each class; every class has at least so many."""
+    counts = dict(zip(*(column.tolist() for column in labels.unique(return_counts=True)), strict=True))
+    chosen = list(counts) if classes is None else [int(label) for label in classes]
+    if absent := [label for label in chosen if label not in counts]:
+        raise value_error("FewShotTasks(classes=...)", "labels that occur", absent)
+    scarce = {label: counts[label] for label in chosen if counts[label] < least}
+    if scarce:
+        label, count = next(iter(scarce.items()))
+        hint = "Lower `shots` or `queries`, or leave such classes out of `classes`."
+        raise value_error(
+            "FewShotTasks(data=...)", f"{least} or more examples of each class", f"{count} of {label}", hint
+        )
+    order, sizes = labels.argsort(stable=True), list(counts.values())
+    groups = dict(zip(counts, order.split(sizes), strict=True))
+    return [groups[label] for label in chosen]

@@ -1,0 +1,655 @@
+"""CaMeLS: its losses, its data, the carry-over of the language model, and its stages."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import gzip
+import importlib
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import camels
+from camels_lm import encoding, figures, loading, losses, models, readers, stages, synthetic
+from camels_lm.documents import Document, Question, Splits
+from camels_lm.encoding import EncodedDocument, Encoder, Tokens
+from lightning_bilevel import (
+    Episode,
+    ForwardGradient,
+    HypergradientSchedule,
+    ReverseUnroll,
+    hypergradient,
+    tree,
+)
+from lightning_bilevel.directions import Gaussian, Key
+from modules import differing, parameters, trainer
+from problems import DIFFERENCE, assert_close, perturbed, seeded
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
+
+WINDOW = 128
+
+
+@cache
+def splits() -> Splits:
+    return synthetic.documents((30, 16, 4, 4), seed=0)
+
+
+@cache
+def encoder() -> Encoder:
+    return Encoder(encoding.new_tokenizer(splits().pretraining, 320, WINDOW), WINDOW)
+
+
+@cache
+def encoded(split: str) -> list[EncodedDocument]:
+    return encoder().documents(getattr(splits(), split), split)
+
+
+def language_model(dropout: float = 0.0) -> Any:
+    with seeded(0):
+        lm = models.small_lm(len(encoder().tokenizer), WINDOW, 16, 1, encoder().tokenizer.eos_token_id, dropout)
+    return lm.double().train(dropout > 0)
+
+
+def weight_model(seed: int = 0) -> models.WeightModel:
+    with seeded(seed):
+        weights = models.WeightModel(copy.deepcopy(language_model().base_model), width=4).double()
+        torch.nn.init.normal_(weights.head[-1].weight)  # where it is zero, the layers before have no gradient
+    return weights
+
+
+def meta_training(dropout: float = 0.0, **options: Any) -> stages.MetaTraining:
+    options = {"inner_lr": 0.5, "outer_lr": 1e-2, **options}
+    return stages.MetaTraining(language_model(), weight_model(), dropout=dropout, **options)
+
+
+def an_episode(depth: int = 2, side: str = "right", **options: Any) -> Episode:
+    """Return an episode whose passages are padded, too."""
+    read = encoded("training")
+    rows = [document.row for document in read]
+    inner = [encoder().padded([rows[2 * i], rows[2 * i + 1]], side) for i in range(depth)]
+    asked = [question.row for document in read[: 2 * depth] for question in document.questions]
+    others = [document.row for document in encoded("pretraining")[:3]]
+    return Episode(inner, stages.Judgement(encoder().padded(asked, side), encoder().padded(others, side)))
+
+
+def alone(tokens: Tokens) -> list[Tokens]:
+    """Return the rows of a batch, each without its padding."""
+    return [
+        Tokens(ids[mask][None], None, marked[mask][None])
+        for ids, mask, marked in zip(tokens.ids, tokens.present, tokens.marked, strict=True)
+    ]
+
+
+# --- The losses ---
+
+
+def test_masked_mean_does_not_see_what_is_masked() -> None:
+    values = torch.tensor([1.0, 3.0, 7.0], requires_grad=True)
+    mean = losses.masked_mean(values, torch.tensor([True, True, False]))
+    assert mean.item() == 2
+    assert torch.autograd.grad(mean, values)[0].tolist() == [0.5, 0.5, 0]
+    assert losses.masked_mean(values, torch.zeros(3, dtype=torch.bool)).item() == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_nowhere(side: str) -> None:
+    """Each loss of a padded batch is the mean over the tokens of its rows, taken one by one."""
+    lm, weights, outer = language_model(), weight_model(), an_episode(side=side).outer
+    assert outer.questions.mask is not None
+    base = models.log_probs(weighted_copy(lm), outer.unrelated)
+
+    def over_tokens(tokens: Tokens, sums: Callable[[Tokens], tuple[Tensor, int]]) -> Tensor:
+        parts = [sums(row) for row in alone(tokens)]
+        return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+    def answer(row: Tokens) -> tuple[Tensor, int]:
+        return (losses.token_nll(lm, row) * row.marked[:, 1:]).sum(), int(row.marked.sum())
+
+    def weighted(row: Tokens) -> tuple[Tensor, int]:
+        return (losses.token_nll(lm, row) * weights(row)[:, 1:]).sum(), row.ids.shape[1] - 1
+
+    def divergent(row: Tokens) -> tuple[Tensor, int]:
+        log_p = losses.logits(lm, row).log_softmax(-1)
+        return F.kl_div(
+            models.log_probs(weighted_copy(lm), row), log_p, log_target=True, reduction="sum"
+        ), row.ids.numel()
+
+    close = torch.testing.assert_close
+    close(losses.answer_nll(lm, outer.questions), over_tokens(outer.questions, answer))
+    passages = outer.unrelated
+    close(losses.weighted_nll(lm, passages, weights(passages)), over_tokens(passages, weighted))
+    close(losses.divergence(lm, passages, base), over_tokens(passages, divergent))
+    each = [losses.answer_nll(lm, row) for row in alone(outer.questions)]
+    close(losses.nll_of_each_answer(lm, outer.questions), torch.stack(each))
+
+
+def weighted_copy(lm: Any) -> Any:
+    """Return another language model."""
+    other = copy.deepcopy(lm)
+    with torch.no_grad():
+        other.transformer.wte.weight.mul_(2)
+    return other
+
+
+def test_token_nll_is_that_of_the_next_token() -> None:
+    lm, tokens = language_model(), alone(an_episode().outer.unrelated)[0]
+    log_probs = lm(tokens.ids).logits[0].log_softmax(-1)
+    expected = [-log_probs[i - 1, tokens.ids[0, i]] for i in range(1, tokens.ids.shape[1])]
+    torch.testing.assert_close(losses.token_nll(lm, tokens)[0], torch.stack(expected))
+
+
+def test_divergence_from_itself_is_zero() -> None:
+    lm, tokens = language_model(), an_episode().outer.unrelated
+    assert losses.divergence(lm, tokens, models.log_probs(lm, tokens)).item() == pytest.approx(0, abs=1e-12)
+    assert losses.divergence(lm, tokens, models.log_probs(weighted_copy(lm), tokens)).item() > 1e-3
+
+
+def test_weights_start_uniform() -> None:
+    weights = models.WeightModel(language_model().base_model)
+    values = weights.float()(an_episode().outer.unrelated)
+    torch.testing.assert_close(values, torch.full_like(values, math.log(2) / 3))
+
+
+def test_the_models_are_as_described() -> None:
+    lm = language_model()
+    assert lm.config._attn_implementation == "sdpa"
+    assert lm.lm_head.weight is lm.transformer.wte.weight
+    assert models.window_of(lm) == WINDOW
+    assert models.window_of(lm, 20) == 20
+    with_dropout = models.with_dropout(lm, 0.3)
+    assert with_dropout.training
+    assert {child.p for child in with_dropout.modules() if isinstance(child, torch.nn.Dropout)} == {0.3}
+    assert not models.with_dropout(lm, 0.0).training
+
+
+# --- The hypergradient ---
+
+
+def value_of(module: stages.MetaTraining, episode: Episode, seed: int = 0) -> float:
+    """Return the outer loss after plain SGD, by code of its own."""
+    lm = copy.deepcopy(module.lm)
+    with seeded(seed):
+        for passage in episode.inner:
+            with torch.no_grad():
+                weights = module.weights(passage)[:, 1:]
+            predictions = lm(**losses.inputs(passage)).logits[:, :-1]
+            nll = F.cross_entropy(predictions.flatten(0, 1), passage.ids[:, 1:].flatten(), reduction="none")
+            counts = losses.predicted(passage)
+            loss = (nll.view(counts.shape) * weights)[counts].mean()
+            grads = torch.autograd.grad(loss, list(lm.parameters()))
+            with torch.no_grad():
+                for parameter, grad in zip(lm.parameters(), grads, strict=True):
+                    parameter -= module.inner_lr * grad
+        with torch.no_grad():
+            nll = losses.answer_nll(lm, episode.outer.questions)
+            kl = losses.divergence(lm, episode.outer.unrelated, episode.outer.base_log_probs)
+            return (nll + module.locality * kl).item()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hypergradient_is_the_derivative(side: str) -> None:
+    """Reverse, checkpointed and forward agree with differences of a plain loop, with SDPA and tied embeddings."""
+    module = meta_training(locality=0.5)
+    module.inner_steps = 2
+    (episode,) = module.episodes(an_episode(side=side))
+    exact = hypergradient(module, ReverseUnroll(), episode)
+    assert_close(hypergradient(module, ReverseUnroll(checkpoint=1), episode).grads, exact.grads, rtol=1e-8)
+    v = {name: rows[0] for name, rows in Gaussian().draw(Key(0, 0), 0, 1, exact.grads).items()}
+    along = tree.dot(exact.grads, v).item()
+    ahead, behind = (perturbed(module, v, sign * DIFFERENCE, lambda: value_of(module, episode)) for sign in (1, -1))
+    assert along == pytest.approx((ahead - behind) / (2 * DIFFERENCE), rel=1e-6)
+    forward = hypergradient(module, ForwardGradient(num_directions=1, directions=Gaussian()), episode).grads
+    name = "weights.head.0.weight"
+    assert (forward[name] / v[name]).mean().item() == pytest.approx(along, rel=1e-8)
+
+
+def test_the_side_of_the_padding_changes_nothing() -> None:
+    module = meta_training()
+    module.inner_steps = 2
+    left, right = (
+        hypergradient(module, ReverseUnroll(), module.episodes(an_episode(side=side))[0]).grads
+        for side in ("left", "right")
+    )
+    assert_close(left, right, rtol=1e-8)
+
+
+def test_hypergradient_with_dropout() -> None:
+    """Masks are drawn, and are the same when a segment is run again."""
+    module = meta_training(dropout=0.3)
+    module.inner_steps = 2
+    (episode,) = module.episodes(an_episode())
+    exact, checkpointed = (hypergradient(module, ReverseUnroll(k), episode, seed=1) for k in (None, 1))
+    assert_close(checkpointed.grads, exact.grads, rtol=1e-8)
+    other = hypergradient(module, ReverseUnroll(), episode, seed=2)
+    assert other.value != exact.value
+    assert hypergradient(module, ForwardGradient(num_directions=2), episode, seed=1).value == pytest.approx(
+        exact.value.item()
+    )
+
+
+# --- Training the weights ---
+
+
+def fitted(
+    module: pl.LightningModule, batches: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any
+) -> Any:
+    fitter = trainer(*callbacks, max_epochs=1, **options)
+    fitter.fit(module, batches, ckpt_path=ckpt_path)
+    return fitter
+
+
+class Watch(pl.Callback):
+    """Keeps the language model and the number of steps before every training step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, Tensor]]] = []
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.seen.append((int(module.documents), copy.deepcopy(module.lm.state_dict())))
+
+
+def test_the_language_model_is_carried_over_and_reset() -> None:
+    """Two episodes of 2 documents fit into 5; before the third, the model is where it started."""
+    module, watch = meta_training(reset_every=5), Watch()
+    start = copy.deepcopy(module.lm.state_dict())
+    origins = []
+
+    class Origins(stages.MetaTraining):
+        def episodes(self, batch: Episode) -> list[Episode]:
+            origins.append(copy.deepcopy(self.lm.state_dict()))
+            found = super().episodes(batch)
+            expected = models.log_probs(self.lm, batch.outer.unrelated)
+            assert torch.equal(found[0].outer.base_log_probs, expected)  # of this episode, not of the whole run
+            return found
+
+    module.__class__ = Origins
+    fitted(
+        module,
+        stages.episodes(encoder(), encoded("training"), encoded("pretraining"), [2] * 3, 0),
+        ReverseUnroll(),
+        watch,
+    )
+    same = [not differing(origin, start) for origin in origins]
+    assert same == [True, False, True]
+    assert module.documents == 2
+
+
+def test_the_base_of_an_episode_has_no_dropout() -> None:
+    module = meta_training(dropout=0.5)
+    first, second = (module.episodes(an_episode())[0].outer.base_log_probs for _ in range(2))
+    assert torch.equal(first, second)
+    assert module.lm.training
+
+
+def test_the_two_phases_differ_in_depth_and_rate() -> None:
+    module = meta_training(phase_steps=2)
+    schedule = HypergradientSchedule([(ReverseUnroll(), 2), (ForwardGradient(num_directions=2), None)])
+    seen: list[tuple[int, float, float]] = []
+
+    class Log(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            phase = trainer.callback_metrics["hypergradient_phase"].item()
+            seen.append((module.inner_steps, phase, trainer.optimizers[0].param_groups[0]["lr"]))
+
+    batches = stages.episodes(encoder(), encoded("training"), encoded("pretraining"), [2, 2, 4, 4], 0)
+    fitted(module, batches, schedule, Log())
+    assert [depth for depth, _, _ in seen] == [2, 2, 4, 4]
+    assert [phase for _, phase, _ in seen] == [0, 0, 1, 1]
+    assert [rate for _, _, rate in seen] == pytest.approx([0.625e-2, 0.25e-2, 0.25e-2, 0.25e-2])  # after each step
+
+
+@pytest.mark.parametrize("name", camels.SETTINGS)
+def test_every_strategy_trains_the_weights(name: str) -> None:
+    args = Namespace(directions=2, inner_lr=0.5, first_steps=1)
+    spare = int(name == "identity")
+    module = meta_training(spare=spare)
+    before = parameters(module.weights)
+    documents = (encoded("training"), encoded("pretraining"))
+    batches = stages.episodes(encoder(), *documents, [3, 3], 0, spare=spare)
+    fitted(module, batches, camels.SETTINGS[name].strategy(args))
+    assert module.inner_steps == 3
+    assert differing(parameters(module.weights), before)
+    assert all(value.isfinite().all() for value in module.weights.parameters())
+
+
+def test_mixed_precision() -> None:
+    """In bfloat16, losses are still summed in float32, and the hypergradient points the same way."""
+    grads = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = stages.MetaTraining(language_model().float(), weight_model().float(), inner_lr=0.5, outer_lr=1.0)
+        before = parameters(module.weights)
+
+        class Keep(pl.Callback):
+            def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+                grads.append(torch.cat([p.grad.flatten() for p in module.weights.parameters()]))
+
+        batches = stages.episodes(encoder(), encoded("training"), encoded("pretraining"), [2], 0)
+        fitted(module, batches, ReverseUnroll(), Keep(), precision=precision)
+        assert differing(parameters(module.weights), before)
+    assert torch.cosine_similarity(*grads, dim=0) > 0.98
+
+
+class Crash(pl.Callback):
+    """Ends the process, as it were, before a training step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.step:
+            raise InterruptedError
+
+
+def crashed_and_resumed(
+    folder: Path,
+    make: Callable[[], Any],
+    data: Callable[[], Any],
+    callback: Callable[[], Any],
+    when: dict,
+    **options: Any,
+) -> Any:
+    """Fit, with a checkpoint at each step, until a crash at step 2; return a fresh module that went on from there."""
+
+    def fitter(*callbacks: Any) -> pl.Trainer:
+        keep = camels.checkpoints(folder, **when)
+        return trainer(callback(), *callbacks, keep, enable_checkpointing=True, **options)
+
+    with pytest.raises(InterruptedError):
+        fitter(Crash(2)).fit(make(), *data())
+    resumed = make()
+    fitter().fit(resumed, *data(), ckpt_path=folder / "last.ckpt")
+    return resumed
+
+
+def test_weights_resume_exactly(tmp_path: Path) -> None:
+    """Cut off in the middle, and gone on with from the checkpoint: as if never cut off."""
+
+    def make() -> stages.MetaTraining:
+        return meta_training(reset_every=6)
+
+    def data() -> Any:
+        return (stages.episodes(encoder(), encoded("training"), encoded("pretraining"), [2] * 4, 0),)
+
+    whole = make()
+    trainer(ReverseUnroll()).fit(whole, *data())
+    resumed = crashed_and_resumed(tmp_path, make, data, ReverseUnroll, {"every": 1})
+    assert whole.documents == 2
+    assert not differing(parameters(whole), parameters(resumed))
+
+
+# --- Adaptation ---
+
+
+def adaptation(weighting: str = "uniform", lr: float = 0.1, **options: Any) -> stages.OnlineAdaptation:
+    questions = [question for document in encoded("test") for question in document.questions]
+    return stages.OnlineAdaptation(
+        language_model(), weighting, weight_model().float(), questions, encoder(), lr=lr, **options
+    )
+
+
+def stream() -> loading.Batches:
+    return loading.Batches(lambda number: encoder().padded([encoded("test")[number].row]), 4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_adaptation_takes_one_step_for_each_document(optimizer: str) -> None:
+    module = adaptation(optimizer=optimizer)
+    expected = copy.deepcopy(module.lm)
+    steps = stages.OPTIMIZERS[optimizer](expected.parameters(), lr=0.1)
+    for number in range(4):
+        tokens = encoder().padded([encoded("test")[number].row])
+        steps.zero_grad()
+        losses.token_nll(expected, tokens).mean().backward()
+        steps.step()
+    trainer(num_sanity_val_steps=0).fit(module, stream(), stages.asked(encoder(), module.questions))
+    assert module.read == 4
+    assert not differing(parameters(module.lm), parameters(expected))
+
+
+def test_oracle_weights_are_one_on_facts() -> None:
+    tokens = encoder().padded([encoded("test")[0].row])
+    assert adaptation("oracle").weights_of(tokens).tolist() == tokens.marked.float().tolist()
+    assert adaptation("uniform").weights_of(tokens).unique().tolist() == [1]
+    module = adaptation("learned")
+    assert torch.equal(module.weights_of(tokens), module.weights(tokens))
+
+
+def test_answers_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers right has EM 100; the curve has a value for every question at every look."""
+    module = adaptation()
+    questions = stages.asked(encoder(), module.questions, size=3)
+    fitter = trainer(max_epochs=1, num_sanity_val_steps=0, val_check_interval=2)
+    fitter.fit(module, stream(), questions)
+    right = {tuple(q.prompt): q.answers[0] for q in module.questions}
+
+    def said(lm: Any, prompts: Tokens, encoder: Encoder) -> list[str]:
+        return [right[tuple(row.ids[0].tolist())] for row in alone(prompts)]
+
+    monkeypatch.setattr(stages, "continued", said)
+    scores = fitter.test(module, questions, verbose=False)[0]
+    assert scores["exact_match"] == scores["f1"] == 100
+    assert [read for read, _ in module.curve] == [2, 4]
+    nll = [losses.answer_nll(module.lm, encoder().padded([q.row])).item() for q in module.questions]
+    assert module.curve[-1][1] == pytest.approx(nll, rel=1e-6)
+    assert scores["answer_nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+
+
+def test_answers_do_not_depend_on_the_padding() -> None:
+    lm = weighted_copy(language_model())
+    questions = [question for document in encoded("test") for question in document.questions]
+    (batch,) = stages.asked(encoder(), questions)
+    assert batch.prompts.mask is not None
+    assert not batch.prompts.mask[:, 0].all()  # on the left
+    together = stages.continued(lm, batch.prompts, encoder())
+    each = [stages.continued(lm, row, encoder())[0] for row in alone(batch.prompts)]
+    assert together == each
+
+
+def test_adaptation_resumes_exactly(tmp_path: Path) -> None:
+    make = partial(adaptation, optimizer="adam")
+    options = {"num_sanity_val_steps": 0, "val_check_interval": 1}
+    whole = make()
+
+    def data() -> Any:
+        return stream(), stages.asked(encoder(), whole.questions)
+
+    trainer(**options).fit(whole, *data())
+    resumed = crashed_and_resumed(tmp_path, make, data, pl.Callback, {}, **options)
+    assert not differing(parameters(whole.lm), parameters(resumed.lm))
+    assert [read for read, _ in resumed.curve] == [1, 2, 3, 4]
+    assert resumed.curve == whole.curve
+
+
+def test_bad_weightings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^Expected `OnlineAdaptation\(weighting=...\)` to be one of"):
+        adaptation("random")
+    with pytest.raises(ValueError, match=r"^Expected `OnlineAdaptation\(weights=...\)` to be a weight model"):
+        stages.OnlineAdaptation(language_model(), "learned", None, [], encoder())
+
+
+# --- Data ---
+
+
+def test_synthetic_documents() -> None:
+    parts = synthetic.documents((5, 4, 3, 2), seed=1)
+    assert [len(part) for part in parts] == [5, 4, 3, 2]
+    assert parts == synthetic.documents((5, 4, 3, 2), seed=1)
+    assert parts != synthetic.documents((5, 4, 3, 2), seed=2)
+    everything = [document for part in parts for document in part]
+    assert len({document.article for document in everything}) == len(everything)
+    for document in everything:
+        stated = {document.text[start:end] for start, end in document.facts}
+        assert stated == {question.answers[0] for question in document.questions}
+        for question in document.questions:
+            sentence = question.text.removeprefix("What is t").removesuffix(" ?")
+            assert f"T{sentence} is {question.answers[0]} ." in document.text
+
+
+def test_facts_are_found_among_the_tokens() -> None:
+    for document, one in zip(splits().test, encoded("test"), strict=True):
+        tokens = [token for token, marked in zip(one.row.ids, one.row.marked, strict=True) if marked]
+        text = encoder().tokenizer.decode(tokens).replace(" ", "")
+        assert text == "".join(document.text[start:end] for start, end in document.facts).replace(" ", "")
+
+
+def test_what_does_not_fit_is_counted() -> None:
+    encoder_of_its_own = Encoder(encoder().tokenizer, 16)
+    short, asked = "The ruler is Feos .", Question("Who ?", ("Feos",))
+    found = [
+        Document(short, (asked, Question("Who ?", ()), Question("Who ?", (" ",)), Question(short * 9, ("Feos",))), "a"),
+        Document("", (asked,), "b"),
+        Document(short * 9, (asked,), "c"),
+        Document(short, (Question("Who ?", ()),), "d"),
+    ]
+    kept = encoder_of_its_own.documents(found, "training")
+    assert [len(document.questions) for document in kept] == [1]
+    assert encoder_of_its_own.skipped == {
+        "questions without an answer": 3,
+        "questions longer than the window": 1,
+        "empty documents": 1,
+        "documents longer than the window": 1,
+        "documents without a question that is left": 1,
+    }
+    with pytest.raises(ValueError, match=r"^Expected `the test documents` to be at least one of at most 16 tokens"):
+        encoder_of_its_own.documents(found[1:], "test")
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match=r"^Expected `the tokenizer` to be a fast one"):
+        Encoder(Slow(), 8)
+
+
+def test_a_question_ends_with_its_answer_and_the_end() -> None:
+    question = encoded("test")[0].questions[0]
+    answer = [token for token, marked in zip(question.row.ids, question.row.marked, strict=True) if marked]
+    assert answer[-1] == encoder().tokenizer.eos_token_id
+    assert encoder().tokenizer.decode(answer[:-1]).strip() == question.answers[0]
+    assert question.row.ids[: len(question.prompt)] == question.prompt
+
+
+def squad_content() -> dict[str, Any]:
+    def article(title: str, *answers: dict[str, Any]) -> dict[str, Any]:
+        qas = [{"id": "1", "question": " Who? ", "answers": list(answers)}]
+        return {"title": title, "paragraphs": [{"context": "Feos met Feos.", "qas": qas}]}
+
+    known, unknown = {"text": "Feos", "answer_start": 9}, {"text": "Feos"}
+    return {"data": [article("a", known, unknown), article("b", unknown), article("c"), article("d"), article("e")]}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_squad(packed: bool, tmp_path: Path) -> None:
+    content = squad_content()
+    text = json.dumps(content)
+    if packed:
+        (tmp_path / "train.json.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        (tmp_path / "train.json").write_text(text)
+    found = readers.read(tmp_path, seed=0, shares=(0.4, 0.2, 0.2, 0.2))
+    assert [len(part) for part in found] == [2, 1, 1, 1]
+    by_article = {document.article: document for part in found for document in part}
+    assert set(by_article) == set("abcde")
+    assert by_article["a"].facts == ((9, 13),)
+    assert by_article["b"].facts == ((0, 4),)
+    assert by_article["c"].facts == ()
+    assert by_article["a"].questions == (Question("Who?", ("Feos",)),)
+
+
+def test_streaming_qa(tmp_path: Path) -> None:
+    path = tmp_path / "eval.csv"
+    path.write_text(
+        "question,answers,text\n"
+        "Who came?,Feos of Bir\\Feos\\Mr Feos,Then Feos came.\n"
+        "What did he do?,came,Then Feos came.\n"
+        "Who left?,Lusos,Lusos left.\n"
+    )
+    first, second = readers.streaming_qa(path)
+    assert first.questions[0] == Question("Who came?", ("Feos", "Mr Feos", "Feos of Bir"))
+    assert [first.text[start:end] for start, end in first.facts] == ["Feos", "came"]
+    assert second.questions == (Question("Who left?", ("Lusos",)),)
+    path.write_text("qa_id,question,answers\n1,Who?,Feos\n")
+    with pytest.raises(ValueError, match=r"^Expected `the columns of eval.csv` to be complete, with \['text'\]"):
+        readers.read(tmp_path, seed=0)
+
+
+def test_splits_never_cut_an_article() -> None:
+    found = [Document(str(i), (), article) for i in range(3) for article in "abcdefghijklmnopqrst"]
+    parts = readers.split(found, seed=3)
+    articles = [{document.article for document in part} for part in parts]
+    assert sum(map(len, articles)) == len(set.union(*articles)) == 20
+    assert all(len(part) == 3 * len(names) for part, names in zip(parts, articles, strict=True))
+    with pytest.raises(ValueError, match=r"^Expected `the number of articles` to be enough"):
+        readers.split(found[:2], seed=0)
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^No documents in .* it needs a JSON file of SQuAD"):
+        readers.read(tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("module", [camels, losses, loading, readers, synthetic])
+def test_examples_in_docstrings(module: Any) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_words_stay_together_in_the_picture(tmp_path: Path) -> None:
+    passage = [figures.WeightedToken(text, 0.5, False) for text in ["A", "b", " Cd", "ef"] + [" word"] * 30]
+    spots, lines = figures._laid_out(passage)
+    assert spots[:4] == [(0, 0), (0, 1), (0, 2), (0, 5)]
+    assert lines == 2
+    assert max(column + len(token.text) for (_, column), token in zip(spots, passage, strict=True)) <= figures.LINE
+
+
+# --- The whole example ---
+
+
+def run(folder: Path, *argv: str) -> dict[str, Any]:
+    return importlib.import_module("camels").main(["--smoke", "--quiet", "--output", str(folder), *argv])
+
+
+def test_a_run_is_resumed(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    (tmp_path / "camels" / "rates.json").unlink()
+    again = run(tmp_path, "--resume")
+    for name in ("auroc", "adaptation", "gain along the stream", "answers"):
+        assert again[name] == first[name]
+    with pytest.raises(ValueError, match=r"^Expected `--output` to be a folder that --base .* is not in"):
+        run(tmp_path, "--base", str(tmp_path / "camels" / "lm"))
+    with pytest.raises(ValueError, match=r"^Expected `--resume` to be with the options of the run in"):
+        run(tmp_path, "--resume", "--locality", "0")
+
+
+def test_the_language_model_of_another_run_on_other_data(tmp_path: Path) -> None:
+    """A local folder is a base like any name; SQuAD-like documents go through all stages, left padding too."""
+    data = tmp_path / "data"
+    data.mkdir()
+    found = [d for part in synthetic.documents((20, 10, 2, 8), seed=5) for d in part]
+    content = {"data": [as_squad(document) for document in found]}
+    (data / "dev.json").write_text(json.dumps(content))
+    run(tmp_path / "first")
+    base = tmp_path / "first" / "camels" / "lm"
+    result = run(tmp_path / "second", "--base", str(base), "--data-dir", str(data), "--strategy", "two-phase")
+    assert result["documents"]["pretraining"] == 20
+    assert result["auroc"] is not None
+    assert set(result["adaptation"]) == {"no adaptation", "uniform", "learned", "oracle"}
+
+
+def as_squad(document: Document) -> dict[str, Any]:
+    qas = [{"id": q.text, "question": q.text, "answers": [{"text": q.answers[0]}]} for q in document.questions]
+    return {"title": document.article, "paragraphs": [{"context": document.text, "qas": qas}]}
