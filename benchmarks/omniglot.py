@@ -1,7 +1,8 @@
 """MAML and ANIL on Omniglot, 5-way, one thread: accuracy on held-out characters, and how long it took.
 
 964 background characters and their quarter turns to train on; 659 evaluation characters, unturned, 600 tasks of 15
-queries a class, to test on. Every run is one of `examples/maml.py` or `examples/anil.py` under the settings below.
+queries a class, to test on. What learned from tasks of 1 shot is tested on tasks of 5 shots too. Every run is one of
+`examples/maml.py` or `examples/anil.py` under the settings below.
 
     python benchmarks/omniglot.py --data-dir FOLDER
     python benchmarks/omniglot.py --data-dir FOLDER --only "MAML, 1-shot"
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import report  # noqa: E402
 from few_shot import run  # noqa: E402
+from few_shot.learners import adaptation_curve  # noqa: E402
 
 MAML, ANIL = {"inner": "all"}, {"inner": "head"}
 ONE, FIVE = {"shots": 1, "tasks": 16, "steps": 4500}, {"shots": 5, "tasks": 8, "steps": 4500}
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, help="outer steps in place of those of the setting")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for logs and checkpoints")
     parser.add_argument("--resume", type=Path, help="checkpoint of that run to go on from")
+    parser.add_argument("--judge", type=Path, help="checkpoint of that 1-shot run: no training, only tasks of 5 shots")
     args = parser.parse_args(argv)
     if args.data_dir is None:
         print("Skipped: name the folder of Omniglot's npz files with --data-dir.")
@@ -72,28 +75,43 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in [args.only] if args.only else RUNS:
         levels, settings = RUNS[name]
-        options = run.parser(None, "omniglot").parse_args(
-            ["--quiet", "--learn-rates", "--test-steps", "0", "1", "3", "5"]
-        )
-        for key, value in {
-            "queries": 3,
-            **settings,
-            "data_dir": args.data_dir,
-            "output": args.output,
-            "resume": args.resume,
-        }.items():
-            setattr(options, key, value)
-        options.steps = args.steps or options.steps
-        options = run.settled(options)
+        options = settled(settings, args)
         with report.screen():
-            _, result, _ = run.train(options, name.replace(", ", "_"), **levels)
+            if args.judge:
+                result = json.loads(path.read_text())["results"][name]
+            else:
+                _, result, _ = run.train(options, name.replace(", ", "_"), **levels)
+                run.show(name, result, [])
+            if options.shots != 5:
+                checkpoint = args.judge or args.output / f"{name.replace(', ', '_')}.ckpt"
+                result["curve at 5 shots"] = with_five_shots(options, levels, checkpoint)
         # Read again: another run may have finished meanwhile.
         results = json.loads(path.read_text())["results"] if path.is_file() else {}
         results[name] = result
-        run.show(name, result, [])
         save("omniglot", {"test queries of each class": 15}, results)
         draw(results)
     return results
+
+
+def settled(settings: Mapping[str, Any], args: argparse.Namespace) -> argparse.Namespace:
+    options = run.parser(None, "omniglot").parse_args(["--quiet", "--learn-rates", "--test-steps", "0", "1", "3", "5"])
+    shared = {"queries": 3, "data_dir": args.data_dir, "output": args.output, "resume": args.resume}
+    for key, value in {**shared, **settings}.items():
+        setattr(options, key, value)
+    options.steps = args.steps or options.steps
+    return run.settled(options)
+
+
+def with_five_shots(options: argparse.Namespace, levels: Mapping[str, Any], checkpoint: Path) -> dict[str, list[float]]:
+    """Return the adaptation curve on tasks of 5 shots, of what was trained on tasks of fewer."""
+    five = argparse.Namespace(**{**vars(options), "shots": 5})
+    problem = run.data.load(five)
+    module = run.learner(five, problem, **levels)
+    module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    tasks = [problem.test[index] for index in range(len(problem.test))]
+    curve = adaptation_curve(module, tasks, options.test_steps)
+    print("At 5 shots:", ", ".join(f"{100 * mean:.2f}%" for mean in curve["mean"]), f"after {options.test_steps} steps")
+    return curve
 
 
 if __name__ == "__main__":

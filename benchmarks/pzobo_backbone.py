@@ -136,6 +136,18 @@ def estimates(found: data.Images) -> dict[str, Any]:
     return rows
 
 
+def draw(results: Mapping[str, Any]) -> None:
+    figure = Figure(figsize=(5.6, 3.6))
+    axes = figure.subplots()
+    for name, color in COLORS.items():
+        spent, accuracy = zip(*results[name]["curve"], strict=True)
+        cost = results[name]["cpu seconds per meta-step"]
+        axes.plot(spent, [100 * value for value in accuracy], color=color, label=f"{name}, {cost:.2f} s a meta-step")
+    axes.set(title="ResNet-12 on Omniglot, 5-way 5-shot", xlabel="CPU seconds of training", ylabel="accuracy, %")
+    axes.legend(loc="center right")
+    figure.savefig(plot_path("pzobo_backbone"))
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with Omniglot's npz files; without it, nothing is run")
@@ -157,17 +169,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         first = estimates(found)
         results = {name: race(name, found, args) for name in METHODS}
         save("pzobo_backbone", settings, {"race": results, "first estimates": first})
-        figure = Figure(figsize=(5.6, 3.6))
-        axes = figure.subplots()
-        for name, color in COLORS.items():
-            spent, accuracy = zip(*results[name]["curve"], strict=True)
-            cost = results[name]["cpu seconds per meta-step"]
-            axes.plot(
-                spent, [100 * value for value in accuracy], color=color, label=f"{name}, {cost:.2f} s a meta-step"
-            )
-        axes.set(title="ResNet-12 on Omniglot, 5-way 5-shot", xlabel="CPU seconds of training", ylabel="accuracy, %")
-        axes.legend(loc="lower right")
-        figure.savefig(plot_path("pzobo_backbone"))
+        draw(results)
     for name, result in results.items():
         cost, reached = result["cpu seconds per meta-step"], result["cpu seconds to reach"]
         print(f"{name:6s} {cost:.2f} s a meta-step, to reach {reached}")

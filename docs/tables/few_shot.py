@@ -15,6 +15,8 @@ def tables() -> dict[str, str]:
         "few_shot_sinusoids": sinusoids(),
         "few_shot_omniglot": omniglot(),
         "few_shot_gamma_greedy": gamma_greedy(),
+        "few_shot_backbone": backbone(),
+        "few_shot_estimates": estimates(),
         "few_shot_speed": speed(),
     }
 
@@ -34,9 +36,31 @@ def omniglot() -> str:
         points = zip(*(run["curve"][key] for key in ("steps", "mean", "95%")), strict=True)
         shown = {steps: f"{100 * value:.2f} ± {100 * half:.2f}" for steps, value, half in points}
         minutes = [f"{run['seconds'] / 60:.0f}", f"{run['cpu seconds'] / 60:.0f}"]
-        rows.append([name, shown[1], shown[5], f"{run['steps']} × {run['tasks']}", *minutes])
+        setting = [f"{run['steps']} × {run['tasks']}", *minutes]
+        rows.append([name, shown[1], shown[5], *setting])
+        if other := run.get("curve at 5 shots"):
+            shown = {s: f"{100 * v:.2f} ± {100 * h:.2f}" for s, v, h in zip(*other.values(), strict=True)}
+            rows.append([f"{name}, tested at 5 shots", shown[1], shown[5], *setting])
     heads = ["5-way", "% after 1 step", "% after 5 steps", "meta-steps × tasks", "minutes", "CPU minutes"]
     return markdown(heads, rows)
+
+
+def backbone() -> str:
+    found = results("pzobo_backbone")
+    goals = [str(goal) for goal in found["settings"]["goals"]]
+    rows = []
+    for name, run in found["results"]["race"].items():
+        reached = [run["cpu seconds to reach"][goal] for goal in goals]
+        times = ["not reached" if seconds is None else f"{seconds:.0f} s" for seconds in reached]
+        rows.append([name, f"{run['cpu seconds per meta-step']:.2f} s", *times, f"{100 * run['curve'][-1][1]:.1f}"])
+    return markdown(["method", "a meta-step", *(f"to {float(goal):.0%}" for goal in goals), "% at the end"], rows)
+
+
+def estimates() -> str:
+    found = dict(results("pzobo_backbone")["results"]["first estimates"])
+    size = found.pop("outer parameters")
+    rows = [[name, f"{row['cosine']:.3f}", f"{row['norm ratio']:.1f}"] for name, row in found.items()]
+    return markdown([f"{size:,} outer parameters", "cosine with the exact gradient", "length over the exact"], rows)
 
 
 def gamma_greedy() -> str:

@@ -42,6 +42,10 @@ STRATEGIES: Mapping[str, Callable[[], HypergradientStrategy]] = {
 }
 
 
+CHOSEN = ("inner_steps", "inner_lr", "outer_lr", "proximal", "learn_rates")
+"""Options that a module takes as they are."""
+
+
 def parser(description: str | None, default_data: str) -> argparse.ArgumentParser:
     """Return the options of both examples."""
     options = report.options(description)
@@ -84,16 +88,19 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def learner(args: argparse.Namespace, problem: data.Problem, inner: Level, outer: Level = "all") -> MetaLearner:
+    """Return a module with its initial weights."""
+    pl.seed_everything(args.seed, verbose=False)
+    chosen = {key: getattr(args, key) for key in CHOSEN}
+    return problem.learner(problem.net(), inner=inner, outer=outer, total_steps=args.steps, **chosen)
+
+
 def train(
     args: argparse.Namespace, name: str, inner: Level, outer: Level = "all"
 ) -> tuple[MetaLearner, dict[str, Any], Episode]:
     """Meta-train and test; return the module and the results."""
     problem = data.load(args)
-    pl.seed_everything(args.seed, verbose=False)
-    chosen = ("inner_steps", "inner_lr", "outer_lr", "proximal", "learn_rates")
-    module = problem.learner(
-        problem.net(), inner=inner, outer=outer, total_steps=args.steps, **{key: getattr(args, key) for key in chosen}
-    )
+    module = learner(args, problem, inner, outer)
     trainer = pl.Trainer(
         max_epochs=1,  # of so many steps
         callbacks=[
@@ -124,7 +131,7 @@ def train(
         {
             "data": args.data,
             "strategy": args.strategy,
-            **{key: getattr(args, key) for key in ("ways", "shots", "queries", "steps", "tasks", *chosen, "seed")},
+            **{key: getattr(args, key) for key in ("ways", "shots", "queries", "steps", "tasks", *CHOSEN, "seed")},
             "metric": module.metric,
             "test_tasks": len(tasks),
             "curve": adaptation_curve(module, tasks, args.test_steps),
