@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode, RMSprop, tree
+from lightning_bilevel.directions import Key
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
 
@@ -101,8 +102,8 @@ def descend(module: Problem, optimizer: Any, episode: Episode) -> None:
 
 
 def plain_value(module: Problem, episode: Episode, seed: int = 0) -> float:
-    """Return h(φ) = f(θ_T(φ), φ)."""
-    with seeded(seed):
+    """Return h(φ) = f(θ_T(φ), φ), with the masks of an estimate under ``seed``."""
+    with seeded(Key(seed).masks):
         trained = train(module, episode)
         return trained.outer_loss(episode.outer).item()
 
