@@ -66,7 +66,7 @@ def estimates() -> str:
 def gamma_greedy() -> str:
     rows = []
     for data, settings in results("gamma_greedy_table")["results"].items():
-        for ways, methods in settings.items():
+        for ways, methods in sorted(settings.items()):
             for method, runs in methods.items():
                 accuracy = [100 * run["accuracy"] for run in runs.values()]
                 pairs = [100 * (run["accuracy"] - methods["FO"][seed]["accuracy"]) for seed, run in runs.items()]
