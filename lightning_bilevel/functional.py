@@ -156,8 +156,6 @@ class FunctionalModule:
 
     def without_second_derivative(self, episode: Episode, memory: InnerState) -> list[str]:
         """Return the ``autograd.Function`` classes in the inner loss that are marked ``once_differentiable``."""
-        if self._solves:
-            return []
         phi = tree.leaves(self.phi())
         theta = tree.leaves(self.problem.start(memory, phi).params)
         loss, _ = self._inner_loss(theta, phi, episode.inner[0], memory.buffers)

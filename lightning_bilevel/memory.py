@@ -125,13 +125,12 @@ class InnerMemory:
         Raises:
             MisconfigurationError: another version of this package has written it, or another kind of inner level.
         """
-        if not isinstance(state, dict) or set(state) != set(self.state_dict()) or state["format"] != FORMAT:
-            number = state.get("format", "none") if isinstance(state, dict) else "none"
-            raise combination_error(
-                "this checkpoint",
-                f"its inner state has the format {number}, and this version of lightning_bilevel reads format {FORMAT}",
-                _INSTEAD,
-            )
+        number = state.get("format", "none") if isinstance(state, dict) else "none"
+        if number != FORMAT:
+            because = f"its inner state has the format {number}, and this version of lightning_bilevel reads {FORMAT}"
+            raise combination_error("this checkpoint", because, _INSTEAD)
+        if missing := sorted(set(self.state_dict()) - set(state)):
+            raise combination_error("this checkpoint", f"its inner state lacks {missing}", _INSTEAD)
         if functional is not None:
             self._refuse_another_level(state, functional)
         self.slots = {slot: tree.to(values, device) for slot, values in state["slots"].items()}

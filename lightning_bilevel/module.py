@@ -271,12 +271,11 @@ class BilevelModule(BilevelHooks):
 
     def load_inner_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore :meth:`inner_state_dict`; ``None`` begins anew from weights that were loaded after :meth:`setup`."""
-        attached = self._attachment is not None and self._attachment.ready
-        functional = self._attachment.functional if self._attachment is not None and attached else None
+        attachment = self._attachment if self._attachment is not None and self._attachment.ready else None
         if state is not None:
-            self._memory.load_state_dict(state, self.device, functional)
-        elif self._attachment is not None and functional is not None:
-            self._memory.begin(functional, self._attachment.seed)
+            self._memory.load_state_dict(state, self.device, attachment.functional if attachment is not None else None)
+        elif attachment is not None:
+            self._memory.begin(attachment.functional, attachment.seed)
 
     def on_fit_start(self) -> None:
         """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""
@@ -372,7 +371,9 @@ class BilevelModule(BilevelHooks):
     ) -> None:
         with Randomness(functional.device).preserved():
             untouched = functional.untouched(episode, memory)
-            once = functional.without_second_derivative(episode, memory) if strategy.second_order else []
+            # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient.
+            twice = strategy.second_order and (functional.problem.solver is None or strategy.requires == "inner_loss")
+            once = functional.without_second_derivative(episode, memory) if twice else []
         if untouched:
             raise missing_error(
                 type(self).__name__,

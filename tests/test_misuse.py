@@ -136,9 +136,12 @@ class Diverging(Net):
     def on_train_batch_start(self, *_: Any) -> None:
         self.step = -1  # the losses are evaluated once before, to see what they depend on
 
+    def squared_once(self: Net, batch: Any) -> Tensor:
+        return Once.apply(Net.inner_loss(self, batch))
+
     def inner_loss(self, batch: Any) -> Tensor:
         if self.where == "once":
-            return Once.apply(super().inner_loss(batch))
+            return self.squared_once(batch)
         return super().inner_loss(batch) + (batch[2].sum() if self.where == "inner" and len(batch) > 2 else 0)
 
     def outer_loss(self, batch: Any) -> Tensor:
@@ -349,6 +352,12 @@ FITS: dict[str, Case] = {
         lambda: Diverging("once"),
         r"Cannot use `ReverseUnroll` with `Once` in `Diverging\.inner_loss`\. This is because `Once` is marked",
         first=True,
+    ),
+    "a loss that is differentiable once, with a solver": Case(
+        lambda: net(solve_inner=lambda self, batches: zeros(self), inner_loss=Diverging.squared_once),
+        r"Cannot use `ImplicitGradient` with `Once` in `Net\.inner_loss`\. This is because `Once` is marked",
+        first=True,
+        callbacks=[ImplicitGradient(Neumann(step_size=0.1))],
     ),
     "inner loss nan": Case(
         lambda: Diverging("inner"),

@@ -123,11 +123,15 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "older": (
         edited(lambda state: state.pop("format")),
         MisconfigurationError,
-        r"Cannot use this checkpoint\. This is because its inner state has the format none, .* reads format 1\. .*"
+        r"Cannot use this checkpoint\. This is because its inner state has the format none, .* reads 1\. .*"
         + BEGIN_ANEW,
     ),
     "newer": (edited(lambda state: state.update(format=99)), MisconfigurationError, r".*has the format 99, and this"),
-    "incomplete": (edited(lambda state: state.pop("slots")), MisconfigurationError, r"Cannot use this checkpoint"),
+    "incomplete": (
+        edited(lambda state: state.pop("slots")),
+        MisconfigurationError,
+        r"its inner state lacks \['slots'\]",
+    ),
 }
 
 
