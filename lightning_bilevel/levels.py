@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -26,12 +27,12 @@ class Levels:
     inner: tuple[str, ...]
     outer: tuple[str, ...]
 
-    @property
+    @cached_property
     def shared(self) -> frozenset[str]:
         """Names in both levels: θ starts at φ there."""
         return frozenset(self.inner) & frozenset(self.outer)
 
-    @property
+    @cached_property
     def inner_only(self) -> tuple[str, ...]:
         """Names of θ that no outer optimizer touches."""
         return tuple(name for name in self.inner if name not in self.shared)

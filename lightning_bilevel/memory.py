@@ -71,8 +71,11 @@ class InnerMemory:
         buffers = functional.buffers(episode)
         if not count:
             return InnerState(self._values(functional, first), buffers, self._warm_slots(functional), self.steps)
-        values = [self._values(functional, member) for member in range(first, first + count)]
-        return InnerState(tree.stack(values) if values[0] else {}, tree.map(torch.clone, tree.expand(buffers, count)))
+        if self.start == "reinit":
+            values = tree.stack([self._values(functional, member) for member in range(first, first + count)])
+        else:
+            values = _repeated(self._values(functional, first), count)
+        return InnerState(values, _repeated(buffers, count))
 
     def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> list[Tensor]:
         """Write the end of the inner run back into the module, in place.
@@ -160,7 +163,9 @@ class InnerMemory:
 
     def _values(self, functional: FunctionalModule, episode: int) -> Params:
         names = functional.levels.inner_only
-        if self.start == "reinit" and names:
+        if not names:
+            return {}
+        if self.start == "reinit":
             return reinitialized(functional, Key(self.seed, self.estimates, episode).generator(0).initial_seed())
         present = functional.theta()
         if self.start == "reset" and self.initial:
@@ -197,6 +202,11 @@ def _reset(reset: Any, child: nn.Module) -> None:
         reset()
     finally:
         child._buffers.update(buffers)
+
+
+def _repeated(values: Params, count: int) -> Params:
+    """Repeat every tensor along a new first dimension, as copies: functions of the user may write to them."""
+    return tree.map(torch.clone, tree.expand(values, count))
 
 
 def _average(stacked: Tensor) -> Tensor:
