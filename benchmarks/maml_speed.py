@@ -2,7 +2,7 @@
 
 Sinusoids (MLP 1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), images (28×28, 4 strided blocks of 32 channels,
 4 tasks of 5 ways and 5 + 3 examples, 5 inner steps), and ANIL on the latter. A meta-step is the meta-gradient and a
-step of Adam; ours includes everything the Trainer does for a batch. All take the same tasks; that they compute the same
+step of Adam; ours includes everything the Trainer does for a batch, logging too, unless it is barebones. All take the same tasks; that they compute the same
 gradient is checked first. One thread, CPU seconds of the process; the contenders take turns, and the least of all their
 steps counts.
 
@@ -128,7 +128,7 @@ class Stopwatch(pl.Callback):
         self.seconds.append(time.process_time() - self.began)
 
 
-def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int) -> float:
+def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, barebones: bool = False) -> float:
     """Return the seconds of the fastest step."""
     module, loader = make()
     stopwatch = Stopwatch()
@@ -142,6 +142,7 @@ def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int) ->
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        barebones=barebones,
     )
     with report.screen():
         trainer.fit(module, loader)
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check(make)
         contenders = {"lightning_bilevel": lambda make=make: time_ours(make, args.steps)}
         contenders |= {name: lambda p=peer, make=make: time_peer(p, make, args.steps) for name, peer in PEERS.items()}
+        contenders["lightning_bilevel, barebones"] = lambda make=make: time_ours(make, args.steps, barebones=True)
         if problem == "images":
             contenders["lightning_bilevel, ANIL"] = lambda: time_ours(lambda: images("head"), args.steps)
         best = dict.fromkeys(contenders, float("inf"))

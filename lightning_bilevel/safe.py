@@ -1,8 +1,9 @@
 """Surroundings in which a user's losses can be differentiated twice, and can be run again exactly.
 
 PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
-fused weight norm is wrong, cuDNN's RNNs have none, and mkldnn's RNNs have no forward AD. The contexts
-below choose the plain kernels instead, only while a hypergradient is computed.
+fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and the double
+backward of batch norm is slow. The contexts below choose other kernels instead, only while a
+hypergradient is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_bilevel.batch_norm import batch_norm, instance_norm
+
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
@@ -28,6 +31,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     old_style = sys.modules["torch.nn.utils.weight_norm"]
     fused_weight_norm = torch._weight_norm
+    norms = torch.batch_norm, torch.instance_norm
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
@@ -35,10 +39,12 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
+            torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
+            torch.batch_norm, torch.instance_norm = norms
 
 
 @contextmanager

@@ -328,6 +328,8 @@ def kernels() -> dict[str, Any]:
         "mkldnn": torch.backends.mkldnn.enabled,
         "cudnn": torch.backends.cudnn.enabled,
         "weight norm": torch._weight_norm,
+        "batch norm": torch.batch_norm,
+        "instance norm": torch.instance_norm,
     }
 
 
