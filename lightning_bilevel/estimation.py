@@ -20,6 +20,7 @@ from lightning_bilevel.problem import (
 )
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
 
 
@@ -55,7 +56,7 @@ def estimate(
     parts: list[tuple[int, Hypergradient]] = []
     first = 0
     try:
-        for chunk in _chunks(problem, episodes, chunk_size if strategy.stacks else 1):
+        for chunk in _chunks(problem, episodes, even(len(episodes), chunk_size) if strategy.stacks else 1):
             if len(chunk) > 1:
                 vectorized = problem.stack(len(chunk))
                 part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), key)

@@ -23,8 +23,11 @@ from lightning_bilevel.safe import Randomness, differentiable_kernels, recomputi
 from lightning_bilevel.swap import Swapper
 from lightning_bilevel.tree import Params
 
-STACKED_ENTRIES = 2**24
-"""Inner parameters that one vectorized call may hold on a CPU; more gains no speed and costs memory."""
+STACKED_ENTRIES = 2**21
+"""Inner parameters that one vectorized call may hold on a CPU; with more, page faults take the time that is gained."""
+
+FEWEST_COPIES = 8
+"""Copies of θ below which a CPU is faster in a loop; both are measured in ``benchmarks/chunk_choice.py``."""
 
 
 class FunctionalModule:
@@ -277,14 +280,15 @@ def _entries(value: Any) -> tuple[Any, ...]:
 def _vectorizable(module: nn.Module, theta: Params) -> int:
     """Return how many copies of θ to vectorize: a fixed rule, so that a run and its repetition agree bit for bit.
 
-    Small nets gain several times from one vectorized call. Convolutions lose on a CPU, where their
-    vectorized form is slower than the loop.
+    Small nets gain several times from one vectorized call. Large ones and convolutions lose on a CPU, where
+    their vectorized form is slower than the loop.
     """
     if next(iter(theta.values())).device.type != "cpu":
         return 2**30
     if any(isinstance(child, nn.modules.conv._ConvNd) for child in module.modules()):
         return 1
-    return max(1, STACKED_ENTRIES // tree.numel(theta))
+    copies = STACKED_ENTRIES // tree.numel(theta)
+    return copies if copies >= FEWEST_COPIES else 1
 
 
 def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:

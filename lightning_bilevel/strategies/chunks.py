@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import get_args
 
@@ -16,6 +17,22 @@ from lightning_bilevel.tree import Params
 
 TANGENT_BYTES = 512 * 2**20
 """Memory that the tangents of one chunk may take when the user sets no chunk size."""
+
+TANGENT_BYTES_CPU = 64 * 2**20
+"""What is enough on a CPU: with more, page faults take the time that is gained (``benchmarks/chunk_choice.py``)."""
+
+FEWEST_DIRECTIONS = 4
+"""Directions that a chunk has on a CPU, as far as memory allows: each chunk repeats the inner run."""
+
+
+def even(count: int, most: int) -> int:
+    """Return the size of chunks of at most ``most`` that share out ``count`` evenly: the last one is not left small.
+
+    >>> even(16, most=15)
+    8
+    """
+    parts = max(1, math.ceil(count / most))
+    return max(1, math.ceil(count / parts))
 
 
 def checked_chunk_size(owner: str, chunk_size: int | None) -> int | None:
@@ -52,7 +69,7 @@ class DirectionalRun:
 
     def chunks(self, start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:
         """Cut ``range(start, stop)`` into chunks of at most ``size``; ``None`` picks by memory."""
-        step = size or self._affordable()
+        step = even(stop - start, size or self._affordable())
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 
@@ -79,4 +96,7 @@ class DirectionalRun:
         # direction.
         per_direction = sum(5 * value.numel() * value.element_size() for value in state.values())
         per_direction += sum(value.numel() * value.element_size() for value in self.phi.values())
-        return max(1, TANGENT_BYTES // max(1, per_direction))
+        most, enough = (size // max(1, per_direction) for size in (TANGENT_BYTES, TANGENT_BYTES_CPU))
+        if next(iter(self.phi.values())).device.type == "cpu":
+            most = min(most, max(enough, FEWEST_DIRECTIONS))
+        return max(1, most)

@@ -13,6 +13,7 @@ from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_loop import Run, run
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from lightning_bilevel.safe import Randomness
+from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
 
 _Read = Callable[[BilevelProblem, InnerState, Params], Params]
@@ -50,8 +51,9 @@ class PerturbedRuns:
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut ``range(start, stop)`` into chunks."""
-        for first in range(start, stop, self._chunk_size):
-            yield first, min(first + self._chunk_size, stop)
+        step = even(stop - start, self._chunk_size)
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
     def solutions(self, directions: Params, mu: float) -> Params:
         """Return θ_T at φ + μ v_i: ``(n, *shape)`` per inner parameter."""
