@@ -2,9 +2,9 @@
 
 After Figure 1 (bottom left) of (FG)²U, arXiv 2406.14095: reverse unrolling at depth 1 to 6, random directions at 24
 and 48, and besides reverse unrolling with checkpoints. Memory and seconds are those of one hypergradient in a process
-of its own, of a language model with random weights (which change neither): on a GPU the most that torch held, on a CPU
-the peak of the process over what it held before. The answers are those of ``camels_strategies.json``, of the small
-trained model.
+of its own, of a language model with random weights (which change neither): on a GPU the most that torch held and the
+time that passed, on a CPU the peak of the process over what it held before and CPU seconds. The answers are those of
+``camels_strategies.json``, of the small trained model.
 
     python benchmarks/camels_depth.py
     python benchmarks/camels_depth.py --size gpt2 --device cuda --precision bf16
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from _results import RESULTS, plot_path, save
+from matplotlib.axes import Axes
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_bilevel import Episode, ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient
@@ -46,6 +47,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "tiny": Size(1, 64, 128, 16),
     "small": Size(4, 256, 4096, 128),
     "distilgpt2": Size(6, 768, 50257, 256),
     "gpt2": Size(12, 768, 50257, 256),
@@ -107,13 +109,15 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         (episode,) = module.episodes(episode)
-        began = time.perf_counter()
-        hypergradient(module, strategy(name, args), episode)
+        clock = time.perf_counter if cuda else time.process_time
+        began = clock()
+        value = hypergradient(module, strategy(name, args), episode).value.item()
         if cuda:
             torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else report.peak_memory() - before
-    return {"peak MiB": peak, "seconds": seconds, "parameters": number_of_parameters(module.lm)}
+    parameters = number_of_parameters(module.lm)
+    return {"peak MiB": peak, "seconds": seconds, "parameters": parameters, "outer loss": value}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -127,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--measure", nargs=2, metavar=("STRATEGY", "DEPTH"), help="one case, in this process")
     parser.add_argument("--draw", action="store_true", help="only draw what was measured before")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     if args.measure:
         found = measure(args)
         print(json.dumps(found))
@@ -175,22 +180,34 @@ def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> 
             gain = panels[0, 1]
             panels_of_depth.append(gain)
             results = json.loads(answers.read_text())["results"]
-            common = min(row["seeds"] for row in results.values())
             for name, color in COLORS.items():
-                cases = sorted(
-                    (row for row in results.values() if row["strategy"] == name), key=lambda row: row["depth"]
-                )
-                means = [statistics.fmean(row["learned"]["gain"]["values"][:common]) for row in cases]
-                gain.plot([row["depth"] for row in cases], means, color=color, marker="o", label=LABELS[name])
-            title = f"What the adapted model has learned ({common} seed{'s' * (common > 1)})"
-            gain.set(title=title, xlabel="documents unrolled through", ylabel="gain in answer NLL (nats per token)")
+                cases = sorted((row for row in results.values() if row["strategy"] == name), key=lambda c: c["depth"])
+                draw_gain(gain, cases, color, LABELS[name])
+            gain.set(
+                title="What the adapted model has learned",
+                xlabel="documents unrolled through",
+                ylabel="gain in answer NLL (nats per token)",
+            )
             gain.set_ylim(0, 1.1 * gain.get_ylim()[1])
+            gain.legend()
         for axes in panels_of_depth:
             axes.set_xscale("log", base=2)
             axes.set_xlim(0.85, 56)
             axes.set_xticks([1, 2, 4, 6, 24, 48], ["1", "2", "4", "6", "24", "48"])
             axes.minorticks_off()
         figure.savefig(plot_path(key))
+
+
+def draw_gain(axes: Axes, cases: Sequence[dict[str, Any]], color: str, label: str) -> None:
+    """Draw the gain against the depth: thick the mean over the seeds that all cases have, thin each seed."""
+    values = [row["learned"]["gain"]["values"] for row in cases]
+    depths = [row["depth"] for row in cases]
+    common = min(map(len, values), default=0)
+    for seed in range(max(map(len, values), default=0)):
+        known = [(depth, of_case[seed]) for depth, of_case in zip(depths, values, strict=True) if seed < len(of_case)]
+        axes.plot(*zip(*known, strict=True), color=color, lw=0.8, alpha=0.6, marker=".")
+    means = [statistics.fmean(of_case[:common]) for of_case in values]
+    axes.plot(depths, means, color=color, marker="o", label=f"{label} ({common} seed{'s' * (common > 1)})")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import report
 from camels_lm import figures, readers, synthetic
 from camels_lm.documents import Splits
 from camels_lm.encoding import EncodedDocument, Encoder, new_tokenizer
-from camels_lm.loading import Batches
+from camels_lm.loading import Batches, Numbered
 from camels_lm.models import WeightModel, load, number_of_parameters, small_lm, window_of
 from camels_lm.stages import (
     OPTIMIZERS,
@@ -60,6 +60,7 @@ from camels_lm.stages import (
 from lightning_bilevel import (
     PZOBO,
     ForwardGradient,
+    HypergradientMonitor,
     HypergradientSchedule,
     HypergradientStrategy,
     ImplicitGradient,
@@ -88,6 +89,7 @@ SETTINGS = {
     "guided": Setting(
         lambda args: ForwardGradient(num_directions=args.directions, guide=TruncatedReverse(steps=6)), 24, 50
     ),
+    # After many more steps its weights are too large: it does not see that an inner step can be too long.
     "identity": Setting(lambda args: ImplicitGradient(Identity(scale=args.inner_lr)), 6, 20),
     "pzobo": Setting(lambda args: PZOBO(num_directions=args.directions, mu=0.01), 6, 100),
     "two-phase": Setting(
@@ -114,8 +116,9 @@ class Run:
     """
 
     def __init__(self, args: Arguments) -> None:
-        self.args, self.folder, self.seconds = args, args.output / "camels", {}
+        self.args, self.folder = args, args.output / "camels"
         self._begin()
+        self.seconds: dict[str, float] = known(self.folder / "seconds.json")
         splits = readers.read(args.data_dir, args.seed) if args.data_dir else synthetic.documents(args.sizes, args.seed)
         self.lm, self.encoder = self._language_model(splits)
         self.documents = self._encoded(splits)
@@ -162,7 +165,8 @@ class Run:
             self.encoder, self.documents.training, self.documents.pretraining, depths, args.seed, spare=spare
         )
         options = {"accumulate_grad_batches": args.accumulate, "gradient_clip_val": args.clip}
-        self.fit("weights", module, batches, setting.strategy(args), **options)
+        compare = [HypergradientMonitor(every_n_steps=args.monitor, samples=0)] if args.monitor else []
+        self.fit("weights", module, batches, setting.strategy(args), *compare, **options)
         torch.save(weights.state_dict(), self.folder / "weights.pt")
         return weights
 
@@ -171,16 +175,20 @@ class Run:
         if len(self.args.adapt_lr) == 1:
             return self.args.adapt_lr[0]
         path = self.folder / "rates.json"
-        tried = json.loads(path.read_text()) if path.exists() else {}
-        known = tried.setdefault(weighting, {})
+        found = known(path)
+        nlls = found.setdefault(weighting, {})
         for lr in self.args.adapt_lr:
-            if str(lr) not in known:
+            if str(lr) not in nlls:
                 module = self._adaptation(weighting, weights, self.documents.validation, lr)
                 trainer = self._trainer(logger=False, enable_checkpointing=False)
                 trainer.fit(module, self._stream(self.documents.validation), asked(self.encoder, module.questions))
-                known[str(lr)] = mean(module.curve[-1][1])
-                report.write_json(path, tried)
-        return min(self.args.adapt_lr, key=lambda lr: known[str(lr)] if math.isfinite(known[str(lr)]) else math.inf)
+                nlls[str(lr)] = mean(module.curve[-1][1])
+                report.write_json(path, found)
+        kept = [lr for lr in self.args.adapt_lr if math.isfinite(nlls[str(lr)])]
+        if not kept:
+            tried = f"{list(self.args.adapt_lr)}, at all of which {weighting} weights diverge"
+            raise value_error("--adapt-lr", "learning rates of which one does not diverge", tried, "Add lower ones.")
+        return min(kept, key=lambda lr: nlls[str(lr)])
 
     def adapted(self, weighting: Weighting, weights: WeightModel, lr: float) -> dict[str, Any]:
         """Adapt to the stream of unseen documents and ask all its questions.
@@ -196,7 +204,14 @@ class Run:
                 f"stream-{weighting}", module, self._stream(documents), questions=questions, val_check_interval=every
             )
         scores = self._trainer(logger=False, enable_checkpointing=False).test(module, questions, verbose=False)[0]
-        return {"lr": lr, **scores, "curve": module.curve, "answers": module.answers}
+        rates = self.args.adapt_lr
+        return {
+            "lr": lr,
+            "at an end of the rates": len(rates) > 1 and lr in (min(rates), max(rates)),
+            **scores,
+            "curve": module.curve,
+            "answers": module.answers,
+        }
 
     def fit(
         self,
@@ -216,10 +231,13 @@ class Run:
         trainer = self._trainer(
             callbacks=[*callbacks, keep], logger=CSVLogger(self.folder, "log", name), log_every_n_steps=1, **options
         )
-        began = time.perf_counter()
-        trainer.fit(module, batches, questions, ckpt_path=last if last.exists() else None)
-        trainer.save_checkpoint(last)
-        self.seconds[name] = time.perf_counter() - began
+        began = time.process_time()
+        try:
+            trainer.fit(module, batches, questions, ckpt_path=last if last.exists() else None)
+            trainer.save_checkpoint(last)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - began
+            report.write_json(self.folder / "seconds.json", self.seconds)
 
     def _trainer(self, **options: Any) -> pl.Trainer:
         return pl.Trainer(
@@ -284,7 +302,12 @@ class Run:
         return OnlineAdaptation(self.lm, weighting, weights, questions, self.encoder, self.args.adapt_optimizer, lr)
 
     def _stream(self, documents: Sequence[EncodedDocument]) -> Batches:
-        return Batches(lambda number: self.encoder.padded([documents[number].row]), len(documents))
+        return Batches(Numbered(lambda number: self.encoder.padded([documents[number].row]), len(documents)))
+
+
+def known(path: Path) -> dict[str, Any]:
+    """Return what a run that was cut off had written to a JSON file; nothing if it had not."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def checkpoints(folder: Path, every: int | None = None) -> ModelCheckpoint:
@@ -306,17 +329,19 @@ def train_and_compare(args: Arguments) -> dict[str, Any]:
     weights = run.trained_weights()
 
     methods: dict[str, dict[str, Any]] = {"no adaptation": run.adapted("uniform", weights, 0.0)}
-    known = any(any(document.row.marked) for document in documents.test)
-    weightings: list[Weighting] = [name for name in args.weightings if known or name != "oracle"]
+    marked = any(any(document.row.marked) for document in documents.test)
+    weightings: list[Weighting] = [name for name in args.weightings if marked or name != "oracle"]
     for weighting in weightings:
         methods[weighting] = run.adapted(weighting, weights, run.chosen_rate(weighting, weights))
 
     numbers = [number for number, document in enumerate(documents.test) for _ in document.questions]
-    before = methods["no adaptation"].pop("curve")[-1][1]
-    gains = {name: gain_along(methods[name].pop("curve"), before, numbers) for name in weightings}
+    curves = {name: result.pop("curve") for name, result in methods.items()}
+    before = curves.pop("no adaptation")[-1][1]
+    gains = {name: gain_along(curve, before, numbers) for name, curve in curves.items()}
     said = {name: result.pop("answers") for name, result in methods.items()}
-    for name in weightings:
+    for name, curve in curves.items():
         methods[name]["gain"] = gains[name][1][-1]
+        methods[name]["gain by document"] = gain_by_document(curve[-1][1], before, numbers)
     questions = [question for document in documents.test for question in document.questions]
     examples = [
         {"question": q.text, "answer": q.answers[0], **{name: answers[number] for name, answers in said.items()}}
@@ -343,15 +368,27 @@ def train_and_compare(args: Arguments) -> dict[str, Any]:
         "documents": {name: len(getattr(documents, name)) for name in Splits._fields},
         "questions": len(questions),
         "left out": dict(run.encoder.skipped),
+        "cosine": compared(run.folder / "log" / "weights"),
         "auroc": auroc,
         "mean weight": {"facts": mean(on), "other tokens": mean(off)} if on else {"all": mean(off)},
         "adaptation": methods,
         "gain along the stream": gains,
         "answers": examples,
-        "seconds": run.seconds,
+        "CPU seconds": run.seconds,
         "peak memory (MiB)": report.peak_memory(),
         "figures": files,
     }
+
+
+def compared(folder: Path) -> tuple[list[int], list[float]] | None:
+    """Return the steps at which a hypergradient was compared with the exact one, and the cosines there."""
+    if not (folder / "metrics.csv").exists():  # of a stage that was finished before this run went on
+        return None
+    steps, cosines = report.logged(folder).get("hypergradient_cosine", ([], []))
+    found = list(zip(steps, cosines, strict=True))
+    # Lightning writes a value again at every step until there is another.
+    new = [now for before, now in zip([(-1, math.nan), *found], found, strict=False) if now[1] != before[1]]
+    return ([step for step, _ in new], [cosine for _, cosine in new]) if new else None
 
 
 def gain_along(
@@ -384,6 +421,18 @@ def weighted_tokens(encoder: Encoder, document: EncodedDocument, weights: Weight
     return [figures.WeightedToken(*each) for each in zip(texts, values, document.row.marked, strict=True)]
 
 
+def gain_by_document(after: Sequence[float], before: Sequence[float], numbers: Sequence[int]) -> list[float]:
+    """Return, for each document, by how much the NLL of its answers is less than before.
+
+    >>> gain_by_document(after=[1.0, 1.0, 2.0], before=[2.0, 3.0, 3.0], numbers=[0, 0, 1])
+    [1.5, 1.0]
+    """
+    gains: dict[int, list[float]] = {}
+    for number, old, new in zip(numbers, before, after, strict=True):
+        gains.setdefault(number, []).append(old - new)
+    return [mean(values) for values in gains.values()]
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean."""
     return math.fsum(values) / len(values)
@@ -399,6 +448,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--depth", type=int, help="documents, and so inner steps, of an episode (by strategy)")
     add("--directions", type=int, default=12, help="random directions (%(default)s)")
     add("--accumulate", type=int, default=1, help="episodes in an outer step (%(default)s)")
+    add("--monitor", type=int, help="outer steps between comparisons with the exact hypergradient (none)")
     add("--data-dir", type=Path, help="folder with SQuAD's JSON or StreamingQA's CSV files")
     add("--stream", type=int, help="most documents to adapt to, in validation and test")
     add("--base", help="language model, by name or folder, that needs no pretraining")
@@ -416,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--reset-every", type=int, default=24, help="documents before the base starts anew (%(default)s)")
     add("--dropout", type=float, default=0.0, help="while the weights are trained (%(default)s)")
     add("--adapt-optimizer", choices=list(OPTIMIZERS), default="sgd", help="of the stream (%(default)s)")
-    rates = (0.015, 0.03, 0.05, 0.07, 0.1)
+    rates = (0.0035, 0.007, 0.015, 0.03, 0.05, 0.07, 0.1, 0.15)
     add("--adapt-lr", type=float, nargs="+", default=rates, help="to choose from on validation documents (%(default)s)")
     names = get_args(Weighting)
     add("--weightings", choices=names, nargs="+", default=names, help="to adapt with (%(default)s)")
@@ -468,11 +518,16 @@ def show(results: Mapping[str, Any], files: Sequence[Path]) -> None:
         ]
         for name, row in results["adaptation"].items()
     ]
+    at_the_end = [name for name, row in results["adaptation"].items() if row["at an end of the rates"]]
     title = f"{results['questions']} questions on {results['documents']['test']} unseen documents"
     report.print_table(title, ["weights", "answer NLL", "gain", "EM %", "F1 %", "learning rate"], rows, files)
+    if at_the_end:
+        print(f"the best learning rate is the least or the largest one tried for: {', '.join(at_the_end)} (--adapt-lr)")
     if results["auroc"] is not None:
         means = ", ".join(f"{value:.2f} on {where}" for where, value in results["mean weight"].items())
         print(f"AUROC of the learned weights on facts {results['auroc']:.3f}; mean weight {means}")
+    if results["cosine"]:
+        print("cosine with the exact hypergradient: " + ", ".join(f"{value:.2f}" for value in results["cosine"][1]))
     if results["left out"]:
         print("left out: " + ", ".join(f"{count} {what}" for what, count in results["left out"].items()))
 

@@ -1,48 +1,83 @@
-"""`benchmarks/camels_strategies.py` and `camels_depth.py`."""
+"""`benchmarks/camels_strategies.py`, `camels_squad.py` and `camels_depth.py`."""
 
 from statistics import fmean
 from typing import Any
 
 from tables import markdown, results
 
-SCORES = ("answer NLL", "gain", "EM %", "F1 %")
+SCORES = ("answer NLL", "gain", "learned over it", "EM %", "F1 %")
+FIRST = "reverse 6"
 
 
 def tables() -> dict[str, str]:
     """Return the tables of the page on CaMeLS."""
+    strategies = results("camels_strategies")["results"]
+    squad = results("camels_squad")["results"]
     return {
-        "camels_adaptation": adaptation(),
-        "camels_strategies": strategies(),
+        "camels_adaptation": adaptation(strategies[FIRST]),
+        "camels_strategies": compared(strategies),
+        "camels_identity": cosines(strategies["identity 6"]),
         "camels_depth": depth(),
+        "camels_squad": adaptation(squad["adaptation"]),
+        "camels_squad_runs": squad_runs(squad),
     }
 
 
-def adaptation() -> str:
+def adaptation(found: dict[str, Any]) -> str:
     """Compare ways of weighting, over seeds."""
-    found = results("camels_strategies")["results"]["reverse 6"]
     rows = []
     for name in ("no adaptation", "uniform", "learned", "oracle"):
-        scores = found[name]
-        numbers = [number(scores["answer_nll"], 3), "" if name == "no adaptation" else number(scores["gain"], 3)]
-        rows.append([name, *numbers, number(scores["exact_match"], 1), number(scores["f1"], 1)])
+        scores, over = found[name], found.get(f"learned over {name}")
+        gain = found.get(f"gain of {name}", scores["gain"])
+        cells = [
+            number(scores["answer_nll"], 3),
+            "" if name == "no adaptation" else number(gain, 3),
+            number(over, 3) if over else "",
+            number(scores["exact_match"], 1),
+            number(scores["f1"], 1),
+        ]
+        rows.append([name, *cells])
     return markdown(("weights", *SCORES), rows)
 
 
-def strategies() -> str:
-    """Compare strategies and depths on the seeds that all of them have."""
-    found = results("camels_strategies")["results"]
-    common = min(row["seeds"] for row in found.values())
-
-    def over_seeds(value: dict[str, Any], digits: int) -> str:
-        return f"{fmean(value['values'][:common]):.{digits}f}"
-
+def compared(found: dict[str, Any]) -> str:
+    """Compare strategies and depths."""
     rows = []
-    for row in found.values():
-        name = f"`{row['strategy']}`, {row['depth']}" + (", goes on" if row["goes_on"] else "")
-        learned = [over_seeds(row["learned"][score], digits) for score, digits in (("gain", 3), ("f1", 1))]
-        weights = [over_seeds(row[f"weight of {what}"], 2) for what in ("facts", "other tokens")]
-        rows.append([name, str(row["steps"]), over_seeds(row["auroc"], 3), *weights, *learned])
-    heads = ("strategy, documents", "outer steps", "AUROC", "weight of facts", "of others", "gain", "F1 %")
+    for name, row in found.items():
+        lower = f", rate {row['outer_lr']:g}" if row["outer_lr"] else ""
+        curves = [curve[1] for curve in row["cosine"] if curve]
+        cells = [
+            str(row["steps"]),
+            str(row["seeds"]),
+            f"{fmean(value for curve in curves for value in curve):.2f}" if curves else "",
+            number(row["auroc"], 3),
+            f"{row['weight of facts']['mean']:.2f}",
+            f"{row['weight of other tokens']['mean']:.2f}",
+            number(row["learned"]["gain"], 3),
+            "" if name == FIRST else number(row["over the first"], 3),
+        ]
+        rows.append([f"`{row['strategy']}`, {row['depth']}{', goes on' if row['goes_on'] else ''}{lower}", *cells])
+    heads = ("strategy, documents", "outer steps", "seeds", "cosine", "AUROC", "facts", "others", "gain", "over first")
+    return markdown(heads, rows)
+
+
+def cosines(found: dict[str, Any]) -> str:
+    """Return the cosine with the exact hypergradient along a run, a row for each seed."""
+    steps = found["cosine"][0][0]
+    rows = [[f"seed {seed}", *(f"{value:.2f}" for value in curve[1])] for seed, curve in enumerate(found["cosine"])]
+    return markdown(("cosine, at outer step", *map(str, steps)), rows)
+
+
+def squad_runs(found: dict[str, Any]) -> str:
+    """Return what each of the runs on SQuAD had and learned."""
+    rows = []
+    for seed, (run, auroc) in enumerate(zip(found["runs"], found["auroc"]["values"], strict=True)):
+        documents, weights = run["documents"], run["mean weight"]
+        cells = [str(documents[name]) for name in ("pretraining", "training", "test")]
+        cells += [str(run["questions"]), str(run["left out"].get("documents longer than the window", 0))]
+        cells += [f"{auroc:.3f}", f"{weights['facts']:.2f}", f"{weights['other tokens']:.2f}"]
+        rows.append([str(seed), *cells])
+    heads = ("seed", "LM", "weights", "test", "questions", "too long", "AUROC", "facts", "others")
     return markdown(heads, rows)
 
 
@@ -56,6 +91,6 @@ def depth() -> str:
 
 
 def number(value: dict[str, Any], digits: int) -> str:
-    """Return a mean with half the width of its interval."""
-    half = "" if value["half_width"] is None else f" ± {value['half_width']:.{digits}f}"
+    """Return a mean with half the width of its interval, which of one or two values says nothing."""
+    half = "" if len(value["values"]) < 3 else f" ± {value['half_width']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{half}"

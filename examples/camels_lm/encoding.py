@@ -121,7 +121,8 @@ class Encoder:
     def _document(self, document: Document) -> EncodedDocument | None:
         encoding = self.tokenizer(document.text, return_offsets_mapping=True, verbose=False)
         ids = encoding["input_ids"]
-        if len(ids) < 2:  # the first token is given, so that nothing would be left to predict
+        # The first token is given: of a single one, nothing would be left to predict.
+        if len(ids) < 2 or not document.text.strip():
             return self._skip("empty documents")
         if len(ids) > self.window:
             return self._skip("documents longer than the window")
@@ -137,7 +138,9 @@ class Encoder:
 
     def _question(self, text: str, answers: Sequence[str]) -> EncodedQuestion | None:
         answers = tuple(answer for answer in answers if answer.strip())
-        if not answers or not text.strip():
+        if not text.strip():
+            return self._skip("empty questions")
+        if not answers:
             return self._skip("questions without an answer")
         prompt = self.tokenizer(text, verbose=False)["input_ids"]
         answer = [*self.tokenizer(f" {answers[0]}", add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]

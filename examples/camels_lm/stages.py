@@ -15,7 +15,7 @@ from torchmetrics.text import SQuAD
 from transformers import PreTrainedModel
 
 from camels_lm.encoding import EncodedDocument, EncodedQuestion, Encoder, Row, Tokens
-from camels_lm.loading import Batches, drawn
+from camels_lm.loading import Batches, Numbered, drawn
 from camels_lm.losses import answer_nll, divergence, masked_mean, nll_of_each_answer, predicted, token_nll, weighted_nll
 from camels_lm.models import WeightModel, log_probs, with_dropout
 from lightning_bilevel import SGD, BilevelModule, Episode
@@ -71,7 +71,7 @@ def text_batches(
         answered = encoder.padded(drawn(asked, 2 * size, seed, "questions", number)) if questions else None
         return TextBatch(encoder.padded(passages), answered)
 
-    return Batches(make, steps)
+    return Batches(Numbered(make, steps))
 
 
 class Judgement(NamedTuple):
@@ -183,7 +183,8 @@ def episodes(
         encoder: makes the tensors.
         documents: to draw from.
         unrelated: where the unrelated passages come from.
-        depths: documents of each episode.
+        depths: documents of each episode. Of R processes each takes every R-th episode, so that the depth should
+            change at a multiple of R.
         seed: fixes what is drawn.
         num_unrelated: passages for the divergence.
         most_questions: of an episode; of more, so many are drawn.
@@ -201,7 +202,7 @@ def episodes(
         inner += [encoder.padded([document.row for document in read])] * spare
         return Episode(inner, Judgement(encoder.padded(asked), encoder.padded(others)))
 
-    return Batches(make, len(depths))
+    return Batches(Numbered(make, len(depths)))
 
 
 Weighting = Literal["uniform", "learned", "oracle"]
