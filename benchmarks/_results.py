@@ -26,6 +26,12 @@ def save(name: str, settings: dict[str, Any], results: Any) -> Path:
     return path
 
 
+def earlier(name: str) -> Any:
+    """Return the results in ``results/NAME.json``, so that a run of one part can keep the others; empty at first."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.is_file() else {}
+
+
 def plot_path(name: str) -> Path:
     """Return where the plot of a benchmark goes."""
     RESULTS.mkdir(exist_ok=True)
