@@ -4,7 +4,7 @@
 #   make test          run the tests          make test ARGS="-m slow"
 #   make lint          ruff and mypy          make format   lets ruff mend what it can
 #   make docs          build the documentation
-#   make bench         run every benchmark
+#   make bench         run the benchmarks of cost, less than 15 minutes; benchmarks/README.md has the others
 #   make learn2learn   add learn2learn to .venv, for comparisons, as `make test` tries to
 #
 # PYTHON is the interpreter .venv is made from. PIP_FLAGS goes to `pip install`: the plain torch for Linux brings the
@@ -13,6 +13,9 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+# What `make bench` runs: what needs no data but what packages bring, and takes less than 15 minutes together.
+BENCH ?= trainer_overhead maml_speed cost_against_depth cost_against_directions cost_against_size long_runs \
+    chunk_choice memory_knobs scaling precision
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench learn2learn clean
@@ -42,7 +45,7 @@ docs: .venv/installed-docs
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
 
 bench: .venv/installed-bench
-	@for script in benchmarks/[!_]*.py; do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit 1; done
+	@for name in $(BENCH); do echo "$$name"; .venv/bin/python "benchmarks/$$name.py" $(ARGS) || exit 1; done
 
 learn2learn: .venv/installed-learn2learn-itself
 

@@ -2,9 +2,9 @@
 
 Sinusoids (MLP 1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), images (28×28, 4 strided blocks of 32 channels,
 4 tasks of 5 ways and 5 + 3 examples, 5 inner steps), and ANIL on the latter. A meta-step is the meta-gradient and a
-step of Adam; ours includes everything the Trainer does for a batch, logging too, unless it is barebones. All take the same tasks; that they compute the same
-gradient is checked first. One thread, CPU seconds of the process; the contenders take turns, and the least of all their
-steps counts.
+step of Adam; ours includes everything the Trainer does for a batch, logging too, unless it is barebones. All take the
+same tasks; that they compute the same gradient is checked first. One thread, CPU seconds of the process; the contenders
+take turns, and the least of all their steps counts.
 
     python benchmarks/maml_speed.py
 """

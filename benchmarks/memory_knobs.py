@@ -2,8 +2,8 @@
 
 A net 784-256-10 under gradient descent (M = 203,530 inner parameters), example weights as outer parameters (N = 1,000),
 T inner steps on random data. Every estimate runs in a process of its own, forked for it; its peak is the highest
-resident memory less that at the start. Beside it stands the formula of docs/precision.md, whose one unknown, the
-activations of a step (or of a perturbed run), is measured by a further run.
+resident memory less that at the start, when a smaller estimate has loaded the code. Beside it stands the formula of
+docs/precision.md, whose one unknown, the activations of a step (or of a perturbed run), is measured by a further run.
 
     python benchmarks/memory_knobs.py
 """
@@ -11,15 +11,12 @@ activations of a step (or of a perturbed run), is measured by a further run.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import resource
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _measure import peak
 from _results import save
 from torch import Tensor, nn
 
@@ -35,7 +32,6 @@ from lightning_bilevel import (
 )
 
 EXAMPLES, MIB = 1000, 2**20
-M_MMAP_THRESHOLD = -3
 
 
 class Cleaning(BilevelModule):
@@ -69,28 +65,13 @@ def episodes(count: int) -> list[Episode]:
     return [Episode([batch], batch) for batch in batches]
 
 
-def peak(run: Callable[[], Any]) -> float:
-    """Return what ``run`` adds to the resident memory at most, in MiB, in a forked process."""
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if child == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run()
-        os.write(sender, repr(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
-        os._exit(0)
-    os.close(sender)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(receiver) as pipe:
-        text = pipe.read()
-    if status:
-        raise RuntimeError("The estimate failed: run it without a fork to see why.")
-    return float(text) / 1024  # Linux counts in KiB
-
-
 def of(strategy: HypergradientStrategy, steps: int, count: int = 1, chunk: int | None = None) -> float:
     module, some = Cleaning(steps, chunk), episodes(count)
-    return peak(lambda: hypergradient(module, strategy, some if count > 1 else some[0]))
+    small = Cleaning(1, chunk)
+    return peak(
+        lambda: hypergradient(module, strategy, some if count > 1 else some[0]),
+        lambda: hypergradient(small, strategy, some[:2]),  # what is loaded at first use is no part of a peak
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -98,10 +79,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=64, help="T (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    # Give what is freed back to the system at once. Otherwise glibc keeps much of it.
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
-    for strategy in (ReverseUnroll(checkpoint=1), ForwardGradient(2), PZOBO(2)):
-        hypergradient(Cleaning(1), strategy, episodes(2))  # what is loaded at first use is no part of a peak
     total = args.steps
     state = sum(p.numel() for p in Cleaning(1).net.parameters()) * 4 / MIB
     direction = 5 * state + EXAMPLES * 4 / MIB

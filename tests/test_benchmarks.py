@@ -1,0 +1,115 @@
+"""The benchmarks of cost run and keep what they found; what they measure with measures; `make bench` knows them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = {path.stem for path in FOLDER.glob("[!_]*.py")}
+RUNS = {
+    "chunk_choice": ["--nets", "small MLP", "--repeats", "1", "--inner-steps", "1", "--seconds", "0"],
+    "cost_against_depth": ["--depths", "1", "2", "--seconds", "0"],
+    "cost_against_directions": ["--nets", "MLP", "--directions", "1", "2", "--seconds", "0"],
+    "cost_against_size": ["--sizes", "4", "8", "--seconds", "0"],
+    "long_runs": ["--parts", "recomputation", "memory", "--depth", "16", "--repeats", "1"],
+    "trainer_overhead": ["--problems", "small", "--rounds", "1", "--steps", "1"],
+}
+"""The smallest run of each script that others build on."""
+
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return a function that imports a file of the folder; results go elsewhere."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(importlib.import_module("_results"), "RESULTS", tmp_path)
+    return importlib.import_module
+
+
+def numbers(found: Any) -> list[float]:
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, list):
+        return [number for each in found for number in numbers(each)]
+    return [found] if isinstance(found, float) else []
+
+
+@needs_linux
+@forks
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_runs(name: str, benchmark: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    returned = benchmark(name).main(RUNS[name])
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert numbers(record["results"])
+    assert len(numbers(record["results"])) == len(numbers(returned))
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert name == "long_runs" or (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@needs_linux
+@forks
+def test_other_parts_are_kept(benchmark: Any) -> None:
+    pytest.importorskip("transformers")
+    long_runs = benchmark("long_runs")
+    first = long_runs.main(["--parts", "memory", "--depth", "16"])
+    both = long_runs.main(["--parts", "recomputation", "--depth", "16", "--repeats", "1"])
+    assert both["memory"] == first["memory"]
+    assert set(both) == {"memory", "recomputation"}
+
+
+def test_the_fastest_of_the_turns_counts(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure: ModuleType = benchmark("_measure")
+    seconds = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([9.0, 5.0, 6.0, 7.0])}
+    now, order = [0.0], []
+
+    def run(name: str) -> None:
+        order.append(name)
+        now[0] += next(seconds[name])
+
+    monkeypatch.setattr(measure.time, "process_time", lambda: now[0])
+    found = measure.least_seconds({name: lambda name=name: run(name) for name in seconds}, repeats=3)
+    assert found == {"a": 1.0, "b": 5.0}  # the 9 of the warm-up would count otherwise
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+
+
+@needs_linux
+@forks
+def test_a_peak_is_what_is_held_at_once(benchmark: Any) -> None:
+    peak = benchmark("_measure").peak
+
+    def ones(mebibytes: int) -> torch.Tensor:
+        return torch.ones(mebibytes * 2**18)
+
+    assert peak(lambda: ones(64), lambda: ones(1)) == pytest.approx(64, abs=4)
+    assert peak(lambda: [ones(32), ones(32)], lambda: ones(1)) == pytest.approx(64, abs=4)
+    assert peak(lambda: (ones(32).sum(), ones(32).sum()), lambda: ones(1)) == pytest.approx(32, abs=4)
+
+
+@needs_linux
+@forks
+def test_a_peak_of_what_fails(benchmark: Any) -> None:
+    with pytest.raises(RuntimeError, match="The estimate failed: run it without a fork to see why."):
+        benchmark("_measure").peak(lambda: 1 / 0)
+
+
+def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ?([\w ]*) \|$", (FOLDER / "README.md").read_text(), re.M)
+    bench = re.search(r"^BENCH \?= ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert bench is not None
+    chosen = bench[1].replace("\\\n", " ").split()
+    assert {name for name, _ in rows} == SCRIPTS
+    assert {name for name, said in rows if said == "yes"} == set(chosen)
+    assert len(chosen) == len(set(chosen))
