@@ -1,0 +1,114 @@
+"""`benchmarks/data_condensation.py`."""
+
+from statistics import mean, stdev
+from typing import Any
+
+from tables import markdown, results
+
+NAMES = {
+    "truncated": "`TruncatedReverse(10)`",
+    "hessian-free": "Hessian-free, `ImplicitGradient(Identity)`",
+    "neumann": "`ImplicitGradient(Neumann(20))`",
+    "forward": "(FG)²U, `ForwardGradient(32)`",
+    "guided": "`ForwardGradient(32)`, guided by `TruncatedReverse(10)`",
+    "two-phase": "two phases, `TruncatedReverse(10)`, then `ForwardGradient(32)`",
+    "reverse": "`ReverseUnroll()`",
+    "checkpointed": '`ReverseUnroll(checkpoint="sqrt")`',
+}
+PAPER = {"truncated": "73.8", "hessian-free": "66.0", "neumann": "68.4", "forward": "82.4", "reverse": "92.3"}
+"""(FG)²U, table 1: MNIST, one image per class, test accuracy in percent."""
+
+PAPER_MORE = {
+    ("mnist-10", "truncated"): "94.1",
+    ("mnist-10", "checkpointed"): "96.8",
+    ("mnist-50", "checkpointed"): "97.7",
+}
+BASELINES = {
+    "start": "the real images of the start",
+    "real images": "real images, other draws",
+    "whole training set": "whole training set",
+}
+CASES = {
+    "mnist-10": "10",
+    "mnist-50": "50",
+}
+
+
+def tables() -> dict[str, str]:
+    """Return a table for each data set at one image per class, one for the other sizes and one for the two phases."""
+    found = results("data_condensation")["results"]
+    return {
+        "condensation_digits": strategies(found["digits"], paper=False),
+        "condensation_mnist": strategies(found["mnist"], paper=True),
+        "condensation_more": sizes(found),
+        "condensation_phases": phases(found),
+    }
+
+
+def strategies(seeds: dict[str, Any], paper: bool) -> str:
+    """Return accuracies after the same seconds, and after the same outer steps."""
+    runs = list(seeds.values())
+    steps = sorted({int(step) for run in runs for name in NAMES if name in run for step in run[name]["accuracy after"]})
+    heads = ["trained on", *(["paper"] if paper else []), "cosine", "outer steps", "same seconds"]
+    heads += [f"{step} outer steps" for step in steps]
+    rows = []
+    for name, label in NAMES.items():
+        mine = [run[name] for run in runs if name in run]
+        if not mine:
+            continue
+        same = [[run["accuracy after"].get(str(step), []) for run in mine] for step in steps if name != "two-phase"]
+        count = f"{mean(run['outer steps'] for run in mine):.0f}"
+        accuracies = [cell([run["accuracy"] for run in mine]), *map(cell, same)]
+        cosines = [value for run in runs for value in run["cosines"].get(name, [])]
+        cosine = f"{mean(cosines):.2f}" if cosines else {"reverse": "1"}.get(name, "")
+        rows.append([label, *([PAPER.get(name, "")] if paper else []), cosine, count, *accuracies])
+    for name, published in (("start", ""), ("real images", ""), ("whole training set", "99.6")):
+        accuracies = cell([run["baselines"][name] for run in runs])
+        rows.append([BASELINES[name], *([published] if paper else []), "", "", accuracies])
+    return markdown(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
+
+
+def sizes(found: dict[str, Any]) -> str:
+    """Return what was run at other sizes of the condensed set or of its images."""
+    rows = []
+    for case, label in CASES.items():
+        seeds = list(found[case].values())
+        real = cell([run["baselines"]["start"] for run in seeds])
+        for name in NAMES:
+            mine = [run[name] for run in seeds if name in run]
+            if mine:
+                count = f"{mean(run['outer steps'] for run in mine):.0f}"
+                accuracy = cell([run["accuracy"] for run in mine])
+                rows.append([label, NAMES[name], PAPER_MORE[case, name], count, real, accuracy])
+    heads = ("images per class", "strategy", "paper", "outer steps", "start", "condensed")
+    return markdown(heads, rows)
+
+
+def phases(found: dict[str, Any]) -> str:
+    """Return the two phases alone, and one after the other, in the same seconds."""
+    kinds = {"truncated": "phase I only", "forward": "phase II only", "two-phase": "both, half of the seconds each"}
+    rows = []
+    for name, label in kinds.items():
+        row = [label]
+        for case in ("digits", "mnist"):
+            mine = [run[name] for run in found[case].values()]
+            row += [" + ".join(taken(name, found[case])), cell([run["accuracy"] for run in mine])]
+        rows.append(row)
+    return markdown(("", "digits: outer steps", "test %", "MNIST: outer steps", "test %"), rows)
+
+
+def taken(name: str, seeds: dict[str, Any]) -> list[str]:
+    """Return the outer steps of each phase."""
+    steps = mean(run[name]["outer steps"] for run in seeds.values())
+    if name != "two-phase":
+        return [f"{steps:.0f}"]
+    first = mean(run["truncated"]["outer steps"] // 2 for run in seeds.values())
+    return [f"{first:.0f}", f"{steps - first:.0f}"]
+
+
+def cell(runs: list[list[float]]) -> str:
+    """Return mean and standard deviation over all nets of all runs, in percent; nothing if a run is not there."""
+    if not all(runs):
+        return ""
+    values = [100 * value for run in runs for value in run]
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
