@@ -1,0 +1,112 @@
+"""`benchmarks/data_cleaning_speed.py`, `cnn_maml_memory.py`, `maml_speed.py` and `compile_inner.py`."""
+
+from typing import Any
+
+from tables import markdown, results
+
+OURS = "lightning_bilevel"
+METHODS = {
+    "reverse": "`ReverseUnroll()`",
+    "reverse, checkpoints": '`ReverseUnroll(checkpoint="sqrt")`',
+    "forward gradient, 1": "`ForwardGradient(1)`",
+    "forward gradient, 4": "`ForwardGradient(4)`",
+    "Neumann": "`ImplicitGradient(Neumann(10))`",
+    "CG": "`ImplicitGradient(ConjugateGradient(10))`",
+    "identity": "`ImplicitGradient(Identity())`",
+}
+CASES = {
+    "mlp": "MLP, T = 20",
+    "implicit": "MLP, T = 20",
+    "long": "MLP, T = 100",
+    "adam": "MLP, Adam inside",
+    "cnn": "CNN, T = 20",
+}
+PARTS = {
+    "gradient": "inner gradient",
+    "step": "the same and the update",
+    "products": "Hessian and mixed product",
+    "tangent": "tangent of the gradient",
+}
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page, and the one of compiled inner gradients."""
+    cases = results("data_cleaning_speed")["results"]
+    return {
+        "peers_reverse": reverse(cases),
+        "peers_implicit": implicit(cases["implicit"]["rows"]),
+        "peers_ratios": ratios(cases),
+        "peers_maml": maml(results("maml_speed")["results"]),
+        "peers_maml_memory": maml_memory(results("cnn_maml_memory")["results"]),
+        "peers_compile": compiled(results("compile_inner")["results"]),
+    }
+
+
+def reverse(cases: dict[str, Any]) -> str:
+    """Return a row for each contender, with two columns for each case but the implicit one."""
+    found = {name: {named(row): row for row in case["rows"]} for name, case in cases.items() if name != "implicit"}
+    cells = [
+        [name, *(cell(each.get(name, {})) for each in found.values())]
+        for name in next(iter(found.values()))
+        if any("cpu seconds" in each.get(name, {}) for each in found.values())
+    ]
+    return markdown(["CPU ms / peak MiB", *(CASES[name] for name in found)], cells)
+
+
+def implicit(rows: list[dict[str, Any]]) -> str:
+    """Return a row for each contender of the implicit methods."""
+    return markdown(["", "CPU ms / peak MiB"], [[named(row), cell(row)] for row in rows if "cpu seconds" in row])
+
+
+def named(row: dict[str, Any]) -> str:
+    return METHODS[row["method"]] if row["library"] == OURS else f"{row['library']}, {row['method']}"
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{1000 * row['cpu seconds']:.0f} / {row['MiB']:.0f}" if "cpu seconds" in row else ""
+
+
+def ratios(cases: dict[str, Any]) -> str:
+    """Return our time and memory over the best of the others, by case and method."""
+    cells = []
+    for name, case in cases.items():
+        for method, ratio in case["of the best other"].items():
+            cells.append([f"{CASES[name]}: {METHODS[method]}", f"{ratio['cpu seconds']:.2f}", f"{ratio['MiB']:.2f}"])
+    return markdown(["", "time", "memory"], cells)
+
+
+def maml(found: dict[str, Any]) -> str:
+    problems = {"sinusoids": "sinusoids", "images": "images"}
+    names = [OURS, "higher", "TorchOpt", "learn2learn"]
+    cells = []
+    for problem, text in problems.items():
+        seconds = found[problem]["cpu seconds"]
+        cells.append([text, *(f"{1000 * seconds[name]:.1f}" if name in seconds else "" for name in names)])
+    return markdown(["CPU ms of a meta-step", *names], cells)
+
+
+def maml_memory(found: dict[str, Any]) -> str:
+    steps = list(found)
+    names = list(found[steps[0]]["rows"])
+    cells = []
+    for name in names:
+        each = [found[step]["rows"][name] for step in steps]
+        text = "`" + name.replace(f"{OURS}, ", "") + "`" if name.startswith(f"{OURS},") else name
+        cells.append([text, *(f"{row['MiB']:.0f} / {1000 * row['cpu seconds']:.0f}" for row in each)])
+    return markdown(["peak MiB / CPU ms", *(f"T = {step}" for step in steps)], cells)
+
+
+def compiled(found: dict[str, Any]) -> str:
+    cells = []
+    for net in found.values():
+        for part, text in PARTS.items():
+            row = net[part]
+            if "eager" not in row:
+                continue
+            eager, fast, once = row["eager"], row["compiled"], row["compile seconds"]
+            again = once / (eager - fast) if fast < eager else float("inf")
+            numbers = [f"{1000 * eager:.2f}", f"{1000 * fast:.2f}", f"{eager / fast:.1f}", f"{once:.0f}"]
+            numbers += [f"{again:,.0f}", f"{row['difference']:.0e}"]
+            cells.append([f"{net['text']}: {text}", *numbers])
+    heads = ["", "eager, ms", "compiled, ms", "gain", "to compile, s", "calls until it pays", "difference"]
+    return markdown(heads, cells)
