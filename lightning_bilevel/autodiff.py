@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
-from lightning_bilevel.inner_loop import last_loss, run
+from lightning_bilevel.inner_loop import last_loss, note, run
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.safe import forward_mode_kernels
 from lightning_bilevel.tree import Params
@@ -57,10 +57,10 @@ def directional_derivatives(
     push = _push_forward if mode == "forward" else _push_double_backward
     with forward_mode_kernels() if mode == "forward" else nullcontext():
         state, tangents = _start_tangents(problem, memory, phi, directions)
-        losses = []
+        losses: list[Tensor] = []
         for batch in problem.batches(episode):
             state, loss, tangents = push(problem, state, phi, batch, tangents, directions)
-            losses.append(loss)
+            note(losses, loss)
     value, d, c = outer_gradients(problem, state, phi, episode)
     derivatives = tree.inner_products(tangents, d) + tree.inner_products(directions, c)
     return derivatives, Hypergradient(value, c, state, last_loss(problem, losses))

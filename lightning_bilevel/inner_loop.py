@@ -15,6 +15,8 @@ from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 
+_AT_ONCE = 100
+
 
 class Run(NamedTuple):
     """The end of an inner run.
@@ -57,29 +59,58 @@ def run(
 
     Raises:
         FloatingPointError: an inner loss is nan or infinite; the message names the step.
+
+    >>> from lightning_bilevel import SGD, BilevelModule, Episode
+    >>> class Scale(BilevelModule):
+    ...     def __init__(self):
+    ...         super().__init__(inner_steps=2)
+    ...         self.theta, self.phi = (torch.nn.Parameter(torch.tensor(value)) for value in (0.0, 1.0))
+    ...     def outer_parameters(self): return [self.phi]
+    ...     def inner_loss(self, x): return (self.theta - self.phi * x).square() / 2
+    ...     def outer_loss(self, x): return (self.theta - x).square() / 2
+    ...     def configure_inner_optimizer(self): return SGD(lr=0.5)
+    >>> functional, episode = Scale().functional(), Episode([torch.tensor(2.0)], torch.tensor(2.0))
+    >>> problem, phi = functional.problem, functional.phi()
+    >>> state = problem.start(InnerState(functional.theta()), phi)
+    >>> run(problem, state, phi, problem.batches(episode)).state.params
+    {'theta': tensor(1.5000)}
     """
     if problem.solver is not None:
         return _solve(problem, state, phi, batches, create_graph)
-    losses = []
+    losses: list[Tensor] = []
     for batch in batches:
         state, loss = problem.step(state, phi, batch, create_graph=create_graph)
-        losses.append(loss)
+        note(losses, loss)
     return Run(state, last_loss(problem, losses, taken))
+
+
+def note(losses: list[Tensor], loss: Tensor) -> None:
+    """Append a loss to those of a run; many become one tensor, for each takes a kilobyte.
+
+    >>> losses = []
+    >>> note(losses, torch.tensor(2.0))
+    >>> losses
+    [tensor([2.])]
+    """
+    losses.append(loss.reshape(1))
+    if len(losses) == _AT_ONCE:
+        losses[:] = [torch.cat(losses)]
 
 
 def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
     """Return the metrics of a run from its inner losses, after a check that all are finite (one synchronization)."""
     if not losses:
         return {}
-    finite = torch.isfinite(torch.stack(list(losses)))
+    found = torch.cat([loss.reshape(-1) for loss in losses])
+    finite = torch.isfinite(found)
     if not finite.all():
         step = int(finite.logical_not().nonzero()[0])
         raise nonfinite_error(
             f"inner loss at step {taken + step + 1} of {problem.inner_steps}",
-            losses[step].item(),
+            found[step].item(),
             "Lower the inner learning rate, or take fewer inner steps.",
         )
-    return {"inner_loss": losses[-1] / problem.count}
+    return {"inner_loss": found[-1] / problem.count}
 
 
 def record(
@@ -90,12 +121,13 @@ def record(
     Memory: one inner state per segment.
     """
     device = next(iter(state.params.values())).device
-    segments, losses = [], []
+    segments: list[Segment] = []
+    losses: list[Tensor] = []
     for first in range(0, len(batches), every):
         segments.append(Segment(state, Randomness(device), batches[first : first + every]))
         for batch in segments[-1].batches:
             state, loss = problem.step(state, phi, batch)
-            losses.append(loss)
+            note(losses, loss)
     return Run(state, last_loss(problem, losses)), segments
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lightning_bilevel import tree
 from lightning_bilevel.autodiff import outer_gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
-from lightning_bilevel.inner_loop import last_loss, vector_jacobian
+from lightning_bilevel.inner_loop import last_loss, note, vector_jacobian
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -56,7 +58,8 @@ class GammaGreedy(HypergradientStrategy):
         self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
-        outer, losses = tree.leaves(phi), []
+        outer = tree.leaves(phi)
+        losses: list[Tensor] = []
         start = problem.start(memory, outer)
         state, total = start.detach(), tree.zeros_like(phi)
         device = next(iter(phi.values())).device
@@ -70,5 +73,5 @@ class GammaGreedy(HypergradientStrategy):
             randomness, state = Randomness(device), stepped.detach()
             value, d, c = outer_gradients(problem, state, phi, episode)
             total = tree.add(vector_jacobian(stepped.params, outer, d), total, alpha=self.gamma)
-            losses.append(loss)
+            note(losses, loss)
         return Hypergradient(value, tree.add(c, total), state, last_loss(problem, losses))
