@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, distributed
+from torch import Generator, Tensor, distributed
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 from typing_extensions import Self, override
 
@@ -195,8 +196,12 @@ def prepare_episodes(trainer: Trainer) -> None:
 
     Args:
         trainer: in ``fit``.
+
+    Raises:
+        ValueError: the training data are lists of episodes, which Lightning takes for many loaders.
     """
     loop = trainer.fit_loop
+    _finish_batch(loop)
     loader, fetcher, states = loop._combined_loader, loop._data_fetcher, loop._combined_loader_states_to_load
     if loader is None or fetcher is None:
         return
@@ -205,10 +210,53 @@ def prepare_episodes(trainer: Trainer) -> None:
         loader._progress = loop.epoch_loop.batch_progress
         before, loader.rank = loader._rank(), (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
         moved |= loader.rank != before
+    else:
+        _refuse_lists(loader.iterables)
     if moved:
         loop._combined_loader_states_to_load = []
         loader._load_state_dicts(states)
         iter(fetcher)  # what it read ahead is dropped
+
+
+def _refuse_lists(data: Any) -> None:
+    """Refuse data that Lightning has taken apart into one loader for each tensor: it would go over their rows."""
+    parts = tree_leaves(data, is_leaf=lambda part: isinstance(part, Episode))
+    if any(isinstance(part, Episode) for part in parts):
+        raise value_error(
+            "the training data",
+            "a loader of episodes",
+            type(data).__name__,
+            "Lightning takes a list for several loaders. Pass `DataLoader(episodes, batch_size=None)`, where an entry "
+            "may be a list of episodes too, or `EpisodeLoader(inner=..., outer=...)`.",
+        )
+    levels = data.values() if isinstance(data, Mapping) and set(data) == {"inner", "outer"} else []
+    if any(isinstance(part, Tensor) for level in levels for part in tree_leaves(level) if part is not level):
+        raise value_error(
+            "the training data",
+            "a mapping of loaders",
+            "lists of batches",
+            "Lightning takes a list for several loaders. Pass `EpisodeLoader(inner=[...], outer=[...])`.",
+        )
+
+
+def _finish_batch(loop: Any) -> None:
+    """Count the batch at whose end the checkpoint was written; from 2.5 on, Lightning does.
+
+    What Lightning 2.4 restores has it processed and not completed, so that it would count one batch too many.
+    """
+    batches = loop.epoch_loop.batch_progress
+    seen = batches.total
+    cut_off = seen.ready == seen.started == seen.processed == seen.completed + 1
+    if hasattr(loop.epoch_loop, "restarted_on_train_batch_end") or not (loop.epoch_loop.restarting and cut_off):
+        return
+    batches.increment_completed()
+    if batches.is_last_batch or batches.current.completed >= loop.max_batches:
+        loop.epoch_progress.increment_processed()
+        loop.epoch_progress.increment_completed()
+        batches.reset_on_run()
+        loop.epoch_loop.scheduler_progress.reset_on_run()
+        loop.epoch_loop.automatic_optimization.optim_progress.reset_on_run()
+        loop.epoch_loop.val_loop.batch_progress.total.reset()
 
 
 class _Reader:

@@ -111,6 +111,23 @@ class BilevelModule(BilevelHooks):
 
         Example:
             ``with self.adapted([support]): logits = self.net(query_x)``
+
+        >>> from lightning_bilevel import SGD
+        >>> class Mean(BilevelModule):
+        ...     def __init__(self):
+        ...         super().__init__(inner_steps=1)
+        ...         self.theta = torch.nn.Parameter(torch.tensor(0.0))
+        ...     def inner_parameters(self): return [self.theta]
+        ...     def outer_parameters(self): return [self.theta]
+        ...     def inner_loss(self, x): return (self.theta - x).square().mean() / 2
+        ...     outer_loss = inner_loss
+        ...     def configure_inner_optimizer(self): return SGD(lr=1.0)
+        >>> module = Mean()
+        >>> with module.adapted([torch.tensor([1.0, 3.0])]):
+        ...     print(module.theta)
+        tensor(2.)
+        >>> module.theta.item()
+        0.0
         """
         steps = self.inner_steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -277,6 +294,14 @@ class BilevelModule(BilevelHooks):
         elif attachment is not None:
             self._memory.begin(attachment.functional, attachment.seed)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what the inner level carries, also for an evaluation and in ``load_from_checkpoint``.
+
+        An override has to call this one.
+        """
+        if (saved := checkpoint.get("lightning_bilevel")) is not None:
+            self._memory.load_state_dict(saved, self.device)
+
     def on_fit_start(self) -> None:
         """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""
         functional = self._attached().functional
@@ -425,7 +450,10 @@ def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
     if not isinstance(batches, Sequence) or not len(batches):
         got = "none" if isinstance(batches, Sequence) else type(batches).__name__
         raise value_error(
-            "Episode(inner=...)", "a list of at least one inner batch", got, "Write a single batch as `[batch]`."
+            "Episode(inner=...)",
+            "a list of at least one inner batch",
+            got,
+            "Write a single batch as `[batch]`, and `[None]` where the inner problem has no data.",
         )
     return batches
 

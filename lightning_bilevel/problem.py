@@ -49,7 +49,8 @@ class Episode(NamedTuple):
     A ``NamedTuple``, so that Lightning moves it to the device like any batch.
 
     Attributes:
-        inner: the inner batches in order; cycled when there are fewer than inner steps.
+        inner: the inner batches in order; cycled when there are fewer than inner steps. A batch may be anything, also
+            ``None`` where the inner problem has no data.
         outer: the batch for the outer loss.
 
     >>> Episode(inner=["support"], outer="query")
@@ -69,6 +70,10 @@ class InnerState:
         buffers: module buffers such as BatchNorm statistics, keyed by buffer name; never differentiated.
         slots: inner optimizer state; empty before the first step.
         steps: inner steps taken so far.
+
+    >>> state = InnerState({"w": torch.ones(1)}, slots={"momentum": {"w": torch.zeros(1)}}, steps=3)
+    >>> state.unflat({"w": torch.zeros(1), "momentum:w": torch.ones(1)})
+    InnerState(params={'w': tensor([0.])}, buffers={}, slots={'momentum': {'w': tensor([1.])}}, steps=3)
     """
 
     params: Params
@@ -136,6 +141,22 @@ class BilevelProblem:
         warm: whether θ and the optimizer's state continue from one outer step to the next.
         vectorizable: how many copies of θ one vectorized call should hold at most; 1 where loops are faster.
         count: episodes stacked in this problem.
+
+    That of a module is ``module.functional().problem``. One by hand, with gradient descent at the rate 0.5:
+
+    >>> problem = BilevelProblem(
+    ...     inner_loss=lambda theta, phi, batch, buffers: ((theta["w"] - phi["p"] * batch).square() / 2, buffers),
+    ...     outer_loss=lambda theta, phi, batch, buffers: (theta["w"] - batch).square() / 2,
+    ...     initial=lambda memory, phi: memory,
+    ...     init_slots=lambda theta, phi: {},
+    ...     update=lambda theta, grads, slots, phi, step: ({"w": theta["w"] - 0.5 * grads["w"]}, slots),
+    ...     inner_steps=1,
+    ... )
+    >>> phi = {"p": torch.tensor(2.0)}
+    >>> state = problem.start(InnerState({"w": torch.tensor(0.0)}), phi)
+    >>> state, loss = problem.step(state, phi, batch=torch.tensor(1.0))
+    >>> state.params, loss
+    ({'w': tensor(1.)}, tensor(2.))
     """
 
     inner_loss: InnerLoss

@@ -20,6 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.batch_norm import batch_norm, instance_norm
 
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+"""What runs both passes of ``torch.utils.checkpoint``; from PyTorch 2.14 on, one of another name does."""
+if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):
+    _GENERATOR += "_impl"
+
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
@@ -57,7 +62,7 @@ def recomputing_within(surroundings: Callable[[], Callable[[], AbstractContextMa
     Args:
         surroundings: called at the first pass; returns what makes its surroundings again.
     """
-    generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    generator = getattr(torch.utils.checkpoint, _GENERATOR)
 
     def within(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         again = surroundings()
@@ -69,10 +74,10 @@ def recomputing_within(surroundings: Callable[[], Callable[[], AbstractContextMa
         return generator(recompute, *args, **kwargs)
 
     try:
-        torch.utils.checkpoint._checkpoint_without_reentrant_generator = within
+        setattr(torch.utils.checkpoint, _GENERATOR, within)
         yield
     finally:
-        torch.utils.checkpoint._checkpoint_without_reentrant_generator = generator
+        setattr(torch.utils.checkpoint, _GENERATOR, generator)
 
 
 @contextmanager

@@ -242,6 +242,12 @@ class WrappedModule(BilevelModule):
         with self.current_hook():
             self.module.on_fit_start()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what the inner level carries, and what the module does."""
+        super().on_load_checkpoint(checkpoint)
+        with self.current_hook():
+            self.module.on_load_checkpoint(checkpoint)
+
     @contextmanager
     def current_hook(self) -> Iterator[None]:
         """Let the module's ``log`` know which hook the Trainer is in."""
@@ -325,7 +331,7 @@ def _delegated() -> list[str]:
         for name in dir(LightningModule)
         if name.startswith(("on_", "configure_")) and inspect.isfunction(getattr(LightningModule, name))
     ]
-    taken = {"on_fit_start", "configure_optimizers"}
+    taken = {"on_fit_start", "on_load_checkpoint", "configure_optimizers"}
     named = [*_STEPS, *_OPTIMIZATION, *_DATA, *_SETUP]
     return [name for name in dict.fromkeys([*prefixed, *named]) if name not in taken]
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, Adam, BilevelModule, ForwardGradient, ReverseUnroll, hypergradient
+from lightning_bilevel import SGD, Adam, BilevelModule, ForwardGradient, ReverseUnroll, bilevel, hypergradient
 from modules import (
     Cleaning,
     Maml,
@@ -138,7 +139,43 @@ def test_a_checkpoint_brings_the_momentum_along(tmp_path):
     fit.save_checkpoint(tmp_path / "end.ckpt")
     other = AdaptingCleaning()
     trainer(ReverseUnroll()).validate(other, listed([episode]), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    loaded = AdaptingCleaning.load_from_checkpoint(tmp_path / "end.ckpt")
+    with loaded.adapted(episode.inner):
+        assert identical(list(loaded.net.parameters()), module.seen[-1][0])
     assert identical(other.seen[-1][0], module.seen[-1][0])
+
+
+class Plain(LightningModule):
+    """Has a hook of its own for checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale, self.loaded = nn.Linear(3, 1), nn.Parameter(torch.ones(())), False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.scale * self.net(batch[0]) - batch[1]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded = True
+
+
+def test_a_checkpoint_brings_the_momentum_along_for_a_wrapped_module_without_a_strategy(tmp_path):
+    def wrapped() -> Any:
+        return bilevel(Plain(), inner="net", outer="scale", inner_optimizer=SGD(lr=0.1, momentum=0.9))
+
+    module, fit = wrapped(), trainer(ReverseUnroll())
+    fit.fit(module, loader(), listed([examples(0)]))
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    other = wrapped()
+    trainer().validate(other, listed([examples(0)]), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert other.module.loaded
+    assert identical(other.inner_state_dict(), module.inner_state_dict())
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(None, 2), (0, 0), (1, 1), (5, 5)])

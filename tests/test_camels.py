@@ -9,7 +9,6 @@ import importlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -42,6 +41,7 @@ from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.strategies.rounding import CoarsestDtype
 from modules import differing, parameters, trainer
 from problems import DIFFERENCE, assert_close, perturbed, seeded
+from processes import ran
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
 
@@ -446,23 +446,7 @@ def work(folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run this file as a script, which Lightning starts a second time."""
     folder = tmp_path_factory.mktemp("ranks")
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
-    path = os.pathsep.join([str(Path(camels.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, str(folder)],
-        env={**keep, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)  # a hang; the processes take some 10 seconds
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the process and the one that it started
-        output, _ = process.communicate()
-        pytest.fail(f"The processes hang.\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    ran(__file__, folder)
     return folder
 
 

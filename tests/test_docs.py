@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from doctest import DocTestFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -178,28 +179,32 @@ def public() -> dict[str, Any]:
     return dict(found.values())
 
 
-def documented() -> set[int]:
-    """Return the ids of what the reference documents, one directive each."""
+def documented() -> dict[str, Any]:
+    """Return what the reference documents, one directive each, by its full name."""
     directives = re.compile(r"^\.\. (?:(currentmodule|module)|auto(?:class|function|data)):: (\S+)$", re.M)
-    module, found = "", set()
+    module, found = "", {}
     for where, name in directives.findall((ROOT / "docs" / "api.md").read_text()):
         if where:
             module = name
             continue
         full = name if name.startswith("lightning_bilevel.") else f"{module}.{name}"
         owner, _, attribute = full.rpartition(".")
-        found.add(id(getattr(importlib.import_module(owner), attribute)))
+        found[full] = getattr(importlib.import_module(owner), attribute)
     return found
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    there = documented()
+    there = {id(value) for value in documented().values()}
     assert [name for name, value in public().items() if id(value) not in there] == []
 
 
-@pytest.mark.parametrize("name", public())
-def test_every_public_name_has_an_example(name: str) -> None:
-    assert ">>>" in (inspect.getdoc(public()[name]) or "")
+@pytest.mark.parametrize("name", sorted({**public(), **documented()}))
+def test_every_public_name_has_an_example_that_runs(name: str) -> None:
+    """In its own docstring, in a module whose doctests are collected."""
+    value = {**public(), **documented()}[name]
+    (found,) = DocTestFinder(recurse=False).find(value, name)
+    assert found.examples
+    assert value.__module__.startswith("lightning_bilevel.")
 
 
 @pytest.mark.parametrize(

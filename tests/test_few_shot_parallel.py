@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import pytest
 
 from lightning_bilevel import FirstOrder, ForwardGradient
 from lightning_bilevel.few_shot import TaskLoader
+from processes import ran
 from test_few_shot import Numbers, SaveAt, fit
 
-TIMEOUT = 240  # a hang; the processes take some 15 seconds
 STRATEGIES = {"ddp": FirstOrder, "ddp_directions": lambda: ForwardGradient(num_directions=2)}
 
 
@@ -38,23 +36,7 @@ def work(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    examples = Path(__file__).parents[1] / "examples"
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, str(folder)],
-        env={**keep, "PYTHONPATH": os.pathsep.join([str(examples), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the process and the one that it started
-        output, _ = process.communicate()
-        pytest.fail(f"The processes hang.\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    ran(__file__, folder)
     return folder
 
 

@@ -7,7 +7,6 @@ import multiprocessing
 import random
 import re
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -503,10 +502,6 @@ def assert_resumes(
     return whole, rest
 
 
-COUNTS = tuple(map(int, version("pytorch-lightning").split(".")[:2])) >= (2, 5)
-"""Whether Lightning counts batches right when it resumes in the middle of an epoch."""
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "resume.ckpt"
@@ -515,15 +510,12 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_resume_in_the_middle_of_an_epoch(path: Path, make: Callable[[], EpisodeLoader]) -> None:
     whole, rest = assert_resumes(path, make)
-    if COUNTS:
-        assert rest.places == whole.places[6:]
+    assert rest.places == whole.places[6:]
 
 
 @pytest.mark.parametrize("make", [make_plain, make_unsized], ids=["sized", "unsized"])
 @pytest.mark.parametrize("batches", range(1, 9))
 def test_resume_after_each_batch(path: Path, make: Callable[[], EpisodeLoader], batches: int) -> None:
-    if not COUNTS and make is make_unsized and batches % 4 == 0:
-        pytest.skip("Lightning 2.4 trains on an epoch of no batch")
     assert_resumes(path, make, batches)
 
 
@@ -533,8 +525,6 @@ def test_resume_after_each_batch(path: Path, make: Callable[[], EpisodeLoader], 
 def test_resume_at_the_end_of_an_epoch(
     path: Path, make: Callable[[], EpisodeLoader], until: dict[str, int], save: str
 ) -> None:
-    if not COUNTS and make is make_unsized and save == "on_train_batch_end" and "max_epochs" in until:
-        pytest.skip("Lightning 2.4 trains on an epoch of no batch")
     assert_resumes(path, make, 4, save, until, val=[torch.zeros(1)])
     if save != "on_validation_end":
         assert_resumes(path, make, 4, save, until)

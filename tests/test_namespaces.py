@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
+
+import processes
 
 # Not imported here: the other tests of this process are to have one namespace.
 pytestmark = pytest.mark.skipif(not find_spec("lightning"), reason="`lightning` is not installed")
@@ -19,7 +19,12 @@ pytestmark = pytest.mark.skipif(not find_spec("lightning"), reason="`lightning` 
 OLD, NEW = "pytorch_lightning", "lightning.pytorch"
 PARTS = {OLD: ["lightning_fabric", "pytorch_lightning"], NEW: ["lightning"]}
 MIXED = {"the library, then lightning": (OLD, NEW), "lightning, the library, pytorch_lightning": (NEW, OLD)}
-TIMEOUT = 240  # a hang; a process takes some 10 seconds
+REFUSES_CALLBACKS = Version(version("pytorch-lightning")) < Version("2.6")
+"""Whether a Trainer is not even made with callbacks of the other namespace, so that no code of ours runs."""
+CALLBACKS = {
+    "callback in the other's trainer": "ReverseUnroll",
+    "monitor in the other's trainer": "HypergradientMonitor",
+}
 
 every_mixture = pytest.mark.parametrize("case", MIXED)
 
@@ -30,19 +35,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def of(case: str) -> dict[str, Any]:
-        root = Path(__file__).parent
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
-        path = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, str(root / "namespace_worker.py"), case, str(tmp_path_factory.mktemp("case"))],
-            env={**keep, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        output = processes.ran("namespace_worker.py", case, tmp_path_factory.mktemp("case"))
+        return json.loads(output.splitlines()[-1])
 
     return of
 
@@ -99,8 +93,11 @@ def test_mixing_is_noticed_with_what_to_do(ran: Any, case: str) -> None:
     ("what", "message"),
     [
         ("the other's module wrapped", "Cannot use `bilevel` with `Net`, which is of `{other}`. This is because"),
-        ("callback in the other's trainer", "Cannot use `ReverseUnroll` in a `Trainer`, which is of `{other}`."),
-        ("monitor in the other's trainer", "Cannot use `HypergradientMonitor` in a `Trainer`, which is of `{other}`."),
+        *(
+            (what, f"Cannot use `{name}` in a `Trainer`, which is of `{{other}}`.")
+            for what, name in CALLBACKS.items()
+            if not REFUSES_CALLBACKS
+        ),
     ],
 )
 def test_what_reaches_us_is_refused(ran: Any, case: str, what: str, message: str) -> None:
@@ -112,12 +109,18 @@ def test_what_reaches_us_is_refused(ran: Any, case: str, what: str, message: str
     assert f"Import `{other}` before `lightning_bilevel`" in text
 
 
+NO_MODULE = ("TypeError", "`model` must be a `LightningModule`")
+NO_CALLBACK = ("ValueError", "Expected a parent")
+FIRST = NO_CALLBACK if REFUSES_CALLBACKS else NO_MODULE
+
+
 @every_mixture
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("module in the other's trainer", "TypeError", "`model` must be a `LightningModule`"),
-        ("wrapped in the other's trainer", "TypeError", "`model` must be a `LightningModule`"),
+        ("module in the other's trainer", *FIRST),
+        ("wrapped in the other's trainer", *FIRST),
+        *((what, *NO_CALLBACK) for what in CALLBACKS if REFUSES_CALLBACKS),
         ("the other's data module", "ValueError", "Expected a parent"),
         ("the other's ddp_directions", "ValueError", "You selected an invalid strategy name"),
         ("parallel strategy in the other's trainer", "ValueError", "You selected an invalid strategy name"),
@@ -131,5 +134,11 @@ def test_what_lightning_refuses(ran: Any, case: str, what: str, kind: str, messa
 
 
 @every_mixture
-def test_callbacks_of_the_other_namespace_that_only_watch_do_no_harm(ran: Any, case: str) -> None:
-    assert ran(case)["the other's callback"] is None
+def test_callbacks_of_the_other_namespace_that_only_watch_do_no_harm_or_are_refused(ran: Any, case: str) -> None:
+    found = ran(case)["the other's callback"]
+    if REFUSES_CALLBACKS:
+        own, other = MIXED[case]
+        assert found[0] == "TypeError"
+        assert found[1].startswith(f"You passed a `{other}` object (Timer) to a `{own}` Trainer.")
+    else:
+        assert found is None

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,33 +36,15 @@ from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.safe import Randomness
 from modules import identical, trainer
 from parallel_worker import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
+from processes import ran
 from registry import ROWS
-
-TIMEOUT = 240  # a hang; the processes take some 30 seconds
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Run all cases in one pair of processes; return what each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
-    process = subprocess.Popen(
-        [sys.executable, str(root / "parallel_worker.py"), str(folder)],
-        env={**keep, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the process and the one that it started
-        output, _ = process.communicate()
-        pytest.fail(f"The processes hang.\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    ran("parallel_worker.py", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

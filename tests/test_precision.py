@@ -65,7 +65,8 @@ class Cleaning(BilevelModule):
         return self.factor * (self.example_weights[index].sigmoid() * (self.net(x) - y).square().mean(1)).mean()
 
     def outer_loss(self, batch: Any) -> Tensor:
-        return self.factor * (F.mse_loss(self.net(batch[0]), batch[1]) + 0.001 * self.example_weights.square().sum())
+        error = (self.net(batch[0]) - batch[1]).square().mean()  # PyTorch 2.4 has no `mse_loss` in half precision
+        return self.factor * (error + 0.001 * self.example_weights.square().sum())
 
     def configure_inner_optimizer(self) -> Any:
         return SGD(lr=0.3 / self.factor)

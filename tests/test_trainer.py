@@ -6,6 +6,7 @@ import copy
 import csv
 import signal
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from packaging.version import Version
 from pytorch_lightning import LightningDataModule, Trainer, seed_everything
 from pytorch_lightning import callbacks as lightning_callbacks
 from pytorch_lightning.callbacks import (
@@ -39,11 +41,13 @@ from lightning_bilevel import (
     ForwardGradient,
     GammaGreedy,
     HypergradientMonitor,
+    ImplicitGradient,
     ReverseUnroll,
     TruncatedReverse,
     ZerothOrder,
     hypergradient,
 )
+from lightning_bilevel.linear_solvers import Dense
 from modules import (
     Calls,
     Cleaning,
@@ -60,6 +64,8 @@ from modules import (
     tasks,
     trainer,
 )
+
+LIGHTNING = Version(version("pytorch-lightning"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers
@@ -317,6 +323,8 @@ def test_learning_rate_monitor(tmp_path):
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_progress_bars_show_the_outer_loss(bar, capsys):
+    if bar is RichProgressBar and LIGHTNING < Version("2.5") and Version(version("rich")) >= Version("14.1"):
+        pytest.skip("needs a newer Lightning, or an older rich")
     trainer(ReverseUnroll(), bar(), enable_progress_bar=True).fit(Cleaning(), loader())
     assert "outer_loss" in "".join(capsys.readouterr())
 
@@ -808,6 +816,76 @@ def test_a_mapping_of_inner_and_outer_loaders():
     for module, source in zip(modules, ({"inner": inner, "outer": outer}, EpisodeLoader(inner, outer)), strict=True):
         trainer(ReverseUnroll()).fit(module, source)
     assert differing(*map(parameters, modules)) == []
+
+
+LISTS = {
+    "episodes": lambda: tasks(2),
+    "lists of episodes": lambda: [tasks(2), tasks(2)],
+    "one episode": lambda: tasks(1)[0],
+    "two levels": lambda: {"inner": tasks(1)[0].inner, "outer": listed([tasks(1)[0].outer])},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_that_lightning_takes_apart_are_refused(name):
+    """It would train on single rows of the batches, in silence."""
+    module = Maml()
+    before = parameters(module)
+    with pytest.raises(ValueError, match=r"^Expected `the training data` to be a .*loader.*Lightning takes a list for"):
+        trainer(ReverseUnroll()).fit(module, LISTS[name]())
+    assert differing(before, parameters(module)) == []
+
+
+def test_a_mapping_of_several_inner_loaders():
+    class Module(Maml):
+        def episodes(self, batch):
+            return [Episode(batch["inner"], batch["outer"])]
+
+    module = Module()
+    inner, outer = [listed([tasks(1)[0].outer] * 2) for _ in range(2)], listed([tasks(1)[0].outer] * 2)
+    fit = trainer(ReverseUnroll())
+    fit.fit(module, {"inner": inner, "outer": outer})
+    assert fit.global_step == 2
+
+
+class WithoutData(BilevelModule):
+    """Its inner minimum is where φ says, whatever the batch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(inner_steps=3, inner_start="reset", **options)
+        self.theta, self.phi = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def inner_parameters(self) -> Any:
+        return [self.theta]
+
+    def inner_loss(self, batch: None) -> Tensor:
+        assert batch is None
+        return (self.theta - self.phi).square().sum() / 2
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return (self.theta - batch[0].mean(0)).square().sum()
+
+    def configure_inner_optimizer(self) -> Any:
+        return SGD(lr=1.0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.outer_parameters(), lr=0.1)
+
+
+class WithoutDataSolved(WithoutData):
+    def solve_inner(self, batches: Any) -> Any:
+        assert batches == [None]
+        return {"theta": self.phi.clone()}
+
+
+@pytest.mark.parametrize("kind", [WithoutData, WithoutDataSolved])
+@pytest.mark.parametrize("strategy", [ReverseUnroll, lambda: ImplicitGradient(Dense())])
+def test_an_inner_problem_without_data(kind, strategy):
+    module, outer = kind(), [examples(1)[:2]] * 30
+    trainer(strategy()).fit(module, EpisodeLoader(inner=[None], outer=outer))
+    torch.testing.assert_close(module.phi.detach(), outer[0][0].mean(0), atol=0.01, rtol=0)
+    with module.adapted([None]):
+        torch.testing.assert_close(module.theta, module.phi)
 
 
 def test_a_list_of_episodes_of_unequal_shapes_or_with_other_things_in_them():

@@ -103,7 +103,8 @@ def tables() -> dict[str, str]:
         example = audit(nets["`cdist`"], episode, verbose=False)
     lines = [heads, ["---"] * len(heads), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return {"operations": f"{table}\n\nPyTorch {torch.__version__}, CPU.", "audit": f"```text\n{example}\n```"}
+    printed = f"```{{code-block}} text\n:class: terminal\n\n{example}\n```"
+    return {"operations": f"{table}\n\nPyTorch {torch.__version__}, CPU.", "audit": printed}
 
 
 def _answers(net: Net, episode: Episode) -> list[str]:

@@ -57,6 +57,13 @@ class Audit:
         notes: sentences that concern all strategies.
         vectorizes: whether the losses can be vectorized over episodes; ``None`` where that is not known.
         step_bytes: what autograd saves per inner step and episode for reverse mode; ``None`` where that is not known.
+
+    >>> rows = AuditRow("ReverseUnroll()", "yes"), AuditRow("PZOBO()", "refused", reason="Not here.")
+    >>> report = Audit("Net", rows, steps=2, inner_steps=2)
+    >>> report
+    <Audit of Net: 1 of 2 strategies work>
+    >>> report["PZOBO"].reason
+    'Not here.'
     """
 
     module: str

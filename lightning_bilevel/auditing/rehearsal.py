@@ -63,6 +63,10 @@ class AuditRow:
         cosine: with the exact hypergradient of the rehearsed steps; ``None`` for random directions.
         memory: its order in T, M = dim θ, N = dim φ.
         cost: of an outer step.
+
+    >>> row = AuditRow("PZOBO()", "no", reason="`cdist` has no double backward.", where="net.py:12")
+    >>> row.works
+    False
     """
 
     strategy: str
