@@ -17,6 +17,7 @@ import higher
 import torch
 import torch.nn.functional as F
 import torchopt
+from _peers import Upper
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -153,14 +154,6 @@ def with_boat(operation: str) -> Callable[[Case], Estimate]:
         return estimate
 
     return make
-
-
-class Upper(nn.Module):
-    """The logits as a module, as BOAT and Betty want it."""
-
-    def __init__(self, logits: nn.Parameter) -> None:
-        super().__init__()
-        self.logits = logits
 
 
 def boat_lower_loss(feed: dict[str, Tensor], upper: Any, lower: Any, params: Any = None) -> Tensor:

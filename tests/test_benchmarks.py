@@ -122,3 +122,15 @@ def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:
     assert {name for name, _ in rows} == SCRIPTS
     assert {name for name, said in rows if said == "yes"} == set(chosen)
     assert len(chosen) == len(set(chosen))
+
+
+@pytest.mark.parametrize("name", ["with_higher", "with_torchopt"])
+@pytest.mark.filterwarnings("ignore")  # the other libraries' own
+def test_programs_of_other_libraries_compute_one_hypergradient(name: str, benchmark: Any) -> None:
+    for library in ("higher", "torchopt"):
+        pytest.importorskip(library)
+    programs = benchmark("_cleaning_programs")
+    case = programs.Case(lambda: torch.nn.Linear(12, 10), (12,), examples=8, lr=0.1, steps=3)
+    expected, other = programs.by_hand(case)(), getattr(programs, name)(case)
+    for _ in range(2):  # each call begins at the same start
+        torch.testing.assert_close(other(), expected, rtol=1e-4, atol=1e-8)
