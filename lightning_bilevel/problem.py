@@ -254,8 +254,9 @@ class BilevelProblem:
         """
 
         def initial(memory: Params, phi: Params) -> Params:
-            members = vmap(lambda _, memory: self.initial(memory, phi))
-            return members(torch.empty(count), memory)  # where all is shared, the memory is empty
+            if not memory:  # all is shared
+                return tree.map(lambda value: value.expand(count, *value.shape), self.initial(memory, phi))
+            return vmap(self.initial, in_dims=(0, None))(memory, phi)
 
         def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
             of_each = lambda theta, batch, buffers: self.inner_loss(theta, phi, batch, buffers)  # noqa: E731

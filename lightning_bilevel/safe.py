@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.batch_norm import batch_norm, instance_norm
+from lightning_bilevel.linear import linear
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 """What runs both passes of ``torch.utils.checkpoint``; from PyTorch 2.14 on, one of another name does."""
@@ -28,7 +30,7 @@ if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
-    """Use kernels with a correct double backward.
+    """Use kernels with a correct double backward, and faster ones where there are.
 
     Args:
         module: decides whether cuDNN has to go (it does where there are RNNs).
@@ -36,7 +38,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     old_style = sys.modules["torch.nn.utils.weight_norm"]
     fused_weight_norm = torch._weight_norm
-    norms = torch.batch_norm, torch.instance_norm
+    norms, native_linear = (torch.batch_norm, torch.instance_norm), F.linear
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
@@ -45,11 +47,13 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(False)
             torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
             torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
+            F.linear = linear
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
             torch.batch_norm, torch.instance_norm = norms
+            F.linear = native_linear
 
 
 @contextmanager

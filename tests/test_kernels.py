@@ -330,6 +330,7 @@ def kernels() -> dict[str, Any]:
         "weight norm": torch._weight_norm,
         "batch norm": torch.batch_norm,
         "instance norm": torch.instance_norm,
+        "linear": torch.nn.functional.linear,
     }
 
 
