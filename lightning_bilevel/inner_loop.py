@@ -39,6 +39,14 @@ class Segment:
     batches: Sequence[Batch]
 
 
+class Graph(NamedTuple):
+    """A segment with its graph: the leaves it starts from, those of φ, and its end."""
+
+    begin: Params
+    outer: Params
+    end: InnerState
+
+
 def run(
     problem: BilevelProblem,
     state: InnerState,
@@ -114,25 +122,27 @@ def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0)
 
 
 def record(
-    problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequence[Batch], every: int
-) -> tuple[Run, list[Segment]]:
-    """Run without a graph and keep what is needed to run each ``every`` steps again.
+    problem: BilevelProblem, state: InnerState, phi: Params, stretches: Sequence[Sequence[Batch]]
+) -> tuple[Run, list[Segment | Graph]]:
+    """Run without a graph and keep what is needed to run each stretch again; the last of them with its graph.
 
-    Memory: one inner state per segment.
+    Memory: one inner state per stretch, and the graph of the last one.
     """
     device = next(iter(state.params.values())).device
-    segments: list[Segment] = []
+    segments: list[Segment | Graph] = []
     losses: list[Tensor] = []
-    for first in range(0, len(batches), every):
-        segments.append(Segment(state, Randomness(device), batches[first : first + every]))
-        for batch in segments[-1].batches:
+    for batches in stretches[:-1]:
+        segments.append(Segment(state, Randomness(device), batches))
+        for batch in batches:
             state, loss = problem.step(state, phi, batch)
             note(losses, loss)
-    return Run(state, last_loss(problem, losses)), segments
+    graph = _with_graph(problem, Segment(state, Randomness(device), stretches[-1]), phi, losses)
+    segments.append(graph)
+    return Run(graph.end.detach(), last_loss(problem, losses)), segments
 
 
 def pull_back(
-    problem: BilevelProblem, segments: list[Segment], phi: Params, cotangent: Params
+    problem: BilevelProblem, segments: list[Segment | Graph], phi: Params, cotangent: Params
 ) -> tuple[Params, Params]:
     """Run recorded segments backward: c ← c + d B_t, d ← d A_t, one segment of graph at a time.
 
@@ -147,16 +157,29 @@ def pull_back(
     """
     total = tree.zeros_like(phi)
     while segments:
-        segment = segments.pop()
-        segment.randomness.restore()
-        begin, outer = tree.leaves(segment.state.flat()), tree.leaves(phi)
-        state = segment.state.unflat(begin)
-        for batch in segment.batches:
-            state, _ = problem.step(state, outer, batch, create_graph=True)
-        products = vector_jacobian(state.flat(), {**begin, **_prefixed(outer)}, cotangent)
-        cotangent = {name: products[name] for name in begin}
-        total = {name: value + products[_PREFIX + name] for name, value in total.items()}
+        through, cotangent = _back_through(problem, segments.pop(), phi, cotangent)
+        total = tree.add(total, through)
     return total, cotangent
+
+
+def _with_graph(problem: BilevelProblem, segment: Segment, phi: Params, losses: list[Tensor]) -> Graph:
+    begin, outer = tree.leaves(segment.state.flat()), tree.leaves(phi)
+    state = segment.state.unflat(begin)
+    for batch in segment.batches:
+        state, loss = problem.step(state, outer, batch, create_graph=True)
+        note(losses, loss)
+    return Graph(begin, outer, state)
+
+
+def _back_through(
+    problem: BilevelProblem, segment: Segment | Graph, phi: Params, cotangent: Params
+) -> tuple[Params, Params]:
+    """Return what φ and the start of one segment get; no part of its graph outlives the call."""
+    if isinstance(segment, Segment):
+        segment.randomness.restore()
+        segment = _with_graph(problem, segment, phi, [])
+    products = vector_jacobian(segment.end.flat(), {**segment.begin, **_prefixed(segment.outer)}, cotangent)
+    return {name: products[_PREFIX + name] for name in phi}, {name: products[name] for name in segment.begin}
 
 
 def vector_jacobian(outputs: Params, inputs: Params, cotangent: Params) -> Params:

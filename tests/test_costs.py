@@ -70,12 +70,13 @@ def expected(inner: int, outer: int, gradients: int = 0, graphs: int = 0, produc
     return {name: n for name, n in zip(names, (inner, outer, gradients, graphs, products), strict=True) if n}
 
 
-K = ceil(sqrt(T))
+S = ceil(sqrt(3 * T))  # stretches, the last of one step
 COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
     # T steps with a graph each; the backward pass is the gradient of the outer loss.
     "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T)),
-    # T steps without, T again with; d = ∂f/∂θ, one product for each stretch.
-    "reverse, sqrt": (ReverseUnroll("sqrt"), expected(2 * T, 1, gradients=T + 1, graphs=T, products=ceil(T / K))),
+    # All but the last stretch twice, without and with a graph; d = ∂f/∂θ, one product for each stretch.
+    "reverse, sqrt": (ReverseUnroll("sqrt"), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=S)),
+    "reverse, 3": (ReverseUnroll(3), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=3)),
     "truncated": (TruncatedReverse(3), expected(T, 1, gradients=T - 3 + 1, graphs=3)),
     # One graph a step for all directions of a chunk, and T products for each direction.
     "forward": (ForwardUnroll(), expected(T, 1, gradients=1, graphs=T, products=T * N)),

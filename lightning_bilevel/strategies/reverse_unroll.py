@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from lightning_bilevel import tree
@@ -10,7 +11,7 @@ from lightning_bilevel.autodiff import outer_gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_loop import pull_back, record, run, vector_jacobian
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -24,9 +25,8 @@ class ReverseUnroll(HypergradientStrategy):
     Exact, for every inner optimizer, shared parameters and learned hyperparameters, and the cheapest exact
     strategy. Also known as RGU, RMD, BP and ITD.
 
-    Memory: the activations of T inner steps; with ``checkpoint=k``, T/k inner states and the activations of
-    k steps. Cost: T steps and T second-order backward steps, about 2–3 plain inner runs; with ``checkpoint`` one
-    inner run more.
+    Memory: the graphs of T inner steps; with ``checkpoint=k``, T/k inner states and the graphs of k steps. Cost: T
+    steps and T second-order backward steps, about 2–3 plain inner runs; with ``checkpoint`` T - k steps more.
 
     Not for long inner runs without ``checkpoint``, nor for black-box solvers.
 
@@ -34,7 +34,8 @@ class ReverseUnroll(HypergradientStrategy):
 
     Args:
         checkpoint: ``None`` keeps the whole graph; a positive integer k keeps the inner state every k steps and
-            recomputes; ``"sqrt"`` is k = ⌈√T⌉, where memory is least.
+            recomputes; ``"sqrt"`` keeps ⌈√(3T)⌉ of them, where memory is about least: the graph of a step holds
+            several times what the state does.
 
     Raises:
         ValueError: ``checkpoint`` is none of these.
@@ -62,11 +63,9 @@ class ReverseUnroll(HypergradientStrategy):
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
         if self.checkpoint is None or problem.solver is not None:
             return unrolled(problem, memory, phi, episode)
-        batches = problem.batches(episode)
-        every = math.ceil(math.sqrt(len(batches))) if self.checkpoint == "sqrt" else self.checkpoint
-        outer = tree.leaves(phi)
+        outer, stretches = tree.leaves(phi), _stretches(problem.batches(episode), self.checkpoint)
         start = problem.start(memory, outer)
-        (final, metrics), segments = record(problem, start.detach(), phi, batches, every)
+        (final, metrics), segments = record(problem, start.detach(), phi, stretches)
         value, d, c = outer_gradients(problem, final, phi, episode)
         with Randomness(value.device).preserved():
             through_steps, d_0 = pull_back(problem, segments, phi, {**tree.zeros_like(final.flat()), **d})
@@ -81,3 +80,18 @@ def unrolled(problem: BilevelProblem, memory: InnerState, phi: Params, episode: 
     final, metrics = run(problem, problem.start(memory, outer), outer, problem.batches(episode), create_graph=True)
     value = problem.outer_loss(final.params, outer, episode.outer, final.buffers)
     return Hypergradient(value.detach(), tree.grad(value, outer), final.detach(), metrics)
+
+
+def _stretches(batches: list[Batch], checkpoint: int | Literal["sqrt"]) -> list[list[Batch]]:
+    """Cut a run where its states are kept, shorter stretches last: while they run backward, most states are held.
+
+    >>> [len(stretch) for stretch in _stretches([None] * 20, "sqrt")]
+    [3, 3, 3, 3, 2, 2, 2, 2]
+    """
+    if checkpoint == "sqrt":
+        count = max(1, math.ceil(math.sqrt(3 * len(batches))))
+        least, longer = divmod(len(batches), count)
+        ends = list(accumulate([least + 1] * longer + [least] * (count - longer)))
+    else:
+        ends = [*range(checkpoint, len(batches), checkpoint), len(batches)]
+    return [batches[first:end] for first, end in pairwise([0, *ends])]
