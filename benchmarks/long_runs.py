@@ -1,7 +1,7 @@
 """Do long inner runs cost what the arithmetic says?
 
-Recomputation: `ReverseUnroll("sqrt")` runs nearly all inner steps once more, without a graph. So it should take 1 + F / R
-times as long as `ReverseUnroll()`, which takes R, where F is `FirstOrder()`: the inner run and one gradient; and its
+Recomputation: `ReverseUnroll("sqrt")` runs nearly all inner steps once more, without a graph. So it should take 1 + F /
+R times as long as `ReverseUnroll()`, which takes R, where F is `FirstOrder()`: the inner run and one gradient; and its
 memory should grow as the root of T. Measured at T = 1024 (time), and from T = 64 to 1024 (memory), on a perceptron
 784-256-10 with batches of 100.
 
