@@ -5,7 +5,8 @@ to start from, the inner nets and the batches; its accuracies, losses and images
 other runs stay. `two-phase` spends half of its seconds on the first phase, for which `truncated` has to have run.
 
     python benchmarks/data_condensation.py --case digits
-    python benchmarks/data_condensation.py --case mnist mnist-10 mnist-50 --data-dir FOLDER
+    python benchmarks/data_condensation.py --case mnist mnist-28 mnist-10 mnist-50 --data-dir FOLDER
+    python benchmarks/data_condensation.py --case mnist-10 --strategy forward --least-steps 5 --data-dir FOLDER
     python benchmarks/data_condensation.py --draw
 """
 
@@ -43,11 +44,16 @@ class Case(NamedTuple):
     steps: tuple[int, ...]
 
 
+PAPER = ("reverse", "truncated", "hessian-free", "neumann", "forward")
+"""The strategies of (FG)2U, table 1."""
+
 CASES = {
     "digits": Case((), ALL, 35, (5, 10, 20)),
+    "digits-300": Case(("--steps", "300"), PAPER, 3600, (50, 100, 200)),
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
-    "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated"), 40, ()),
-    "mnist-50": Case(("--pixels", "14", "--per-class", "50"), ("checkpointed",), 40, ()),
+    "mnist-28": Case((), PAPER, 160, (5,)),
+    "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),
+    "mnist-50": Case(("--pixels", "14", "--per-class", "50"), ("checkpointed", "truncated", "forward"), 40, (3,)),
 }
 
 
@@ -84,7 +90,7 @@ def run_case(name: str, seed: int, args: argparse.Namespace) -> None:
     if "baselines" not in saved().get(name, {}).get(str(seed), {}):
         start = example.real_images(data, chosen.per_class, seed)
         found = {"start": example.test(data, start, chosen), "real images": example.test_real(data, chosen)}
-        if name in ("digits", "mnist"):
+        if chosen.per_class == 1:
             found["whole training set"] = example.test_whole(data, chosen)
         keep(name, seed, "baselines", found, {})
 
@@ -94,7 +100,7 @@ def prepared(name: str, seed: int, args: argparse.Namespace) -> tuple[argparse.N
     case = CASES[name]
     options = ["--quiet", *case.options, "--seconds", str(case.seconds), "--seed", str(seed)]
     options += ["--least-steps", str(args.least_steps)]
-    if name != "digits":
+    if name.startswith("mnist"):
         options += ["--data-dir", str(args.data_dir)]
     chosen = example.parse(options)
     return chosen, example.load(chosen.data_dir, chosen.pixels, seed)
