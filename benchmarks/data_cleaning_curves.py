@@ -184,11 +184,8 @@ class Watch(pl.Callback):
         return self.look(step, seconds, logits) or not self.marks
 
 
-def fit(
-    module: BilevelModule, strategy: HypergradientStrategy, episodes: Episodes, marks: Sequence[float], look: Look
-) -> None:
-    """Train until the last of ``marks`` or until ``look`` has seen enough."""
-    watch = Watch(Clock(), marks, look)
+def fit(module: BilevelModule, strategy: HypergradientStrategy, episodes: Episodes, watch: Watch) -> None:
+    """Train until ``watch`` has seen enough."""
     with report.screen():
         warnings.filterwarnings("ignore", "`ConjugateGradient")  # a net's Hessian is not positive definite: known
         trainer = pl.Trainer(
@@ -277,7 +274,7 @@ def curve(method: Method, data: CleaningData, seed: int, budget: float) -> dict[
         return False
 
     episodes = Episodes(data, method.inner_steps + method.spare, BATCH_SIZE, seed)
-    fit(module, method.strategy(), episodes, marks(budget), look)
+    fit(module, method.strategy(), episodes, Watch(Clock(), marks(budget), look))
     steps, seconds, losses = zip(*rows, strict=True)
     auroc = binary_auroc(-module.logits.detach(), data.is_wrong.long()).item()
     return {"steps": steps, "seconds": seconds, "losses": losses, "auroc": auroc}

@@ -155,7 +155,8 @@ def test_another_library_takes_our_steps(name: str, quality: Any) -> None:
         stop.passed = step
         return step >= taken
 
-    quality.fit(module, problem.strategies["reverse"].strategy(), episodes, [1e-9 * 2**k for k in range(99)], look)
+    watch = quality.Watch(quality.Clock(), [1e-9 * 2**k for k in range(99)], look)
+    quality.fit(module, problem.strategies["reverse"].strategy(), episodes, watch)
     loop = quality.PEERS[name].make(quality.task(problem, partial(torch.optim.Adam, lr=problem.options["outer_lr"])))
     for _, episode in zip(range(stop.passed), episodes, strict=False):
         loop.step(episode)
@@ -165,6 +166,18 @@ def test_another_library_takes_our_steps(name: str, quality: Any) -> None:
     ours = torch.cat([value.detach().flatten() for value in module.net.parameters()])
     theirs = torch.cat([value.detach().flatten() for value in loop.net.parameters()])
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_looks_by_steps_are_a_tenth_apart_and_end_with_the_seconds(quality: Any) -> None:
+    steps: list[int] = []
+    watch = quality.StepWatch(10.0, lambda step, seconds, logits: steps.append(step))
+    watch.clock = SimpleNamespace(seconds=0.0)
+    assert not any(watch.passed(step, torch.zeros(1)) for step in range(1, 61))
+    assert steps[:3] == [quality.FIRST_LOOK, 6, 7]
+    assert steps[-3:] == [46, 51, 56]
+    watch.clock.seconds = 10.0
+    assert watch.passed(57, torch.zeros(1))
+    assert steps[-1] == 57
 
 
 @pytest.mark.filterwarnings("ignore")
