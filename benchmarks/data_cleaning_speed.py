@@ -16,40 +16,37 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
-import torchopt
-from _cleaning_programs import (
-    TERMS,
+from _measure import cpu_seconds
+from _peers import (
+    SAME,
     Batch,
-    Case,
-    Estimate,
+    Loop,
+    Solver,
+    Task,
     by_hand,
     conjugate_gradient,
     implicit_by_hand,
-    inner_loss,
     neumann,
     outer_loss,
+    versions,
     with_betty,
     with_boat,
     with_higher,
     with_torchopt,
     with_torchopt_implicit,
 )
-from _results import RESULTS, plot_path, save
+from _results import earlier, plot_path, save
 from _tensor_memory import tensor_peak
 from maml_speed import Stopwatch
 from torch import Tensor, nn
@@ -66,14 +63,59 @@ from lightning_bilevel import (
     ReverseUnroll,
     hypergradient,
 )
-from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
+from lightning_bilevel.linear_solvers import Identity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import report  # noqa: E402
 from few_shot.nets import cnn  # noqa: E402
 
+OURS = "lightning_bilevel"
 ROUNDING, DIFFERENCES = 1e-3, 2e-2
 """Relative differences that count as the same: of float32, and of a derivative by finite differences."""
+TERMS, DECAY = 10, 0.2
+"""Terms of the Neumann series and iterations of CG; the L2 penalty that keeps the inner Hessian positive definite."""
+
+
+class Case(NamedTuple):
+    """A problem.
+
+    Attributes:
+        net: makes the net.
+        shape: of an example.
+        examples: N; all of them are in every inner batch.
+        lr: the inner learning rate.
+        adam: Adam as the inner optimizer, else gradient descent.
+        steps: T.
+    """
+
+    net: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    examples: int
+    lr: float
+    adam: bool = False
+    steps: int = 20
+
+    def task(self) -> Task:
+        torch.manual_seed(0)
+        return Task(
+            self.net(),
+            self.examples,
+            self.steps,
+            self.lr,
+            partial(torch.optim.SGD, lr=1.0),
+            self.adam,
+            DECAY,
+            Solver(TERMS, step_size=self.lr, iterations=TERMS, damping=0.0),
+        )
+
+    def episode(self) -> Episode:
+        train, test = (self.batch(seed) for seed in (0, 1))
+        return Episode([train], test)
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.examples, *self.shape, generator=generator)
+        return x, x.flatten(1)[:, :10].argmax(1), torch.arange(self.examples)
 
 
 def mlp() -> nn.Module:
@@ -90,39 +132,97 @@ CASES = {
 
 
 class Cleaning(BilevelModule):
-    def __init__(self, case: Case) -> None:
-        super().__init__(case.steps, "reset")
-        self.net, self.example_logits = case.start()
-        self.case = case
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.inner_steps, "reset")
+        self.net, self.example_logits = task.start()
+        self.task = task
 
     def inner_parameters(self) -> nn.Module:
         return self.net
 
     def inner_loss(self, batch: Batch) -> Tensor:
-        return inner_loss(self.net, list(self.net.parameters()), self.example_logits, batch)
+        return self.task.inner_loss(self.net, self.net.parameters(), self.example_logits, batch)
 
     def outer_loss(self, batch: Batch) -> Tensor:
         return outer_loss(self.net, batch)
 
     def configure_inner_optimizer(self) -> SGD | Adam:
-        return Adam(lr=self.case.lr) if self.case.adam else SGD(lr=self.case.lr)
+        return (Adam if self.task.adam else SGD)(lr=self.task.inner_lr)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([self.example_logits], lr=0.0)  # all steps of a run compute the same
+        return self.task.outer_optimizer([self.example_logits])
 
 
-def ours(strategy: HypergradientStrategy) -> Callable[[Case], Estimate]:
-    def make(case: Case) -> Estimate:
-        module, episode = Cleaning(case), Episode([case.batch(0)], case.batch(1))
-        return lambda: hypergradient(module, strategy, episode).grads["example_logits"]
+@dataclass(frozen=True)
+class Contender:
+    """A library's way to one method: a strategy of this one, or what makes the loop of another."""
 
-    return make
+    method: str
+    library: str
+    way: HypergradientStrategy | Callable[[Task], Loop]
+    tolerance: float = ROUNDING
+
+    def first(self, case: Case) -> tuple[Tensor, float]:
+        """Return the hypergradient at the start, and the MiB that it takes."""
+        task, episode = case.task(), case.episode()
+        if isinstance(self.way, HypergradientStrategy):
+            module, strategy = Cleaning(task), self.way
+            return tensor_peak(lambda: hypergradient(module, strategy, episode).grads["example_logits"])
+        loop = self.way(task)
+        return tensor_peak(lambda: loop.hypergradient(episode))
+
+    def seconds(self, case: Case, repeats: int) -> float:
+        """Return the least CPU seconds of an outer step."""
+        if isinstance(self.way, HypergradientStrategy):
+            return time_ours(self.way, case, repeats)
+        return time_peer(self.way, case, repeats)
+
+
+def contenders(case: Case, name: str) -> list[Contender]:
+    """Return the contenders of a case that are installed; the first of each method is ours, and their reference."""
+    installed = versions()
+    every = implicit(case) if name == "implicit" else unrolled(case, name)
+    return [contender for contender in every if installed.get(contender.library, "") is not None]
+
+
+def implicit(case: Case) -> list[Contender]:
+    task = case.task()
+    return [
+        Contender("Neumann", OURS, SAME["Neumann"](task)),
+        Contender("Neumann", "by hand", implicit_by_hand(neumann)),
+        Contender("Neumann", "TorchOpt", with_torchopt_implicit("Neumann")),
+        Contender("Neumann", "BOAT", with_boat("NS")),
+        Contender("Neumann", "Betty", with_betty("neumann")),
+        Contender("CG", OURS, SAME["CG"](task)),
+        Contender("CG", "by hand", implicit_by_hand(conjugate_gradient)),
+        Contender("CG", "TorchOpt", with_torchopt_implicit("CG")),
+        Contender("CG", "BOAT", with_boat("CG")),
+        Contender("CG", "Betty", with_betty("cg")),
+        Contender("identity", OURS, ImplicitGradient(Identity())),
+        Contender("identity", "BOAT", with_boat("FD"), tolerance=DIFFERENCES),
+        Contender("identity", "Betty", with_betty("darts"), tolerance=DIFFERENCES),
+    ]
+
+
+def unrolled(case: Case, name: str) -> Iterator[Contender]:
+    yield Contender("reverse", OURS, ReverseUnroll())
+    yield Contender("reverse, checkpoints", OURS, ReverseUnroll(checkpoint="sqrt"))
+    if not case.adam:
+        yield Contender("reverse", "by hand", by_hand)
+    yield Contender("reverse", "higher", with_higher)
+    yield Contender("reverse", "TorchOpt", with_torchopt)
+    yield Contender("reverse", "BOAT", with_boat("RAD"))
+    if name == "mlp":
+        yield Contender("reverse", "Betty", with_betty("darts", unrolled=True))
+    if name in ("mlp", "long"):
+        yield Contender("forward gradient, 1", OURS, ForwardGradient(1))
+    if name == "mlp":
+        yield Contender("forward gradient, 4", OURS, ForwardGradient(4))
 
 
 def time_ours(strategy: HypergradientStrategy, case: Case, repeats: int) -> float:
     """Return the least seconds of a training step; the first one also checks the module, and is left out."""
     stopwatch = Stopwatch()
-    episodes = [Episode([case.batch(0)], case.batch(1))] * (repeats + 1)
     trainer = pl.Trainer(
         max_steps=repeats + 1,
         callbacks=[strategy, stopwatch],
@@ -133,74 +233,13 @@ def time_ours(strategy: HypergradientStrategy, case: Case, repeats: int) -> floa
         enable_model_summary=False,
     )
     with report.screen():
-        trainer.fit(Cleaning(case), DataLoader(episodes, batch_size=None))
+        trainer.fit(Cleaning(case.task()), DataLoader([case.episode()] * (repeats + 1), batch_size=None))
     return min(stopwatch.seconds[1:])
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A library's way to one method; ``strategy`` where the library is this one."""
-
-    method: str
-    library: str
-    make: Callable[[Case], Estimate]
-    strategy: HypergradientStrategy | None = None
-    tolerance: float = ROUNDING
-
-
-def contenders(case: Case, name: str) -> Iterator[Contender]:
-    """Yield the contenders of a case; the first of each method is ours, and the reference of the others."""
-
-    def of_ours(method: str, strategy: HypergradientStrategy) -> Contender:
-        return Contender(method, "lightning_bilevel", ours(strategy), strategy)
-
-    betty, boat = find_spec("betty") is not None, find_spec("boat_torch") is not None
-    if name == "implicit":
-        yield of_ours("Neumann", ImplicitGradient(Neumann(TERMS, step_size=case.lr)))
-        yield Contender("Neumann", "by hand", implicit_by_hand(neumann))
-        series = torchopt.linear_solve.solve_inv(ns=True, maxiter=TERMS - 1, alpha=case.lr)
-        yield Contender("Neumann", "TorchOpt", with_torchopt_implicit(series))
-        if boat:
-            yield Contender("Neumann", "BOAT", with_boat("NS"))
-        if betty:
-            yield Contender("Neumann", "Betty", with_betty("neumann"))
-        yield of_ours("CG", ImplicitGradient(ConjugateGradient(TERMS, tol=1e-12)))
-        yield Contender("CG", "by hand", implicit_by_hand(conjugate_gradient))
-        cg = torchopt.linear_solve.solve_cg(maxiter=TERMS, rtol=0.0)
-        yield Contender("CG", "TorchOpt", with_torchopt_implicit(cg))
-        if boat:
-            yield Contender("CG", "BOAT", with_boat("CG"))
-        if betty:
-            yield Contender("CG", "Betty", with_betty("cg"))
-        yield of_ours("identity", ImplicitGradient(Identity()))
-        if boat:
-            yield Contender("identity", "BOAT", with_boat("FD"), tolerance=DIFFERENCES)
-        if betty:
-            yield Contender("identity", "Betty", with_betty("darts"), tolerance=DIFFERENCES)
-        return
-    yield of_ours("reverse", ReverseUnroll())
-    yield of_ours("reverse, checkpoints", ReverseUnroll(checkpoint="sqrt"))
-    if not case.adam:
-        yield Contender("reverse", "by hand", by_hand)
-    yield Contender("reverse", "higher", with_higher)
-    yield Contender("reverse", "TorchOpt", with_torchopt)
-    if boat:
-        yield Contender("reverse", "BOAT", with_boat("RAD"))
-    if betty and name == "mlp":
-        yield Contender("reverse", "Betty", with_betty("darts", unrolled=True))
-    if name in ("mlp", "long"):
-        yield of_ours("forward gradient, 1", ForwardGradient(1))
-    if name == "mlp":
-        yield of_ours("forward gradient, 4", ForwardGradient(4))
-
-
-def time_peer(make: Callable[[Case], Estimate], case: Case, repeats: int) -> float:
-    estimate, seconds = make(case), []
-    for _ in range(repeats + 1):
-        began = time.process_time()
-        estimate()
-        seconds.append(time.process_time() - began)
-    return min(seconds[1:])
+def time_peer(make: Callable[[Task], Loop], case: Case, repeats: int) -> float:
+    loop, episode = make(case.task()), case.episode()
+    return min([cpu_seconds(lambda: loop.step(episode)) for _ in range(repeats + 1)][1:])
 
 
 def compare(all_of_them: Sequence[Contender], case: Case) -> list[dict[str, Any]]:
@@ -210,7 +249,7 @@ def compare(all_of_them: Sequence[Contender], case: Case) -> list[dict[str, Any]
     for contender in all_of_them:
         row: dict[str, Any] = {"method": contender.method, "library": contender.library}
         try:
-            grad, mib = tensor_peak(contender.make(case))
+            grad, mib = contender.first(case)
         except Exception as error:
             row["fails"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
@@ -228,16 +267,13 @@ def compare(all_of_them: Sequence[Contender], case: Case) -> list[dict[str, Any]
 def measure(name: str, rounds: int, repeats: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of a case after each round of turns: a run that is cut off keeps what it has."""
     case = CASES[name]
-    all_of_them = list(contenders(case, name))
+    all_of_them = contenders(case, name)
     rows = compare(all_of_them, case)
     running = [pair for pair in zip(all_of_them, rows, strict=True) if pair[1].get("same")]
     for _ in range(rounds):
         for contender, row in running:
             gc.collect()  # or one contender pays for what another has left behind
-            if contender.strategy is not None:
-                seconds = time_ours(contender.strategy, case, repeats)
-            else:
-                seconds = time_peer(contender.make, case, repeats)
+            seconds = contender.seconds(case, repeats)
             row["cpu seconds"] = min(seconds, row.get("cpu seconds", seconds))
         running.append(running.pop(0))  # whoever comes first finds the caches as nobody else does
         yield rows
@@ -249,31 +285,16 @@ def of_the_best_other(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, flo
     found = {}
     for row in measured:
         others = [r for r in measured if r["library"] != row["library"] and r["method"] == row["method"].split(",")[0]]
-        if row["library"] == "lightning_bilevel" and others:
+        if row["library"] == OURS and others:
             keys = ("cpu seconds", "MiB")
             found[row["method"]] = {key: row[key] / min(other[key] for other in others) for key in keys}
-    return found
-
-
-def peers() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name, package in {
-        "higher": "higher",
-        "TorchOpt": "torchopt",
-        "BOAT": "boat-torch",
-        "Betty": "betty-ml",
-    }.items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = None
     return found
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> None:
     """Draw the reverse mode of the net 784-256-10: time, and memory."""
     shown = [row for row in rows if row["method"].startswith("reverse") and "cpu seconds" in row]
-    shown.sort(key=lambda row: row["library"] != "lightning_bilevel")
+    shown.sort(key=lambda row: row["library"] != OURS)
     names = [row["library"] + (",\ncheckpoints" if "check" in row["method"] else "") for row in shown][::-1]
     colors = [report.BLUE if name.startswith("lightning") else report.GREY for name in names]
     with plt.rc_context(report.STYLE):
@@ -300,15 +321,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=2, help="estimates in a turn, after one more (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    path = RESULTS / "data_cleaning_speed.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = earlier("data_cleaning_speed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the others' deprecated calls, and that 10 iterations of CG do not converge
         for name in args.cases:
-            for rows in measure(name, args.rounds, args.repeats):
-                results[name] = {"rows": rows, "of the best other": of_the_best_other(rows)}
-                settings = {"rounds": args.rounds, "repeats": args.repeats, "K": TERMS, "peers": peers()}
-                save("data_cleaning_speed", settings, results)
+            for turn, rows in enumerate(measure(name, args.rounds, args.repeats), start=1):
+                results[name] = {"rounds": turn, "rows": rows, "of the best other": of_the_best_other(rows)}
+                save("data_cleaning_speed", {"repeats": args.repeats, "K": TERMS, "peers": versions()}, results)
             for row in rows:
                 print(" ".join(f"{key}: {value}" for key, value in row.items()))
             print(name, results[name]["of the best other"], flush=True)

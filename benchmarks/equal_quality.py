@@ -29,14 +29,13 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import pytorch_lightning as pl
 import torch
-from _peers import PEERS, SAME, Loop, Task
+from _peers import PEERS, SAME, Loop, Task, versions
 from _results import RESULTS, plot_path, save
 from data_cleaning_curves import (
     BATCH_SIZE,
@@ -74,7 +73,6 @@ import report  # noqa: E402
 from data_cleaning import SETTINGS, CleaningData, DataCleaning, Setting, accuracy_of_retrained  # noqa: E402
 
 NAME = "equal_quality"
-PACKAGES = {"higher": "higher", "TorchOpt": "torchopt", "Betty": "betty-ml", "BOAT": "boat-torch"}
 INNER_STEPS, FIRST_LOOK, FACTOR = 10, 5, 1.1
 HOPELESS = 0.94
 """AUROC of the weights below which no net is trained, which takes a second: none was near 93% with so bad ones."""
@@ -232,14 +230,13 @@ def difference(problem: Problem, name: str, seed: int = 0) -> float:
     peer = PEERS[name]
     assert peer.same_as is not None
     episode: Episode = next(iter(Episodes(problem.data, INNER_STEPS, problem.batch_size, seed)))
-    loop = peer.make(task(problem, partial(torch.optim.SGD, lr=1.0)))
-    loop.step(episode)
-    strategy = SAME[peer.same_as](problem.options["inner_lr"])
+    given = task(problem, partial(torch.optim.SGD, lr=1.0))
+    theirs = peer.make(given).hypergradient(episode)
     if name == "BOAT, Neumann":  # draws one batch more for its Hessian, and the first one follows the last
         episode = Episode([*episode.inner, episode.inner[0]], episode.outer)
     module: BilevelModule = problem.module(**problem.options)
-    ours = hypergradient(module, strategy, episode).grads["logits"]
-    return float((ours + loop.logits.detach()).norm() / ours.norm())
+    ours = hypergradient(module, SAME[peer.same_as](given), episode).grads["logits"]
+    return float((ours - theirs).norm() / ours.norm())
 
 
 def run_one(problem: Problem, name: str, seed: int) -> dict[str, Any]:
@@ -300,13 +297,7 @@ def stored() -> dict[str, Any]:
 def keep(problem: str, method: str, seed: int, row: Mapping[str, Any]) -> None:
     results = stored()  # read only now: others may have been run meanwhile
     results.setdefault(problem, {}).setdefault(method, {})[str(seed)] = row
-    versions = {}
-    for library, package in PACKAGES.items():
-        try:
-            versions[library] = version(package)
-        except PackageNotFoundError:
-            versions[library] = None
-    save(NAME, {"factor": FACTOR, "inner steps": INNER_STEPS, "libraries": versions}, results)
+    save(NAME, {"factor": FACTOR, "inner steps": INNER_STEPS, "libraries": versions()}, results)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,10 +10,19 @@ from torch import Tensor
 from lightning_bilevel import SGD, Adam, Episode, ReverseUnroll, hypergradient
 from problems import Mlp, assert_close, episodes
 
+
+class EarlyEps(Adam):
+    """Adam with eps added to √v before the bias correction, as `higher` does; torch adds it after."""
+
+    def rule(self, values, step):
+        lr, beta1, beta2, eps, weight_decay = values
+        return super().rule((lr, beta1, beta2, eps / (1 - beta2**step) ** 0.5, weight_decay), step)
+
+
 OPTIMIZERS = {
     "momentum": (SGD, {"momentum": 0.7, "weight_decay": 0.1}),
-    # `higher` adds eps to √v before the bias correction, torch after: the two agree for a small one.
-    "Adam": (Adam, {"betas": (0.7, 0.9), "eps": 1e-30}),
+    "Adam": (Adam, {"betas": (0.7, 0.9), "eps": 1e-30}),  # where to add one so small does not matter
+    "Adam, early eps": (EarlyEps, {"betas": (0.7, 0.9), "eps": 1e-2}),
 }
 
 
@@ -29,7 +38,9 @@ class WithRate(Mlp):
         return self.kind(lr=self.log_lr.exp(), **self.options)
 
     def torch_optimizer(self):
-        return getattr(torch.optim, self.kind.__name__)(self.net.parameters(), lr=1.0, **self.options)
+        return (torch.optim.SGD if self.kind is SGD else torch.optim.Adam)(
+            self.net.parameters(), lr=1.0, **self.options
+        )
 
 
 def with_higher(module: WithRate, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:

@@ -124,13 +124,73 @@ def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:
     assert len(chosen) == len(set(chosen))
 
 
-@pytest.mark.parametrize("name", ["with_higher", "with_torchopt"])
-@pytest.mark.filterwarnings("ignore")  # the other libraries' own
-def test_programs_of_other_libraries_compute_one_hypergradient(name: str, benchmark: Any) -> None:
+@pytest.fixture
+def speed(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the benchmark beside other libraries, with cases of a tiny net."""
     for library in ("higher", "torchopt"):
         pytest.importorskip(library)
-    programs = benchmark("_cleaning_programs")
-    case = programs.Case(lambda: torch.nn.Linear(12, 10), (12,), examples=8, lr=0.1, steps=3)
-    expected, other = programs.by_hand(case)(), getattr(programs, name)(case)
-    for _ in range(2):  # each call begins at the same start
-        torch.testing.assert_close(other(), expected, rtol=1e-4, atol=1e-8)
+    module = benchmark("data_cleaning_speed")
+    for name, case in module.CASES.items():
+        tiny = case._replace(net=lambda: torch.nn.Linear(12, 10), shape=(12,), examples=8, steps=4)
+        monkeypatch.setitem(module.CASES, name, tiny)
+    return module
+
+
+@pytest.mark.parametrize("name", ["mlp", "implicit", "adam"])
+@pytest.mark.filterwarnings("ignore")  # the other libraries' own
+def test_other_libraries_compute_our_hypergradients(name: str, speed: Any) -> None:
+    """But for those that docs/peers.md lists: their rows say how they differ, or why they do not run."""
+    rows = speed.compare(speed.contenders(speed.CASES[name], name), speed.CASES[name])
+    others = {(row["method"], row["library"]) for row in rows if not row.get("same")}
+    assert others <= {
+        *(("CG", "Betty"), ("identity", "BOAT"), ("reverse", "Betty")),
+        *((("reverse", "higher"), ("reverse", "BOAT")) if name == "adam" else ()),
+    }
+    assert {"by hand", "TorchOpt"} & {row["library"] for row in rows}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_speed_beside_other_libraries(speed: Any, tmp_path: Path) -> None:
+    options = ["--rounds", "1", "--repeats", "1"]
+    first = speed.main(["--cases", "mlp", *options])
+    both = speed.main(["--cases", "adam", *options])
+    assert both["mlp"] == first["mlp"]
+    written = json.loads((tmp_path / "data_cleaning_speed.json").read_text())["results"]
+    assert set(both) == set(written) == {"mlp", "adam"}
+    assert all(row["cpu seconds"] > 0 for case in both.values() for row in case["rows"] if row.get("same"))
+    assert (tmp_path / "data_cleaning_speed.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_where_time_goes(benchmark: Any, tmp_path: Path) -> None:
+    """The parts make up the whole, where nothing is lost between them; operations have the kind of their callers."""
+    pytest.importorskip("transformers")
+    script = benchmark("where_time_goes")
+    parts = ["--parts", "directions", "recomputation", "trainer"]
+    found = script.main([*parts, "--repeats", "1", "--depth", "8", "--steps", "2"])
+    assert json.loads((tmp_path / "where_time_goes.json").read_text())["results"] == found
+    assert (tmp_path / "where_time_goes.png").stat().st_size > 10_000
+
+    plain, direction = (found["directions"][f"{bar}, batch norm"] for bar in (script.PLAIN, "a direction"))
+    assert 1.8 < direction["Mflop"] / plain["Mflop"] < 2.3
+    assert min(plain["by kind"][kind] for kind in ("convolutions", "batch norm", "matrix products")) > 0
+    assert found["directions"][f"{script.PLAIN}, no norm"]["by kind"]["batch norm"] == 0
+
+    mflop = {name: row["Mflop"] for name, row in found["recomputation"].items()}
+    for net, expected in (("perceptron", 2), ("CNN", 3)):  # the double backward is that of one large layer, or of many
+        first, reverse, rooted = (
+            mflop[f"{name}, {net}"] for name in ("FirstOrder()", "ReverseUnroll()", 'ReverseUnroll("sqrt")')
+        )
+        assert reverse / first == pytest.approx(expected, rel=0.08)
+        assert 1 < rooted / reverse < 1 + first / reverse
+
+    by_part = found["trainer"]["BilevelModule"]["by part"]
+    assert sum(by_part.values()) == pytest.approx(found["trainer"]["BilevelModule"]["ms"])
+    assert min(by_part.values()) > 0
+    of_lightning = found["trainer"]["in a LightningModule"]["by part"]
+    assert {part for part, value in of_lightning.items() if value} == {
+        "the hypergradient",
+        "Adam",
+        "Lightning",
+        "self.log",
+    }

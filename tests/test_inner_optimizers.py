@@ -241,6 +241,72 @@ def test_derivative_at_a_zero_gradient_is_the_true_one(kind):
     assert new["w"].item() == 1.0
 
 
+def masked_run(kind, options, steps):
+    """Return the map from θ_0 and a signal to θ_T; the entries of the gradient are 0 once, always and never."""
+    masks = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+
+    def solve(z):
+        def masked(params, step):
+            return {"w": (z[3:] + params["w"]) * masks[step - 1]}
+
+        return run(kind(lr=0.1, **options), {"w": z[:3]}, steps, masked)["w"]
+
+    return solve, torch.tensor([0.2, 0.0, 0.5, 0.1, 0.0, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_plain_autograd_has_the_derivatives_of_transforms(kind, eps, steps):
+    """Where all hyperparameters are numbers, the root has a derivative of its own; at zero gradients as well."""
+    solve, z = masked_run(kind, {"eps": eps}, steps)
+    first, second = jacrev(solve)(z), jacrev(jacrev(solve))(z)
+    plain = torch.autograd.functional.jacobian
+    torch.testing.assert_close(plain(solve, z), first)
+    torch.testing.assert_close(plain(lambda z: plain(solve, z, create_graph=True), z), second)
+
+
+@pytest.mark.parametrize(("kind", "options"), [case for case in GENERIC if case[0] in (Adam, AdamW)])
+def test_derivatives_with_numbers_are_those_of_finite_differences(kind, options):
+    def solve(theta):
+        return run(kind(**options), {"net.0.bias": theta}, steps=3)["net.0.bias"]
+
+    theta = start()["net.0.bias"].requires_grad_()
+    assert gradcheck(solve, theta, check_forward_ad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(solve, theta, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("root_over_eps", [1e-12, 1e-6, 1.0, 1e6])
+def test_a_root_below_eps_loses_no_digits_that_count(root_over_eps):
+    """In float32, θ_1 - θ_0 = -lr g / (|g| + eps) has the derivative -lr eps / (|g| + eps)²."""
+    eps = 1e-4
+    grad = torch.tensor([root_over_eps * eps], requires_grad=True)
+    optimizer, theta = Adam(lr=1.0, eps=eps), {"w": torch.zeros(1)}
+    new, _ = optimizer.update(theta, {"w": grad}, optimizer.init(theta), 1)
+    (derivative,) = torch.autograd.grad(new["w"], grad)
+    error = abs(derivative.item() + eps / (grad.item() + eps) ** 2)
+    assert error * (grad.item() + eps) < 1e-6  # of the two terms that are subtracted, which are 1 / (|g| + eps)
+
+
+def test_what_adam_holds_of_a_step():
+    """The gradient, the mean and the denominator: nothing else is of the size of the parameter."""
+    size = 1000
+    held = set()
+    theta = {"w": torch.zeros(size, requires_grad=True)}
+    grad = {"w": torch.ones(size).requires_grad_() * 2.0}
+    optimizer = Adam()
+
+    def note(tensor):
+        if tensor.numel() == size:
+            held.add(tensor.data_ptr())
+        return tensor
+
+    slots = optimizer.init(theta)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        new = optimizer.update(theta, grad, slots, 1)
+    assert len(held) == 3, new
+
+
 @generic
 def test_nothing_is_changed_in_place_and_order_is_kept(kind, options):
     params, optimizer = start(), kind(**options)

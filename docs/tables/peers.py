@@ -16,10 +16,10 @@ METHODS = {
 }
 CASES = {
     "mlp": "MLP, T = 20",
-    "implicit": "MLP, T = 20",
     "long": "MLP, T = 100",
-    "adam": "MLP, Adam inside",
+    "adam": "MLP, Adam, T = 20",
     "cnn": "CNN, T = 20",
+    "implicit": "MLP, T = 20",
 }
 PARTS = {
     "gradient": "inner gradient",
@@ -43,13 +43,11 @@ def tables() -> dict[str, str]:
 
 
 def reverse(cases: dict[str, Any]) -> str:
-    """Return a row for each contender, with two columns for each case but the implicit one."""
-    found = {name: {named(row): row for row in case["rows"]} for name, case in cases.items() if name != "implicit"}
-    cells = [
-        [name, *(cell(each.get(name, {})) for each in found.values())]
-        for name in next(iter(found.values()))
-        if any("cpu seconds" in each.get(name, {}) for each in found.values())
-    ]
+    """Return a row for each contender, with a column for each case but the implicit one."""
+    found = {name: {named(row): row for row in cases[name]["rows"]} for name in CASES if name in cases}
+    found.pop("implicit", None)
+    names = dict.fromkeys(name for rows in found.values() for name, row in rows.items() if "cpu seconds" in row)
+    cells = [[name, *(cell(rows.get(name, {})) for rows in found.values())] for name in names]
     return markdown(["CPU ms / peak MiB", *(CASES[name] for name in found)], cells)
 
 
@@ -69,8 +67,8 @@ def cell(row: dict[str, Any]) -> str:
 def ratios(cases: dict[str, Any]) -> str:
     """Return our time and memory over the best of the others, by case and method."""
     cells = []
-    for name, case in cases.items():
-        for method, ratio in case["of the best other"].items():
+    for name in CASES:
+        for method, ratio in cases.get(name, {}).get("of the best other", {}).items():
             cells.append([f"{CASES[name]}: {METHODS[method]}", f"{ratio['cpu seconds']:.2f}", f"{ratio['MiB']:.2f}"])
     return markdown(["", "time", "memory"], cells)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
-from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, safe_sqrt
+from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, root_plus
 
 
 class Adagrad(ElementwiseOptimizer):
@@ -75,6 +75,6 @@ class Adagrad(ElementwiseOptimizer):
         def move(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
             grad = add_scaled(grad, param, weight_decay)
             total = torch.addcmul(state["sum"], grad, grad)
-            return add_ratio(param, grad, safe_sqrt(total) + eps, rate, value=-1), {"sum": total}
+            return add_ratio(param, grad, root_plus(total, eps), rate, value=-1), {"sum": total}
 
         return move

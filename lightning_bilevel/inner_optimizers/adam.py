@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
-from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, check, is_number, safe_sqrt
+from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, check, is_number, root_plus
 
 
 class AdamFamily(ElementwiseOptimizer):
@@ -63,7 +63,7 @@ class AdamFamily(ElementwiseOptimizer):
                 square = moments["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
             if not is_number(shrink, 1):
                 param = param * shrink
-            return add_ratio(param, mean, safe_sqrt(square) + floor, rate, value=-1), moments
+            return add_ratio(param, mean, root_plus(square, floor), rate, value=-1), moments
 
         return move
 
@@ -81,6 +81,7 @@ class Adam(AdamFamily):
 
     Slots: ``"exp_avg"`` m, ``"exp_avg_sq"`` v and, with ``amsgrad``, ``"max_exp_avg_sq"``.
     Cost: seven tensor operations a parameter, one more each for weight decay and ``amsgrad``.
+    Reverse mode holds g, m and √v + eps of each step; two more tensors where β2 or ``eps`` is one.
     Prefer a larger ``eps``, or :class:`SGD`, when vanishing gradients blow hypergradients up by 1 / ``eps``.
 
     Args:

@@ -134,6 +134,55 @@ def safe_sqrt(square: Tensor) -> Tensor:
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
+def root_plus(square: Tensor, floor: Value) -> Tensor:
+    """Return ``safe_sqrt(square) + floor``, with a graph that holds no tensor but this one.
+
+    Autograd would hold ``square`` and its root as well, of every parameter in every inner step. Inside function
+    transforms, which take a graph for each call and drop it, that does not matter, and plain operations are faster.
+
+    >>> square = torch.tensor([0.0, 4.0], requires_grad=True)
+    >>> torch.autograd.grad(root_plus(square, 0.5).sum(), square)
+    (tensor([0.0000, 0.2500]),)
+    """
+    if isinstance(floor, Tensor) or torch._C._are_functorch_transforms_active():
+        return safe_sqrt(square) + floor
+    root: Tensor = _RootPlus.apply(square, floor)
+    return root
+
+
+class _RootPlus(torch.autograd.Function):
+    """y = √x + floor, with the derivative 1 / 2 (y - floor).
+
+    Where the root is far below ``floor``, the difference has few digits or none, and so has the derivative. It does not
+    matter: what an optimizer divides by y changes there with x by less than with the numerator, in the ratio of the
+    root to ``floor``. The lost digits are beyond the last one of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor, floor: float) -> Tensor:
+        y = safe_sqrt(square).add_(floor)
+        ctx.floor = floor
+        ctx.save_for_backward(y)
+        ctx.save_for_forward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return grads[0] / _twice_the_root(y, ctx.floor), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return tangents[0] / _twice_the_root(y, ctx.floor)
+
+
+def _twice_the_root(y: Tensor, floor: float) -> Tensor:
+    """Return 2 (y - floor), but infinity where that root is the least one or lost: every derivative is 0 there."""
+    least = math.sqrt(torch.finfo(y.dtype).tiny)
+    return torch.threshold(y - floor, least, math.inf).mul_(2)
+
+
 @lru_cache(maxsize=256)
 def _first_matches(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(next((p for p in patterns if fnmatchcase(name, p)), None) for name in names)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
-from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, is_number, safe_sqrt
+from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, is_number, root_plus
 
 
 class RMSprop(ElementwiseOptimizer):
@@ -85,7 +85,7 @@ class RMSprop(ElementwiseOptimizer):
             if self.centered:
                 mean = new_state["grad_avg"] = average(state["grad_avg"], grad, weight)
                 square = torch.addcmul(square, mean, mean, value=-1)
-            denominator = safe_sqrt(square) + eps
+            denominator = root_plus(square, eps)
             if is_number(momentum, 0):
                 return add_ratio(param, grad, denominator, lr, value=-1), new_state
             buffer = new_state["momentum"] = torch.addcdiv(state["momentum"] * momentum, grad, denominator)
