@@ -23,12 +23,12 @@ def flat_system(matvec: MatVec, b: Params) -> tuple[Callable[[Tensor], Tensor], 
     products still know. Products run in the caller's grad mode and get tensors of ``b``'s dtypes.
     """
     flat = tree.flatten(b).detach()
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    dtype = torch.promote_types(flat.dtype, torch.float32)
 
     def apply(v: Tensor) -> Tensor:
-        return tree.flatten(matvec(tree.unflatten(v, b))).detach().to(flat.dtype)
+        return tree.flatten(matvec(tree.unflatten(v, b))).detach().to(dtype)
 
-    return apply, flat
+    return apply, flat.to(dtype)
 
 
 def columns(apply: Callable[[Tensor], Tensor], flat: Tensor, positions: Sequence[int], owner: str) -> Tensor:

@@ -62,10 +62,11 @@ class Neumann(WarnsOnce, LinearSolver):
             matvec: v ↦ A v.
             b: the right-hand side.
         """
-        apply, flat = flat_system(matvec, b)
-        before = term = total = flat
+        apply, term = flat_system(matvec, b)
+        before = total = term
         for _ in range(self.terms - 1):
-            before, term = term, term - self.step_size * apply(term)
+            before = term  # of the same tensor, so that a product never meets two terms
+            term = term - self.step_size * apply(term)
             total = total + term
         last, previous, cosine = torch.stack([term.norm(), before.norm(), term.dot(before)]).tolist()
         diverges = not math.isfinite(last) or last > previous * (1 + min(0.01, 1 / self.terms))
