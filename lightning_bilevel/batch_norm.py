@@ -13,6 +13,7 @@ from torch import Tensor
 
 NATIVE = torch.batch_norm
 NATIVE_INSTANCE_NORM = torch.instance_norm
+NATIVE_BACKWARD = torch.ops.aten.native_batch_norm_backward
 
 
 def batch_norm(
@@ -100,40 +101,40 @@ class _Backward(torch.autograd.Function):
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(g, x, weight, mean, r)
+        to_x, g_x, g_sum = NATIVE_BACKWARD(g, x, weight, None, None, mean, r, True, eps, [True, True, True])
+        ctx.save_for_backward(g, x, weight, mean, r, g_x, g_sum)
         ctx.eps = eps
-        masks = [True, True, True]
-        grads: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean, r, True, eps, masks
-        )
-        return grads
+        return to_x, g_x, g_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of ⟨v, ∂x⟩ + ⟨a, ∂w⟩ + ⟨b, ∂b⟩.
 
-        With s = E(v g) - E v E g - E(v x̂) E(g x̂) and M entries a channel, ⟨v, ∂x⟩ = w r M s. By x̂ alone it changes
-        with u = (a - w r E(v x̂)) g - w r E(g x̂) v, which x moves as in the backward pass; by r with w M s.
+        With M entries a channel and S = Σ v g - (Σ v Σ g + Σ v x̂ Σ g x̂) / M, ⟨v, ∂x⟩ = w r S. By x̂ alone it changes
+        with u = (a - w r E(v x̂)) g - w r E(g x̂) v, which x moves as in the backward pass; by r with w S. All three
+        gradients are sums of v, g and x with a factor for each channel.
         """
-        (v, a, b), (g, x, weight, mean, r) = grads, ctx.saved_tensors
-        channels = [0, *range(2, x.dim())]
+        (v, a, b), (g, x, weight, mean, r, g_x, g_sum) = grads, ctx.saved_tensors
+        channels, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
         if torch.is_grad_enabled():  # a third derivative is wanted, and these depend on x
             mean, r = x.mean(channels), (x.var(channels, unbiased=False) + ctx.eps).rsqrt()
+            _, v_x, v_sum = _Backward.apply(v, x, weight, mean, r, ctx.eps)
+        else:
+            _, v_x, v_sum = NATIVE_BACKWARD(v, x, None, None, None, mean, r, True, ctx.eps, [False, True, True])
+        scale, r_mean = weight * r, r / count
+        each = weight * r_mean
+        on_g, on_v = torch.addcmul(a, each, v_x, value=-1), each * -g_x
+        s = torch.sub((v * g).sum(channels), torch.addcmul(v_sum * g_sum, v_x, g_x), alpha=1 / count)
+        u_sum, u_x = torch.addcmul(on_v * v_sum, on_g, g_sum), torch.addcmul(on_v * v_x, on_g, g_x)
+        on_g, on_v = r * on_g, r * on_v
+        on_x = -r * r_mean * torch.addcmul(u_x, scale, s)
         shape = (1, -1, *(1 for _ in channels[1:]))
 
         def wide(values: Tensor) -> Tensor:
             return values.view(shape)
 
-        normal = torch.addcmul(wide(-mean * r), x, wide(r))
-        v_mean, g_mean = v.mean(channels), g.mean(channels)
-        v_x, g_x = (v * normal).mean(channels), (g * normal).mean(channels)
-        s = (v * g).mean(channels) - v_mean * g_mean - v_x * g_x
-        scale = weight * r
-        on_g, on_v = a - scale * v_x, -scale * g_x
-        u_mean, u_x = on_v * v_mean + on_g * g_mean, on_v * v_x + on_g * g_x
-
-        to_x = v * wide(r * on_v)
-        to_x.addcmul_(g, wide(r * on_g)).addcmul_(normal, wide(-r * (u_x + scale * s))).sub_(wide(r * u_mean))
+        to_x = v * wide(on_v)
+        to_x.addcmul_(g, wide(on_g)).addcmul_(x, wide(on_x)).sub_(wide(torch.addcmul(r_mean * u_sum, mean, on_x)))
         to_g = v * wide(scale)
-        to_g.addcmul_(normal, wide(on_g)).add_(wide(b - scale * v_mean))
-        return to_g, to_x, r * s * (x.numel() // x.shape[1]), None, None, None
+        to_g.addcmul_(x, wide(on_g)).add_(wide(b - torch.addcmul(each * v_sum, mean, on_g)))
+        return to_g, to_x, r * s, None, None, None

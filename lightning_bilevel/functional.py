@@ -122,11 +122,15 @@ class FunctionalModule:
         return {name: _usable(self.swapper.current(name)).clone() for name in self._mutable[mode]}
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Enter the surroundings of one estimate: safe kernels, no autocast but in the losses, logs recorded."""
+    def session(self, twice: bool = True) -> Iterator[None]:
+        """Enter the surroundings of one estimate: safe kernels, no autocast but in the losses, logs recorded.
+
+        Args:
+            twice: whether losses are differentiated twice.
+        """
         kind = self.device.type
         with ExitStack() as stack:
-            stack.enter_context(differentiable_kernels(self.module))
+            stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
             if torch.is_autocast_enabled(kind):

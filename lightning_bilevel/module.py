@@ -134,7 +134,7 @@ class BilevelModule(BilevelHooks):
             raise value_error("adapted(steps=...)", "a non-negative integer", steps)
         functional = self.functional()
         with self._knowing(functional.levels):
-            with torch.inference_mode(False), torch.enable_grad(), functional.session():
+            with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
                 episode = Episode(tree_map(_outside_inference, list(_some(batches))), None)
                 problem = replace(functional.problem, inner_steps=steps)
                 phi, memory = functional.phi(), self._memory.recall(functional, episode)
@@ -364,7 +364,8 @@ class BilevelModule(BilevelHooks):
         def ended(part: Hypergradient, count: int) -> None:
             recorder.end(part.value, count)
 
-        with functional.session(), Randomness(functional.device).preserved((masks or key).masks):
+        twice = strategy.second_order
+        with functional.session(twice), Randomness(functional.device).preserved((masks or key).masks):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0, 0), strategy)

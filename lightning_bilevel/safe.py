@@ -1,8 +1,8 @@
 """Surroundings in which a user's losses can be differentiated twice, and can be run again exactly.
 
 PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
-fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and the double
-backward of batch norm is slow. The contexts below choose other kernels instead, only while a
+fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and those of batch norm
+and of convolutions are slow. The contexts below choose other kernels instead, only while a
 hypergradient is computed.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.batch_norm import batch_norm, instance_norm
+from lightning_bilevel.convolution import conv1d, conv2d, conv3d
 from lightning_bilevel.linear import linear
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -29,16 +30,18 @@ if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):
 
 
 @contextmanager
-def differentiable_kernels(module: nn.Module) -> Iterator[None]:
+def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[None]:
     """Use kernels with a correct double backward, and faster ones where there are.
 
     Args:
         module: decides whether cuDNN has to go (it does where there are RNNs).
+        twice: whether losses are differentiated twice; a faster double backward makes a single one slower.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     old_style = sys.modules["torch.nn.utils.weight_norm"]
     fused_weight_norm = torch._weight_norm
     norms, native_linear = (torch.batch_norm, torch.instance_norm), F.linear
+    convolutions = F.conv1d, F.conv2d, F.conv3d
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
@@ -46,14 +49,17 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
-            torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
             F.linear = linear
+            if twice:
+                torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
+                F.conv1d, F.conv2d, F.conv3d = conv1d, conv2d, conv3d
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
             torch.batch_norm, torch.instance_norm = norms
             F.linear = native_linear
+            F.conv1d, F.conv2d, F.conv3d = convolutions
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def test_where_time_goes(benchmark: Any, tmp_path: Path) -> None:
             mflop[f"{name}, {net}"] for name in ("FirstOrder()", "ReverseUnroll()", 'ReverseUnroll("sqrt")')
         )
         assert reverse / first == pytest.approx(expected, rel=0.08)
-        assert 1 < rooted / reverse < 1 + first / reverse
+        assert 1 < rooted / reverse < 1.01 + first / reverse
 
     by_part = found["trainer"]["BilevelModule"]["by part"]
     assert sum(by_part.values()) == pytest.approx(found["trainer"]["BilevelModule"]["ms"])
