@@ -3,22 +3,31 @@
 After Figure 1 (bottom left) of (FG)²U, arXiv 2406.14095: reverse unrolling at depth 1 to 6, random directions at 24
 and 48, and besides reverse unrolling with checkpoints. Memory and seconds are those of one hypergradient in a process
 of its own, of a language model with random weights (which change neither): on a GPU the most that torch held and the
-time that passed, on a CPU the peak of the process over what it held before and CPU seconds. The answers are those of
-``camels_strategies.json``, of the small trained model.
+time that passed, on a CPU (Linux) the peak of the process over what it held before and CPU seconds. The answers are
+those of ``camels_strategies.json``, of the small trained model.
 
     python benchmarks/camels_depth.py
     python benchmarks/camels_depth.py --size gpt2 --device cuda --precision bf16
+    python benchmarks/camels_depth.py --size gpt2-large --weight-size distilgpt2 --tokens 64 --directions 1 \\
+        --precision bf16-true --limit 13
+
+Every case is saved as soon as it is measured; ``--resume`` goes on where a run was cut off, and ``--strategies`` and
+``--depths`` add some cases at a time. With ``--limit`` a case whose memory is foreseen to be more is not run: reverse
+unrolling takes a line over the depth, with checkpoints one over its root. Its row says what it would take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 from _results import RESULTS, plot_path, save
 from matplotlib.axes import Axes
+from pytorch_lightning.plugins import HalfPrecision
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_bilevel import Episode, ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient
@@ -55,8 +65,21 @@ SIZES = {
     "gpt2-large": Size(36, 1280, 50257, 256),
     "gpt2-xl": Size(48, 1600, 50257, 256),
 }
-CASES = [("reverse", depth) for depth in (1, 2, 4, 6)]
+Case = tuple[str, int]
+"""A strategy's name here, and a depth."""
+
+CASES: list[Case] = [("reverse", depth) for depth in (1, 2, 4, 6)]
 CASES += [(name, depth) for name in ("checkpointed", "forward") for depth in (6, 24, 48)]
+GROWTH: dict[str, Callable[[float], float]] = {
+    "reverse": float,
+    "checkpointed": math.sqrt,
+    "forward": lambda depth: 0.0,
+}
+"""What a strategy's memory is linear in."""
+
+FORESEEN = "not run, foreseen MiB"
+
+SETTINGS = ("size", "weight_size", "tokens", "directions", "chunk", "device", "precision")
 COLORS = {"reverse": report.VERMILION, "checkpointed": report.GREEN, "forward": report.BLUE}
 LABELS = {"reverse": "reverse", "checkpointed": "reverse, checkpointed", "forward": "forward, random directions"}
 
@@ -84,31 +107,40 @@ def strategy(name: str, args: argparse.Namespace) -> HypergradientStrategy:
     return ReverseUnroll(checkpoint="sqrt" if name == "checkpointed" else None)
 
 
+def modules(args: argparse.Namespace) -> MetaTraining:
+    """Return both models with random weights, in the precision and on the device of ``args``."""
+    torch.manual_seed(0)
+    size, weighting = SIZES[args.size], SIZES[args.weight_size or args.size]
+    with HalfPrecision("bf16-true").module_init_context() if args.precision == "bf16-true" else nullcontext():
+        lm = gpt2(size).to(args.device)
+        weights = WeightModel(gpt2(weighting._replace(vocabulary=size.vocabulary)).transformer).to(args.device)
+        module = MetaTraining(lm, weights, inner_lr=1e-3, outer_lr=1e-5)
+    module._start.clear()  # where a training returns to after many episodes; one episode does not need it
+    return module.to(args.device)
+
+
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Take one hypergradient in this process; return its peak memory and its seconds."""
     name, depth = args.measure[0], int(args.measure[1])
-    torch.manual_seed(0)
-    size, weighting = SIZES[args.size], SIZES[args.weight_size or args.size]
-    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    module = MetaTraining(gpt2(size), WeightModel(gpt2(weighting).transformer), inner_lr=1e-3, outer_lr=1e-5)
-    module = module.to(args.device, dtype)
-    for parameter in module.lm.parameters():
-        parameter.requires_grad_(True)
+    module = modules(args)
+    vocabulary, length = SIZES[args.size].vocabulary, args.tokens or SIZES[args.size].tokens
 
     def tokens(rows: int, length: int) -> Tokens:
-        ids = torch.randint(0, size.vocabulary, (rows, length), device=args.device)
+        ids = torch.randint(0, vocabulary, (rows, length), device=args.device)
         return Tokens(ids, None, torch.arange(length, device=args.device).expand(rows, -1) >= length - 8)
 
     module.inner_steps = depth
-    judgement = Judgement(tokens(4, 32), tokens(2, size.tokens))
-    episode = Episode([tokens(1, size.tokens) for _ in range(depth)], judgement)
+    judgement = Judgement(tokens(4, 32), tokens(2, length))
+    episode = Episode([tokens(1, length) for _ in range(depth)], judgement)
     cuda = args.device.startswith("cuda")
     with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         module.episodes(episode)  # what is loaded at a first call is not counted
-        before = report.peak_memory()
+        (episode,) = module.episodes(episode)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        (episode,) = module.episodes(episode)
+        elif (peaks := Path("/proc/self/clear_refs")).exists():
+            peaks.write_text("5")  # the peak begins anew
+        before = report.peak_memory()
         clock = time.perf_counter if cuda else time.process_time
         began = clock()
         value = hypergradient(module, strategy(name, args), episode).value.item()
@@ -116,18 +148,29 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
     seconds = clock() - began
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else report.peak_memory() - before
-    parameters = number_of_parameters(module.lm)
-    return {"peak MiB": peak, "seconds": seconds, "parameters": parameters, "outer loss": value}
+    return {
+        "peak MiB": peak,
+        "LM MiB": sum(parameter.nbytes for parameter in module.lm.parameters()) / 2**20,
+        "seconds": seconds,
+        "parameters": number_of_parameters(module.lm),
+        "tokens": length,
+        "outer loss": value,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--weight-size", choices=list(SIZES), help="of the weight model's body, if another")
+    parser.add_argument("--tokens", type=int, help="of a document, if not those of the size")
     parser.add_argument("--directions", type=int, default=4)
     parser.add_argument("--chunk", type=int, help="directions pushed at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["32", "bf16", "bf16-true"], default="32")
+    parser.add_argument("--strategies", nargs="+", choices=list(COLORS), default=list(COLORS), help="only these")
+    parser.add_argument("--depths", nargs="+", type=int, help="these, and not those of the figure")
+    parser.add_argument("--limit", type=float, help="GiB; a case that would take more is not run")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that were measured with these settings")
     parser.add_argument("--measure", nargs=2, metavar=("STRATEGY", "DEPTH"), help="one case, in this process")
     parser.add_argument("--draw", action="store_true", help="only draw what was measured before")
     args = parser.parse_args(argv)
@@ -138,22 +181,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return found
 
     key = "camels_depth" if args.size == "small" else f"camels_depth_{args.size}_{args.precision}"
+    key += "" if args.device == "cpu" else "_gpu"
     if args.draw:
         rows = json.loads((RESULTS / f"{key}.json").read_text())["results"]
-        draw(rows, args, key)
-        return {"rows": rows}
-    rows = []
-    for name, depth in CASES:
-        command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--measure", name, str(depth)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:  # out of memory, on a GPU: a result, too
-            rows.append({"strategy": name, "depth": depth, "error": done.stderr.strip().splitlines()[-1][:200]})
-        else:
-            rows.append({"strategy": name, "depth": depth, **json.loads(done.stdout.splitlines()[-1])})
-        print(rows[-1], flush=True)
-    save(key, {k: v for k, v in vars(args).items() if k not in ("measure", "draw")}, rows)
+    else:
+        rows = measured(key, args, sys.argv[1:] if argv is None else argv)
     draw(rows, args, key)
     return {"rows": rows}
+
+
+def measured(key: str, args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure every case in a process of its own and save it at once; return the rows by strategy and depth."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    rows = kept(key, settings) if args.resume else {}
+    for name in args.strategies:
+        for depth in args.depths or [depth for other, depth in CASES if other == name]:
+            if "peak MiB" in rows.get((name, depth), {}):
+                continue
+            rows[name, depth] = {"strategy": name, "depth": depth, **of_case(name, depth, args, argv, rows)}
+            print(rows[name, depth], flush=True)
+            rows = {(n, d): row for n in COLORS for (other, d), row in sorted(rows.items()) if n == other}
+            save(key, settings, list(rows.values()))
+    return list(rows.values())
+
+
+def kept(key: str, settings: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+    """Return the rows of an earlier run with the same settings."""
+    path = RESULTS / f"{key}.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    same = record.get("settings") == settings
+    return {(row["strategy"], row["depth"]): row for row in record["results"]} if same else {}
+
+
+def of_case(
+    name: str, depth: int, args: argparse.Namespace, argv: Sequence[str], rows: dict[Case, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what one case took; or why it has no result, as on a GPU whose memory does not suffice."""
+    expected = foreseen(name, depth, rows)
+    if args.limit and expected and expected > 1024 * args.limit:
+        return {FORESEEN: expected}
+    # On Linux, what is freed goes back to the system at once, or the peak would say what malloc keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *argv, "--measure", name, str(depth)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def foreseen(name: str, depth: int, rows: dict[Case, dict[str, Any]]) -> float | None:
+    """Return the MiB that a case will take by the two deepest that were measured; by one, at most."""
+    known = [(GROWTH[name](d), row["peak MiB"]) for (n, d), row in rows.items() if n == name and "peak MiB" in row]
+    if not known:
+        return None
+    (x, first), (y, last) = [(0.0, 0.0), *sorted(known)][-2:]
+    return last + (GROWTH[name](depth) - y) * (last - first) / (y - x) if y > x else last
 
 
 def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> None:
@@ -165,6 +247,9 @@ def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> 
         memory = panels[0, 0]
         for name, color in COLORS.items():
             found = [row for row in rows if row["strategy"] == name and "peak MiB" in row]
+            missing = [row for row in rows if row["strategy"] == name and FORESEEN in row]
+            if not found and not missing:
+                continue
             memory.plot(
                 [row["depth"] for row in found],
                 [row["peak MiB"] for row in found],
@@ -172,7 +257,16 @@ def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> 
                 marker="o",
                 label=LABELS[name],
             )
-        memory.set(title="Memory of one hypergradient", xlabel="documents unrolled through", ylabel="MiB")
+            memory.plot(
+                [row["depth"] for row in missing],
+                [row[FORESEEN] for row in missing],
+                color=color,
+                marker="o",
+                markerfacecolor="white",
+                linestyle="none",
+            )
+        title = "Memory of one hypergradient" + ", hollow: not run" * any(FORESEEN in row for row in rows)
+        memory.set(title=title, xlabel="documents unrolled through", ylabel="MiB")
         memory.set_ylim(bottom=0)
         memory.legend()
         panels_of_depth = [memory]

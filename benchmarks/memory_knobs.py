@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     total = args.steps
     state = sum(p.numel() for p in Cleaning(1).net.parameters()) * 4 / MIB
-    direction = 5 * state + EXAMPLES * 4 / MIB
+    direction = 4 * state + EXAMPLES * 4 / MIB
     base = of(ReverseUnroll(), 1)
     graph = (of(ReverseUnroll(), 2 * total) - of(ReverseUnroll(), total)) / total
     results: dict[str, Any] = {"state": state, "graph of a step": graph, "one step": base}

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,16 @@ from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_loop import last_loss, note, run
+from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.safe import forward_mode_kernels
 from lightning_bilevel.tree import Params
 
 Mode = Literal["auto", "double_backward", "forward"]
 Pushed = tuple[InnerState, Tensor, Params]
+
+PART_BYTES = 64 * 2**20
+"""Tangents of θ that go through an elementwise update together; of smaller θ all do."""
 
 _PRIMAL_AND_TANGENT: Any = (None, 0)
 _PRIMAL_TANGENT_AUX: Any = (None, 0, None)
@@ -124,6 +128,28 @@ def _start_tangents(
 def _push_double_backward(
     problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params
 ) -> Pushed:
+    """Push by double backward; ``state`` and ``tangents`` are emptied on the way.
+
+    Memory: θ, its tangents, ∇_θ g and its tangents, a part of the new θ, and before these the graph of the step.
+    """
+    pushed = _push_gradient(problem, state, phi, batch, tangents, directions)
+    with torch.no_grad():
+        after, tangents = _push_update(problem, state, phi, pushed.gradient, tangents, pushed.tangents, directions)
+    return replace(after, buffers=pushed.buffers), pushed.loss, tangents
+
+
+class PushedGradient(NamedTuple):
+    """∇_θ g with its tangents, and what the inner loss left."""
+
+    gradient: Params
+    tangents: Params
+    buffers: Params
+    loss: Tensor
+
+
+def _push_gradient(
+    problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params
+) -> PushedGradient:
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
     with torch.enable_grad():
         loss, buffers = problem.inner_loss(theta, outer, batch, state.buffers)
@@ -132,21 +158,25 @@ def _push_double_backward(
     cotangents = [*(tangents[name] for name in theta), *directions.values()]
     pairs = [(g, rows) for g, rows in zip(grads, cotangents, strict=True) if g is not None and g.requires_grad]
     count = next(iter(directions.values())).shape[0]
-    rows: list[Params] = []
-    for i in range(count):
-        if pairs:
-            outputs, vectors = zip(*((g, rows_[i].to(g.dtype)) for g, rows_ in pairs), strict=True)
-            last = i == count - 1
-            values = torch.autograd.grad(
-                outputs, list(theta.values()), vectors, retain_graph=not last, allow_unused=True
-            )
-            rows.append(tree.like(theta, values))
-        else:
-            rows.append(tree.zeros_like(theta))
+
+    def row(i: int) -> Params:
+        if not pairs:
+            return tree.zeros_like(theta)
+        outputs, vectors = zip(*((g, rows[i].to(g.dtype)) for g, rows in pairs), strict=True)
+        last = i == count - 1
+        values = torch.autograd.grad(outputs, list(theta.values()), vectors, retain_graph=not last, allow_unused=True)
+        return tree.like(theta, values)
+
+    rows = [row(i) for i in range(count)]
     gradient = tree.detach(tree.like(theta, grads[: len(theta)]))
-    with torch.no_grad():
-        after, tangents = _push_update(problem, state, phi, gradient, tangents, tree.stack(rows), directions)
-    return replace(after, buffers=buffers), loss.detach(), tangents
+    return PushedGradient(gradient, _stack_and_empty(rows), buffers, loss.detach())
+
+
+def _stack_and_empty(rows: list[Params]) -> Params:
+    """Return :func:`tree.stack` of ``rows``, which are emptied: at no time are all values there twice."""
+    if len(rows) == 1:
+        return {name: value[None] for name, value in rows[0].items()}
+    return {name: torch.stack([row.pop(name) for row in rows]) for name in list(rows[0])}
 
 
 def _push_update(
@@ -158,7 +188,55 @@ def _push_update(
     gradient_tangents: Params,
     directions: Params,
 ) -> tuple[InnerState, Params]:
-    """Push tangents of (θ, optimizer state, ∇_θ g, φ) through the optimizer's update by forward AD."""
+    """Push tangents of (θ, optimizer state, ∇_θ g, φ) through the optimizer's update by forward AD.
+
+    A part at a time, each taken out of ``state``, ``gradient`` and their tangents: those before and after the update
+    are never all there together.
+    """
+    params: Params = {}
+    slots: Slots = {slot: {} for slot in state.slots}
+    pushed: Params = {}
+    for names in _parts(problem, tangents, list(state.params)):
+        part = _taken_out(state, names)
+        gradients = {name: gradient.pop(name) for name in names}
+        theirs = {name: tangents.pop(name) for name in part.flat()}
+        of_gradients = {name: gradient_tangents.pop(name) for name in names}
+        after, theirs = _push_part(problem, part, phi, gradients, theirs, of_gradients, directions)
+        params.update(after.params)
+        for slot, values in after.slots.items():
+            slots[slot].update(values)
+        pushed.update(theirs)
+    return InnerState(params, slots=slots, steps=state.steps + 1), pushed
+
+
+def _parts(problem: BilevelProblem, tangents: Params, names: list[str]) -> list[list[str]]:
+    """Cut θ into parts of at most ``PART_BYTES`` of tangents, which an elementwise update treats one by one."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        size += tangents[name].nbytes
+        if problem.elementwise and parts[-1] and size > PART_BYTES:
+            parts.append([])
+            size = tangents[name].nbytes
+        parts[-1].append(name)
+    return parts
+
+
+def _taken_out(state: InnerState, names: list[str]) -> InnerState:
+    """Take some parameters and their slots out of a state, which keeps the others."""
+    slots = {slot: {name: values.pop(name) for name in names if name in values} for slot, values in state.slots.items()}
+    return replace(state, params={name: state.params.pop(name) for name in names}, slots=slots)
+
+
+def _push_part(
+    problem: BilevelProblem,
+    state: InnerState,
+    phi: Params,
+    gradient: Params,
+    tangents: Params,
+    gradient_tangents: Params,
+    directions: Params,
+) -> tuple[InnerState, Params]:
     flat, step = state.flat(), state.steps + 1
 
     def update(flat: Params, gradient: Params, outer: Params) -> Params:

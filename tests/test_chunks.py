@@ -29,7 +29,7 @@ def run() -> chunks.DirectionalRun:
 
 def bytes_of_a_direction(run: chunks.DirectionalRun) -> int:
     theta = sum(value.numel() * value.element_size() for value in run.memory.params.values())
-    return 5 * theta + sum(value.numel() * value.element_size() for value in run.phi.values())
+    return 4 * theta + sum(value.numel() * value.element_size() for value in run.phi.values())
 
 
 @pytest.mark.parametrize(

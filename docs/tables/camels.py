@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from tables import markdown, results
+from tables import RESULTS, markdown, results
 
 SCORES = ("answer NLL", "gain", "learned over it", "EM %", "F1 %")
 FIRST = "reverse 6"
@@ -17,9 +17,9 @@ def tables() -> dict[str, str]:
         "camels_adaptation": adaptation(strategies[FIRST]),
         "camels_strategies": compared(strategies),
         "camels_identity": cosines(strategies["identity 6"]),
-        "camels_depth": depth(),
         "camels_squad": adaptation(squad["adaptation"]),
         "camels_squad_runs": squad_runs(squad),
+        **depths(),
     }
 
 
@@ -81,13 +81,55 @@ def squad_runs(found: dict[str, Any]) -> str:
     return markdown(heads, rows)
 
 
-def depth() -> str:
-    """Memory of one hypergradient, a row for each strategy and a column for each depth."""
-    found = {(row["strategy"], row["depth"]): f"{row['peak MiB']:.0f}" for row in results("camels_depth")["results"]}
-    depths = sorted({number for _, number in found})
-    names = dict.fromkeys(name for name, _ in found)
-    rows = [[f"`{name}`", *(found.get((name, number), "") for number in depths)] for name in names]
-    return markdown(("peak MiB, by documents", *map(str, depths)), rows)
+def depths() -> dict[str, str]:
+    """Return memory and seconds of one hypergradient: a row for each model and strategy, a column for each depth."""
+    known = [results(path.stem) for path in RESULTS.glob("camels_depth*.json")]
+    known = [record for record in known if any("peak MiB" in row for row in record["results"])]
+    known.sort(key=lambda record: (parameters(record), record["settings"]["precision"]))
+    columns = sorted({row["depth"] for record in known for row in record["results"]})
+    models, memory, seconds = [], [], []
+    for record in known:
+        models.append([described(record), *model(record)])
+        for strategy in dict.fromkeys(row["strategy"] for row in record["results"]):
+            found = {row["depth"]: row for row in record["results"] if row["strategy"] == strategy}
+            label = f"{described(record)}: `{strategy}`"
+            memory.append([label, *(peak(found.get(number, {})) for number in columns)])
+            taken = [found.get(number, {}).get("seconds") for number in columns]
+            seconds.append([label, *("" if value is None else f"{value:.1f}" for value in taken)])
+    of_models = ("model, precision", "parameters", "its MiB", "weight model's body", "tokens", "directions")
+    return {
+        "camels_depth_models": markdown(of_models, models),
+        "camels_depth": markdown(("peak MiB, by documents", *map(str, columns)), memory),
+        "camels_depth_seconds": markdown(("seconds, by documents", *map(str, columns)), seconds),
+    }
+
+
+def parameters(record: dict[str, Any]) -> int:
+    """Return the parameters of the language model of a file."""
+    return max(row.get("parameters", 0) for row in record["results"])
+
+
+def described(record: dict[str, Any]) -> str:
+    """Name the language model of a file, and the precision and the device it ran with."""
+    settings = record["settings"]
+    device = "" if settings["device"] == "cpu" else f", {record['environment']['gpu']}"
+    return f"{settings['size']}, {settings['precision']}{device}"
+
+
+def model(record: dict[str, Any]) -> list[str]:
+    """Return the sizes that a file was measured with."""
+    settings = record["settings"]
+    own = max(row.get("LM MiB", 0) for row in record["results"])
+    body = settings["weight_size"] or settings["size"]
+    tokens = settings["tokens"] or max(row.get("tokens", 0) for row in record["results"])
+    return [f"{parameters(record) / 1e6:,.3g}M", f"{own:,.0f}", body, str(tokens), str(settings["directions"])]
+
+
+def peak(row: dict[str, Any]) -> str:
+    """Return the peak, one that was foreseen and not measured in brackets."""
+    if "not run, foreseen MiB" in row:
+        return f"({row['not run, foreseen MiB']:,.0f})"
+    return f"{row['peak MiB']:,.0f}" if "peak MiB" in row else row.get("error", "")
 
 
 def number(value: dict[str, Any], digits: int) -> str:

@@ -24,7 +24,8 @@ class InnerOptimizer(ABC):
 
     Attributes:
         elementwise: whether entry i of the new parameters depends on entry i of the old ones
-            only; rules that mix entries (a global norm, say) set it to ``False``.
+            only; rules that mix entries (a global norm, say) set it to ``False``. If it does,
+            :meth:`update` may be given a part of the parameters at a time.
 
     >>> import torch
     >>> class Signs(InnerOptimizer):

@@ -65,7 +65,7 @@ class DirectionalRun:
     ) -> None:
         self.problem, self.memory, self.phi, self.episode, self.mode = problem, memory, phi, episode, mode
         self._randomness = Randomness(next(iter(phi.values())).device)
-        self._first: Hypergradient | None = None
+        self._last: Hypergradient | None = None
 
     def chunks(self, start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:
         """Cut ``range(start, stop)`` into chunks of at most ``size``; ``None`` picks by memory."""
@@ -75,26 +75,28 @@ class DirectionalRun:
 
     def derivatives(self, directions: Params) -> Tensor:
         """Return ⟨∇h(φ), v_i⟩, shape ``(n,)``, for directions stacked to ``(n, *shape)``."""
+        self._last = None  # or its θ_T would be held through this run
         self._randomness.restore()
-        values, run = directional_derivatives(self.problem, self.memory, self.phi, self.episode, directions, self.mode)
-        self._first = self._first or run
+        values, self._last = directional_derivatives(
+            self.problem, self.memory, self.phi, self.episode, directions, self.mode
+        )
         return values
 
     def hypergradient(self, grads: Params) -> Hypergradient:
         """Return ``grads`` with the value, state and metrics of the run they were computed on."""
-        if self._first is None:  # a process without a share still takes the inner steps
+        if self._last is None:  # a process without a share still takes the inner steps
             self._randomness.restore()
             start = self.problem.start(self.memory, self.phi)
             state, metrics = run(self.problem, start, self.phi, self.problem.batches(self.episode))
             value, _, _ = outer_gradients(self.problem, state, self.phi, self.episode)
-            self._first = Hypergradient(value, grads, state, metrics)
-        return self._first._replace(grads=grads)
+            self._last = Hypergradient(value, grads, state, metrics)
+        return self._last._replace(grads=grads)
 
     def _affordable(self) -> int:
         state = self.problem.start(self.memory, self.phi).flat()
-        # Measured: the tangents before and after a step, the gradient's and what the update makes on the way; and the
-        # direction.
-        per_direction = sum(5 * value.numel() * value.element_size() for value in state.values())
+        # Measured: the tangents before and after a step, the gradient's and what the update makes on the way, half of
+        # that where it goes through θ in parts; and the direction.
+        per_direction = sum(4 * value.numel() * value.element_size() for value in state.values())
         per_direction += sum(value.numel() * value.element_size() for value in self.phi.values())
         most, enough = (size // max(1, per_direction) for size in (TANGENT_BYTES, TANGENT_BYTES_CPU))
         if next(iter(self.phi.values())).device.type == "cpu":
