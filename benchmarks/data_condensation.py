@@ -50,6 +50,7 @@ PAPER = ("reverse", "truncated", "hessian-free", "neumann", "forward")
 CASES = {
     "digits": Case((), ALL, 35, (5, 10, 20)),
     "digits-150": Case(("--steps", "150"), PAPER, 3600, (50, 100)),
+    "digits-200s": Case((), ("truncated", "two-phase"), 200, ()),
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
     "mnist-28": Case((), PAPER, 160, (5,)),
     "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),
@@ -170,9 +171,10 @@ def keep(name: str, seed: int, strategy: str, numbers: dict[str, Any], images: d
 
 
 def draw_all() -> None:
-    """Draw images and losses of seed 0: of all strategies at one image per class, of one at ten."""
+    """Draw images and losses of seed 0: of several strategies at one image per class, of one at ten."""
     images = {key: torch.tensor(value).float() for key, value in saved_images().items()}
-    for name, strategies in {"digits": ALL, "mnist": ALL, "mnist-10": ("checkpointed",)}.items():
+    drawn = {"digits": ALL, "digits-150": PAPER, "mnist": ALL, "mnist-10": ("checkpointed",)}
+    for name, strategies in drawn.items():
         found = saved()[name]["0"]
         runs = [
             {**found[key], "strategy": key, "start": images[f"{name}/start"], "images": [images[f"{name}/{key}"]]}
