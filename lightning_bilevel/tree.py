@@ -190,7 +190,11 @@ def inner_products(stacked: Params, vector: Params) -> Tensor:
 
 
 def _matvec(rows: Tensor, vector: Tensor) -> Tensor:
-    """Return ``rows @ vector``, of half precision summed in float32: there the product itself is slow on a CPU."""
+    """Return ``rows @ vector``, of half precision summed in float32: there the product itself is slow on a CPU.
+
+    >>> _matvec(torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16))
+    tensor([7., 7.])
+    """
     if rows.dtype in (torch.float16, torch.bfloat16):
         return torch.stack([(row * vector).sum(dtype=torch.float32) for row in rows])
     return rows @ vector

@@ -20,7 +20,10 @@ PAPER = {"truncated": "73.8", "hessian-free": "66.0", "neumann": "68.4", "forwar
 
 PAPER_MORE = {
     ("mnist-10", "truncated"): "94.1",
+    ("mnist-10", "forward"): "96.1",
     ("mnist-10", "checkpointed"): "96.8",
+    ("mnist-50", "truncated"): "96.6",
+    ("mnist-50", "forward"): "97.0",
     ("mnist-50", "checkpointed"): "97.7",
 }
 BASELINES = {
@@ -35,11 +38,13 @@ CASES = {
 
 
 def tables() -> dict[str, str]:
-    """Return a table for each data set at one image per class, one for the other sizes and one for the two phases."""
+    """Return a table for each data set at one image per class, and those of the other sizes and of the two phases."""
     found = results("data_condensation")["results"]
     return {
         "condensation_digits": strategies(found["digits"], paper=False),
+        "condensation_digits_steps": same_steps(found["digits-150"]),
         "condensation_mnist": strategies(found["mnist"], paper=True),
+        "condensation_mnist_28": strategies(found["mnist-28"], paper=True),
         "condensation_more": sizes(found),
         "condensation_phases": phases(found),
     }
@@ -59,7 +64,7 @@ def strategies(seeds: dict[str, Any], paper: bool) -> str:
         same = [[run["accuracy after"].get(str(step), []) for run in mine] for step in steps if name != "two-phase"]
         count = f"{mean(run['outer steps'] for run in mine):.0f}"
         accuracies = [cell([run["accuracy"] for run in mine]), *map(cell, same)]
-        cosines = [value for run in runs for value in run["cosines"].get(name, [])]
+        cosines = [value for run in runs for value in run.get("cosines", {}).get(name, [])]
         cosine = f"{mean(cosines):.2f}" if cosines else {"reverse": "1"}.get(name, "")
         rows.append([label, *([PAPER.get(name, "")] if paper else []), cosine, count, *accuracies])
     for name, published in (("start", ""), ("real images", ""), ("whole training set", "99.6")):
@@ -68,8 +73,22 @@ def strategies(seeds: dict[str, Any], paper: bool) -> str:
     return markdown(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
 
 
+def same_steps(seeds: dict[str, Any]) -> str:
+    """Return accuracies after the same outer steps, and the seconds that these took."""
+    runs = list(seeds.values())
+    rows = []
+    for name, label in NAMES.items():
+        mine = [run[name] for run in runs if name in run]
+        if mine:
+            between = [[run["accuracy after"][step] for run in mine] for step in mine[0]["accuracy after"]]
+            accuracies = [cell(each) for each in (*between, [run["accuracy"] for run in mine])]
+            rows.append([label, *accuracies, f"{mean(run['CPU seconds'] for run in mine):.0f}"])
+    steps = [*mine[0]["accuracy after"], str(mine[0]["outer steps"])]
+    return markdown(["trained on", *(f"{step} outer steps" for step in steps), "CPU seconds"], rows)
+
+
 def sizes(found: dict[str, Any]) -> str:
-    """Return what was run at other sizes of the condensed set or of its images."""
+    """Return what was run at other sizes of the condensed set."""
     rows = []
     for case, label in CASES.items():
         seeds = list(found[case].values())
@@ -78,9 +97,11 @@ def sizes(found: dict[str, Any]) -> str:
             mine = [run[name] for run in seeds if name in run]
             if mine:
                 count = f"{mean(run['outer steps'] for run in mine):.0f}"
-                accuracy = cell([run["accuracy"] for run in mine])
-                rows.append([label, NAMES[name], PAPER_MORE[case, name], count, real, accuracy])
-    heads = ("images per class", "strategy", "paper", "outer steps", "start", "condensed")
+                ends = cell([run["accuracy"] for run in mine])
+                few, after = next(iter(mine[0]["accuracy after"].items()), ("", []))
+                few_steps = f"{cell([after])} ({few})" if few else ""
+                rows.append([label, NAMES[name], PAPER_MORE[case, name], real, few_steps, count, ends])
+    heads = ("images per class", "strategy", "paper", "start", "after as many steps", "outer steps", "same seconds")
     return markdown(heads, rows)
 
 
