@@ -83,7 +83,7 @@ def same_steps(seeds: dict[str, Any]) -> str:
             between = [[run["accuracy after"][step] for run in mine] for step in mine[0]["accuracy after"]]
             accuracies = [cell(each) for each in (*between, [run["accuracy"] for run in mine])]
             rows.append([label, *accuracies, f"{mean(run['CPU seconds'] for run in mine):.0f}"])
-    steps = [*mine[0]["accuracy after"], str(mine[0]["outer steps"])]
+    steps = [*runs[0]["reverse"]["accuracy after"], str(runs[0]["reverse"]["outer steps"])]
     return markdown(["trained on", *(f"{step} outer steps" for step in steps), "CPU seconds"], rows)
 
 
