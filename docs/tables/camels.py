@@ -123,7 +123,8 @@ def model(record: dict[str, Any]) -> list[str]:
     body = settings["weight_size"] or settings["size"]
     tokens = settings["tokens"] or max(row.get("tokens", 0) for row in record["results"])
     millions = parameters(record) / 1e6
-    return [f"{millions:,.0f}M" if millions >= 100 else f"{millions:.3g}M", f"{own:,.0f}", body, str(tokens), str(settings["directions"])]
+    count = f"{millions:,.0f}M" if millions >= 100 else f"{millions:.3g}M"
+    return [count, f"{own:,.0f}", body, str(tokens), str(settings["directions"])]
 
 
 def peak(row: dict[str, Any]) -> str:
