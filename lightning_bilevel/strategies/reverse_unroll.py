@@ -6,6 +6,8 @@ import math
 from itertools import accumulate, pairwise
 from typing import Literal
 
+import torch
+
 from lightning_bilevel import tree
 from lightning_bilevel.autodiff import outer_gradients
 from lightning_bilevel.directions.base import Key
@@ -68,7 +70,7 @@ class ReverseUnroll(HypergradientStrategy):
         (final, metrics), segments = record(problem, start.detach(), phi, stretches)
         value, d, c = outer_gradients(problem, final, phi, episode)
         with Randomness(value.device).preserved():
-            through_steps, d_0 = pull_back(problem, segments, phi, {**tree.zeros_like(final.flat()), **d})
+            through_steps, d_0 = pull_back(problem, segments, phi, _cotangent(final, d))
         through_start = vector_jacobian(start.flat(), outer, d_0)
         grads = tree.add(tree.add(c, through_steps), through_start)
         return Hypergradient(value, grads, final, metrics)
@@ -80,6 +82,11 @@ def unrolled(problem: BilevelProblem, memory: InnerState, phi: Params, episode: 
     final, metrics = run(problem, problem.start(memory, outer), outer, problem.batches(episode), create_graph=True)
     value = problem.outer_loss(final.params, outer, episode.outer, final.buffers)
     return Hypergradient(value.detach(), tree.grad(value, outer), final.detach(), metrics)
+
+
+def _cotangent(final: InnerState, d: Params) -> Params:
+    """Return d with zeros for the optimizer's state; ``d`` is emptied, so that nothing holds it longer than needed."""
+    return {name: d.pop(name) if name in d else torch.zeros_like(value) for name, value in final.flat().items()}
 
 
 def _stretches(batches: list[Batch], checkpoint: int | Literal["sqrt"]) -> list[list[Batch]]:
