@@ -18,7 +18,7 @@ from lightning_bilevel.tree import Params
 TANGENT_BYTES = 512 * 2**20
 """Memory that the tangents of one chunk may take when the user sets no chunk size."""
 
-TANGENT_BYTES_CPU = 64 * 2**20
+TANGENT_BYTES_CPU = 48 * 2**20
 """What is enough on a CPU: with more, page faults take the time that is gained (``benchmarks/chunk_choice.py``)."""
 
 FEWEST_DIRECTIONS = 4
