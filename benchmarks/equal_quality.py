@@ -271,9 +271,10 @@ def phases(problem: Problem, seed: int, budget: float) -> dict[str, dict[str, fl
         row = {
             "steps": steps[-1],
             "validation loss": validation_loss(module.net, problem.data),
-            "accuracy": problem.quality(module.net, logits),
             "auroc": binary_auroc(-logits, wrong).item(),
         }
+        if problem.target > 0:  # the quality is an accuracy, not a loss
+            row["accuracy"] = problem.quality(module.net, logits)
         return steps[0], row
 
     def cheap() -> HypergradientStrategy:
