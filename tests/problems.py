@@ -445,3 +445,16 @@ def episodes(count: int, seed: int = 0, examples: tuple[int, ...] = (3,), inner_
         )
         for i in range(count)
     ]
+
+
+def derivatives(net: nn.Module, x: Tensor, order: int, inputs: list[Tensor] | None = None) -> list[Tensor]:
+    """Return the value, and gradients of gradients up to ``order``, each against random cotangents."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [x, *net.parameters()] if inputs is None else inputs
+    outputs = [net(x).sin()]  # not linear in the shift
+    found = [outputs[0].detach()]
+    for _ in range(order):
+        scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs)
+        outputs = list(torch.autograd.grad(scalar, inputs, create_graph=True))
+        found += [output.detach() for output in outputs]
+    return found

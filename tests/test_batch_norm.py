@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, batch_norm, hypergradient
 from lightning_bilevel.safe import differentiable_kernels
+from problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "(n, c)": (lambda: nn.BatchNorm1d(3), (5, 3)),
@@ -37,19 +38,6 @@ def prepared(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, 
         for parameter in net.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return net, torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
-
-
-def derivatives(net: nn.Module, x: Tensor, order: int) -> list[Tensor]:
-    """Return the value, and gradients of gradients up to ``order``, each against random cotangents."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = [x, *net.parameters()]
-    outputs = [net(x).sin()]  # not linear in the shift
-    found = [outputs[0].detach()]
-    for _ in range(order):
-        scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs)
-        outputs = list(torch.autograd.grad(scalar, inputs, create_graph=True))
-        found += [output.detach() for output in outputs]
-    return found
 
 
 class Plain(nn.Module):

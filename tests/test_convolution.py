@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, ReverseUnroll, convolution, hypergradient
 from lightning_bilevel.safe import differentiable_kernels
+from problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequences": (lambda: nn.Conv1d(2, 3, 2), (2, 2, 5)),
@@ -40,18 +41,6 @@ def prepared(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, 
     return net, torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def derivatives(net: nn.Module, x: Tensor, inputs: list[Tensor], order: int = 3) -> list[Tensor]:
-    """Return the value, and gradients of gradients up to ``order``, each against random cotangents."""
-    generator = torch.Generator().manual_seed(1)
-    outputs = [net(x).sin()]
-    found = [outputs[0].detach()]
-    for _ in range(order):
-        scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs)
-        outputs = list(torch.autograd.grad(scalar, inputs, create_graph=True))
-        found += [output.detach() for output in outputs]
-    return found
-
-
 @pytest.mark.parametrize("of", ["input and parameters", "parameters", "input", "shift"])
 @pytest.mark.parametrize("name", NETS)
 def test_derivatives_up_to_the_third(name: str, of: str) -> None:
@@ -61,10 +50,10 @@ def test_derivatives_up_to_the_third(name: str, of: str) -> None:
     inputs += [net.weight if net.bias is None else net.bias] if of == "shift" else []
     for value in (x, *net.parameters()):
         value.requires_grad_(any(value is wanted for wanted in inputs))
-    expected = derivatives(net, x, inputs)
+    expected = derivatives(net, x, 3, inputs)
     with differentiable_kernels(net):
         assert F.conv2d is not convolution.NATIVE[2]
-        found = derivatives(net, x, inputs)
+        found = derivatives(net, x, 3, inputs)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 

@@ -256,7 +256,7 @@ def masked_run(kind, options, steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
-@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop, Adagrad])
 def test_plain_autograd_has_the_derivatives_of_transforms(kind, eps, steps):
     """Where all hyperparameters are numbers, the root has a derivative of its own; at zero gradients as well."""
     solve, z = masked_run(kind, {"eps": eps}, steps)
@@ -266,7 +266,7 @@ def test_plain_autograd_has_the_derivatives_of_transforms(kind, eps, steps):
     torch.testing.assert_close(plain(lambda z: plain(solve, z, create_graph=True), z), second)
 
 
-@pytest.mark.parametrize(("kind", "options"), [case for case in GENERIC if case[0] in (Adam, AdamW)])
+@generic
 def test_derivatives_with_numbers_are_those_of_finite_differences(kind, options):
     def solve(theta):
         return run(kind(**options), {"net.0.bias": theta}, steps=3)["net.0.bias"]
