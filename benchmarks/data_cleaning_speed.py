@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
-from _measure import cpu_seconds
+from _measure import Stopwatch, cpu_seconds
 from _peers import (
     SAME,
     Batch,
@@ -48,7 +48,6 @@ from _peers import (
 )
 from _results import earlier, plot_path, save
 from _tensor_memory import tensor_peak
-from maml_speed import Stopwatch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 import torchopt
+from _measure import Stopwatch
 from _results import plot_path, save
 from torch import Tensor, nn
 
@@ -39,13 +40,15 @@ from few_shot.learners import FewShotClassifier, FewShotRegressor, MetaLearner  
 from few_shot.nets import cnn, mlp  # noqa: E402
 from few_shot.sinusoid import Sinusoids  # noqa: E402
 
-# Its top-level package is not executed: that imports torchvision and gym, for nothing that MAML needs.
 LEARN2LEARN = importlib.util.find_spec("learn2learn")
 if LEARN2LEARN is not None:
+    # Its top-level package is not executed: that imports torchvision and gym, for nothing that MAML needs.
     sys.modules["learn2learn"] = importlib.util.module_from_spec(LEARN2LEARN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from learn2learn.algorithms import MAML
+    for name in [name for name in sys.modules if name.split(".")[0] == "learn2learn"]:
+        del sys.modules[name]  # or whoever imports it next finds the package without its contents
 
 Gradient = Callable[[MetaLearner, Sequence[Episode]], None]
 """Adds the meta-gradient to ``.grad`` of the net's parameters."""
@@ -113,19 +116,6 @@ def check(make: Callable[[], tuple[MetaLearner, TaskLoader]]) -> None:
         error = float(tree.norm(tree.sub(ours, theirs)) / tree.norm(ours))
         if error > 1e-3:
             raise AssertionError(f"{name}: relative difference {error:.1e}")
-
-
-class Stopwatch(pl.Callback):
-    """CPU seconds of each batch."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.began = time.process_time()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self.began)
 
 
 def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, barebones: bool = False) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -134,6 +135,18 @@ def speed(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         tiny = case._replace(net=lambda: torch.nn.Linear(12, 10), shape=(12,), examples=8, steps=4)
         monkeypatch.setitem(module.CASES, name, tiny)
     return module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_learn2learn_can_be_imported_after_its_benchmark(benchmark: Any) -> None:
+    """The benchmark takes its MAML without the rest; the next import must not find half a package."""
+    for library in ("higher", "torchopt"):
+        pytest.importorskip(library)
+    if importlib.util.find_spec("learn2learn") is None:
+        pytest.skip("learn2learn is not installed")
+    sys.modules.pop("maml_speed", None)
+    assert "learn2learn" in benchmark("maml_speed").PEERS
+    assert not [name for name in sys.modules if name.split(".")[0] == "learn2learn"]
 
 
 @pytest.mark.parametrize("name", ["mlp", "implicit", "adam"])
