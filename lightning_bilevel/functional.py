@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -28,6 +29,9 @@ STACKED_ENTRIES = 2**21
 
 FEWEST_COPIES = 8
 """Copies of θ below which a CPU is faster in a loop; both are measured in ``benchmarks/chunk_choice.py``."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Kernels and generators are those of the process: a thread that estimates makes the others wait."""
 
 
 class FunctionalModule:
@@ -125,11 +129,13 @@ class FunctionalModule:
     def session(self, twice: bool = True) -> Iterator[None]:
         """Enter the surroundings of one estimate: safe kernels, no autocast but in the losses, logs recorded.
 
+        Other threads wait for it to end.
+
         Args:
             twice: whether losses are differentiated twice.
         """
         kind = self.device.type
-        with ExitStack() as stack:
+        with _ONE_AT_A_TIME, ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))

@@ -6,6 +6,7 @@ where PyTorch has it, and differences of a loop in plain PyTorch.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -359,6 +360,30 @@ def test_kernels_are_put_back(strategy: HypergradientStrategy) -> None:
     with pytest.raises(ArithmeticError, match="^nan"):
         hypergradient(module, strategy, episode)
     assert kernels() == before
+
+
+def test_threads_take_turns() -> None:
+    """Kernels and random generators are those of the process, so that two estimates at once would spoil each other."""
+    episode, results = data("weight_norm"), []
+
+    def estimated() -> None:
+        results.append(hypergradient(Weighted("weight_norm"), ReverseUnroll(), episode).grads)
+
+    class Impatient(Weighted):
+        other: threading.Thread | None = None
+
+        def outer_loss(self, batch):
+            if self.other is None:
+                self.other = threading.Thread(target=estimated)
+                self.other.start()
+                self.other.join(timeout=1.0)
+                assert not results
+            return super().outer_loss(batch)
+
+    module = Impatient("weight_norm")
+    mine = hypergradient(module, ReverseUnroll(), episode).grads
+    module.other.join()
+    assert_close(results[0], mine, 0)
 
 
 @pytest.mark.parametrize("mode", ["double_backward", "forward"])
