@@ -50,6 +50,7 @@ PAPER = ("reverse", "truncated", "hessian-free", "neumann", "forward")
 CASES = {
     "digits": Case((), ALL, 35, (5, 10, 20)),
     "digits-150": Case(("--steps", "150"), PAPER, 3600, (50, 100)),
+    "digits-600": Case((), ("truncated", "two-phase"), 600, ()),
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
     "mnist-28": Case((), PAPER, 160, (5,)),
     "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),

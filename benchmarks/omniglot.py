@@ -28,7 +28,7 @@ from few_shot import run  # noqa: E402
 from few_shot.learners import adaptation_curve  # noqa: E402
 
 MAML, ANIL = {"inner": "all"}, {"inner": "head"}
-ONE, FIVE = {"shots": 1, "tasks": 16, "steps": 4500}, {"shots": 5, "tasks": 8, "steps": 4500}
+ONE, FIVE = {"shots": 1, "tasks": 16, "steps": 4500}, {"shots": 5, "tasks": 16, "steps": 4500}
 RUNS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "MAML, 1-shot": (MAML, ONE),
     "MAML, 5-shot": (MAML, FIVE),
