@@ -16,6 +16,7 @@ from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import InnerStart
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.problem import Episode, InnerState
+from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 
 FORMAT = 1
@@ -177,9 +178,7 @@ def reinitialized(functional: FunctionalModule, seed: int) -> Params:
     """Return fresh values of the inner-only parameters from their submodules' own ``reset_parameters()``."""
     module, own = functional.module, set(functional.levels.inner_only)
     fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
-    devices = [functional.device] if functional.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), functional.swapper.swapped(fresh):
-        torch.manual_seed(seed)
+    with Randomness(functional.device).preserved(seed), torch.no_grad(), functional.swapper.swapped(fresh):
         for prefix, child in module.named_modules():
             names = own & {f"{prefix}.{name}" if prefix else name for name in child._parameters}
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)

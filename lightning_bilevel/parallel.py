@@ -27,6 +27,7 @@ from lightning_bilevel.host import (
     pl_worker_init_function,
 )
 from lightning_bilevel.problem import Hypergradient
+from lightning_bilevel.safe import generator_state, set_generator_state
 from lightning_bilevel.strategies.base import HypergradientStrategy
 
 T = TypeVar("T")
@@ -81,12 +82,10 @@ class DirectionParallelStrategy(DDPStrategy):
         self._share_randomness()
 
     def _share_randomness(self) -> None:
-        device = self.root_device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        states, cuda = self.broadcast((_collect_rng_states(include_cuda=False), cuda))
+        here = _collect_rng_states(include_cuda=False), generator_state(self.root_device)
+        states, there = self.broadcast(here)
         _set_rng_states(states)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        set_generator_state(self.root_device, there)
 
     @classmethod
     @override

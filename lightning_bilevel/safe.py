@@ -107,6 +107,23 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def generator_state(device: torch.device) -> Tensor | None:
+    """Return the state of the generator of an accelerator; ``None`` on a CPU, and where there is none."""
+    get = getattr(getattr(torch, device.type, None), "get_rng_state", None)
+    return get(*_where(device)) if get is not None else None
+
+
+def set_generator_state(device: torch.device, state: Tensor | None) -> None:
+    """Put back what :func:`generator_state` returned, on a device of the same type."""
+    if state is not None:
+        getattr(torch, device.type).set_rng_state(state, *_where(device))
+
+
+def _where(device: torch.device) -> tuple[torch.device, ...]:
+    """Return how the functions for the generators of ``torch.cuda``, ``torch.xpu``, ``torch.mps`` name a device."""
+    return () if device.type == "mps" else (device,)
+
+
 class Randomness:
     """A snapshot of the global random generators, so that a run can be repeated with the same dropout masks.
 
@@ -115,15 +132,13 @@ class Randomness:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
         self._device = device
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._cpu, self._there = torch.get_rng_state(), generator_state(device)
 
     def restore(self) -> None:
         """Put the generators back to where the snapshot was taken."""
         torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+        set_generator_state(self._device, self._there)
 
     @contextmanager
     def preserved(self, seed: int | None = None) -> Iterator[None]:
@@ -134,8 +149,8 @@ class Randomness:
         """
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-            if self._cuda is not None:
-                torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
+            if self._there is not None:
+                set_generator_state(self._device, torch.Generator(self._device).manual_seed(seed).get_state())
         try:
             yield
         finally:

@@ -34,6 +34,7 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import Gaussian, Key
+from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 from problems import Problem, assert_close, directional_difference, draw, generator, plain_value, seeded, train
 
@@ -360,6 +361,31 @@ def test_kernels_are_put_back(strategy: HypergradientStrategy) -> None:
     with pytest.raises(ArithmeticError, match="^nan"):
         hypergradient(module, strategy, episode)
     assert kernels() == before
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_generators_of_accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are drawn on the device: what runs again needs its generator, too; the one of Apple's has no index."""
+    device, there = torch.device(kind), torch.Generator()
+    expected = () if kind == "mps" else (device,)
+
+    def get(*where: torch.device) -> Tensor:
+        assert where == expected
+        return there.get_state()
+
+    def put(state: Tensor, *where: torch.device) -> None:
+        assert where == expected
+        there.set_state(state)
+
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", get)
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", put)
+    randomness = Randomness(device)
+    with randomness.preserved():
+        first = torch.rand(3, generator=there)
+    again = torch.rand(3, generator=there)
+    randomness.restore()
+    assert torch.equal(first, again)
+    assert torch.equal(first, torch.rand(3, generator=there))
 
 
 def test_threads_take_turns() -> None:

@@ -23,6 +23,7 @@ from lightning_bilevel.host import (
 )
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.module import BilevelModule
+from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies import (
     FSLA,
     PZOBO,
@@ -264,11 +265,12 @@ def _stopped(report: Audit, broken: Sequence[AuditRow]) -> MisconfigurationError
 def _untouched(module: BilevelModule) -> Iterator[None]:
     """Leave random generators, compiled code and what a running fit knows about its losses as they were."""
     functional = module.functional()
-    states = _collect_rng_states(include_cuda=functional.device.type == "cuda")
+    states = _collect_rng_states(include_cuda=False)
     # What the fit has found out about its losses so far: it finds the rest itself, with the draws that this takes.
     size, mutable = functional.episode_chunk_size, dict(functional._mutable)
     try:
-        yield
+        with Randomness(functional.device).preserved():
+            yield
     finally:
         functional.episode_chunk_size, functional._mutable = size, mutable
         _set_rng_states(states)
