@@ -263,7 +263,7 @@ def parsed(kind: type, text: str) -> tuple[Any, str]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--made", type=kind)
     config = parser.parse_string(text)
-    return parser.instantiate_classes(config).made, parser.dump(config)
+    return parser.instantiate(config).made, parser.dump(config)
 
 
 @pytest.mark.parametrize(("kind", "made"), OBJECTS, ids=lambda value: type(value).__name__)

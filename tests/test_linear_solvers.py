@@ -381,12 +381,11 @@ COMMAND_LINE: list[tuple[type[LinearSolver], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("solver", "arguments"), COMMAND_LINE)
-@pytest.mark.filterwarnings(r"ignore:\s*(By default only one Json|.* was deprecated in v4\.):DeprecationWarning")
 def test_the_command_line_can_build_it(solver: type[LinearSolver], arguments: dict[str, Any]) -> None:
     parser = pytest.importorskip("jsonargparse").ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LinearSolver, "solver")
     path = f"lightning_bilevel.linear_solvers.{solver.__name__}"
     options = [f"--solver.{name}={str(value).lower()}" for name, value in arguments.items()]
-    built = parser.instantiate_classes(parser.parse_args([f"--solver={path}", *options])).solver
+    built = parser.instantiate(parser.parse_args([f"--solver={path}", *options])).solver
     assert type(built) is solver
     assert {name: getattr(built, name) for name in arguments} == arguments
