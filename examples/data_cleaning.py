@@ -181,7 +181,7 @@ class CleaningData(pl.LightningDataModule):
         self.test = TensorDataset(split.test_x, split.test_y)
 
     def train_dataloader(self) -> EpisodeLoader:
-        return EpisodeLoader(inner=self._batches(self.train), outer=self._batches(self.validation))
+        return EpisodeLoader(self._batches(self.train), self._batches(self.validation), inner_batches=1)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.test, sampler=BatchSampler(SequentialSampler(self.test), 10_000, False), batch_size=None)

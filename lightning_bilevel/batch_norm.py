@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NATIVE = torch.batch_norm
 NATIVE_INSTANCE_NORM = torch.instance_norm
@@ -31,7 +32,9 @@ def batch_norm(
 
     Only on a CPU, in training mode and in one precision; elsewhere, and inside function transforms, it is PyTorch's.
     """
-    if not training or not _plain(input, weight, bias):
+    channels = input.shape[1:2].numel()
+    fits = all(each is None or each.numel() == channels for each in (weight, bias, running_mean, running_var))
+    if not training or not fits or not _plain(input, weight, bias):  # PyTorch's says what does not fit
         return NATIVE(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
     scale = input.new_ones(input.shape[1]) if weight is None else weight
     normalized: Tensor = _BatchNorm.apply(input, scale, bias, running_mean, running_var, momentum, eps)
@@ -50,22 +53,31 @@ def instance_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     """Return what ``torch.instance_norm`` returns: batch norm with every image's channels as channels of their own."""
-    if not use_input_stats or running_mean is not None or not _plain(input, weight, bias):
+    if not use_input_stats or not _plain(input, weight, bias):
         return NATIVE_INSTANCE_NORM(
             input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled
         )
     count = len(input)
-    scale, shift = (None if value is None else value.repeat(count) for value in (weight, bias))
+    scale, shift, mean, var = (
+        None if value is None else value.repeat(count) for value in (weight, bias, running_mean, running_var)
+    )
     images = input.reshape(1, -1, *input.shape[2:])
-    return batch_norm(images, scale, shift, None, None, True, momentum, eps, cudnn_enabled).view_as(input)
+    normalized = batch_norm(images, scale, shift, mean, var, True, momentum, eps, cudnn_enabled).view_as(input)
+    with torch.no_grad():
+        for running, of_images in ((running_mean, mean), (running_var, var)):
+            if running is not None and of_images is not None:
+                running.copy_(of_images.view(count, -1).mean(0))
+    return normalized
 
 
 def _plain(x: Tensor, *parameters: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
+        and x.numel() > 0
         and x.dtype in (torch.float32, torch.float64)
         and all(value is None or value.dtype == x.dtype for value in parameters)
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # no dual numbers: these functions have no ``jvp``
     )
 
 

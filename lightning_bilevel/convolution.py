@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NATIVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -48,7 +49,8 @@ def _convolution(
     """Only a batch on a CPU in one precision; elsewhere, and inside function transforms, it is PyTorch's."""
     if isinstance(padding, str) or input.dim() != dimensions + 2 or not _plain(input, weight, bias):
         return NATIVE[dimensions](input, weight, bias, stride, padding, dilation, groups)
-    each = [[value] * dimensions if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
+    numbers = (stride, padding, dilation)
+    each = [list(value) if isinstance(value, Sequence) else [value] * dimensions for value in numbers]
     convolved: Tensor = _Convolution.apply(input, weight, bias, (*each, False, [0] * dimensions, groups))
     return convolved
 
@@ -60,6 +62,7 @@ def _plain(x: Tensor, *parameters: Tensor | None) -> bool:
         and all(value is None or value.dtype == x.dtype for value in parameters)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # no dual numbers: these functions have no ``jvp``
     )
 
 

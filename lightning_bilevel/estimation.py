@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.autodiff import gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.host import rank_zero_warn
+from lightning_bilevel.inputs import nonfinite
 from lightning_bilevel.problem import (
     BilevelProblem,
     Episode,
@@ -72,20 +74,23 @@ def estimate(
         if name := tree.first_nonfinite(phi):
             hint = "Lower the learning rate of `configure_optimizers()`, or clip: `Trainer(gradient_clip_val=...)`."
             raise nonfinite_error(f"outer parameter `{name}`", "nan or inf after the last outer step", hint) from error
-        raise FloatingPointError(f"{error} (Hypergradient strategy: `{type(strategy).__name__}`.)") from error
+        data = f" The {where} itself has nan or inf in it." if (where := nonfinite(episodes)) else ""
+        raise FloatingPointError(f"{error}{data} (Hypergradient strategy: `{type(strategy).__name__}`.)") from error
 
 
 def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:
     """Return whether the losses run under ``vmap``; warn with the reason where they do not."""
     device = next(iter(phi.values())).device
-    with torch.no_grad(), Randomness(device).preserved():
+    with torch.enable_grad(), Randomness(device).preserved():
         stacked = problem.stack(1)
         batch = stack_episodes([episode])
         try:
-            theta = stacked.start(_map_state(lambda value: value[None], memory), phi).params
+            outer = tree.leaves(phi)
+            theta = tree.leaves(stacked.start(_map_state(lambda value: value[None], memory), phi).params)
             buffers = tree.map(lambda value: value[None], memory.buffers)
-            stacked.inner_loss(theta, phi, batch.inner[0], buffers)
-            stacked.outer_loss(theta, phi, batch.outer, buffers)
+            # With gradients: `torch.utils.checkpoint`, for one, runs forward and fails backward.
+            gradients(stacked.inner_loss(theta, outer, batch.inner[0], buffers)[0], theta, outer)
+            gradients(stacked.outer_loss(theta, outer, batch.outer, buffers), theta, outer)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             rank_zero_warn(
                 "The losses cannot be vectorized over episodes, so the episodes of a batch are looped: "

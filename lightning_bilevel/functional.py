@@ -17,6 +17,7 @@ from lightning_bilevel.errors import combination_error, missing_error, value_err
 from lightning_bilevel.hooks import BilevelHooks
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState
 from lightning_bilevel.recorder import LogRecorder
@@ -109,8 +110,9 @@ class FunctionalModule:
         if mode not in self._mutable:
             present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
             clones = tree.map(torch.clone, present)
-            in_place = self._in_place({**self.phi(), **self.theta(), **clones})
-            with torch.no_grad(), Randomness(self.device).preserved(), in_place:
+            # Leaves, for a loss may take gradients itself: of a net with respect to its input, say.
+            in_place = self._in_place({**tree.leaves({**self.phi(), **self.theta()}), **clones})
+            with torch.enable_grad(), Randomness(self.device).preserved(), in_place:
                 if not self._solves:
                     self.module.inner_loss(episode.inner[0])
                 if episode.outer is not None:  # there is none where a module is only adapted
@@ -166,6 +168,16 @@ class FunctionalModule:
             names |= _names_reached([loss], phi) | _names_reached([loss], theta)
         opaque = self._solves
         return [name for name in self.levels.outer if name not in names and not opaque]
+
+    def negative(self) -> list[str]:
+        """Return the hyperparameters of the inner optimizer that are tensors of negative numbers only."""
+        optimizer = None if self._solves else self._configured()
+        found = optimizer.hyperparameters if isinstance(optimizer, ElementwiseOptimizer) else {}
+        return [
+            f"{type(optimizer).__name__}({argument}=...)"
+            for argument, value in found.items()
+            if isinstance(value, Tensor) and bool((value < 0).all())
+        ]
 
     def without_second_derivative(self, episode: Episode, memory: InnerState) -> list[str]:
         """Return the ``autograd.Function`` classes in the inner loss that are marked ``once_differentiable``."""
@@ -238,7 +250,16 @@ class FunctionalModule:
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
         with self._in_place({**phi, **params}):
             solution = self.module.solve_inner(batches)
-        return _named(self.module, "solve_inner(batches)", params, solution)
+        solved = _named(self.module, "solve_inner(batches)", params, solution)
+        wanted = self.module.differentiable_solve and torch.is_grad_enabled()
+        if wanted and _require_grad(phi) and not _require_grad(solved):
+            raise missing_error(
+                f"{type(self.module).__name__}.solve_inner(batches)",
+                "derivative: what it returns is detached from the outer parameters",
+                "Compute it from them in torch, or set `differentiable_solve = False` on the class and use "
+                "`ImplicitGradient`, `PZOBO` or `ZerothOrder`",
+            )
+        return solved
 
     def _configured(self) -> InnerOptimizer:
         """Call the user's hook; a ``torch.optim`` instance is built once, with the real parameters."""
@@ -247,6 +268,7 @@ class FunctionalModule:
         optimizer = self.module.configure_inner_optimizer()
         if isinstance(optimizer, torch.optim.Optimizer):
             _refuse_learned(optimizer)
+            _refuse_scheduled(optimizer)
             self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
             return self._converted
         if not isinstance(optimizer, InnerOptimizer):
@@ -265,7 +287,7 @@ class FunctionalModule:
             phi, theta = tree.leaves(self.phi()), tree.map(torch.clone, self.theta())
             slots = self._init_slots(theta, phi)
             grads = tree.map(torch.ones_like, theta)
-            for step in (1, 2):
+            for step in (1,) if self.module.inner_steps == 1 and self.module.inner_start != "warm" else (1, 2):
                 theta, slots = self._update(theta, grads, slots, phi, step)
             return _names_reached([*theta.values(), *(v for slot in slots.values() for v in slot.values())], phi)
 
@@ -281,6 +303,17 @@ def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
                     "the instance is built once, so that its rate would not follow the outer parameters",
                     f"Return `lightning_bilevel.{kind}({name}=...)`, which is built at every inner step",
                 )
+
+
+def _refuse_scheduled(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a learning-rate scheduler, which leaves its mark in the groups: nothing would step it."""
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        kind = type(optimizer).__name__
+        raise combination_error(
+            f"a scheduler of `torch.optim.lr_scheduler` on the inner optimizer `{kind}`",
+            "the instance is taken once, and its rate would stay the first",
+            f"Return `lightning_bilevel.{kind}(lr=...)` with the rate of now, computed from `self.global_step`",
+        )
 
 
 def _entries(value: Any) -> tuple[Any, ...]:
@@ -310,8 +343,11 @@ def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
     return {name for name, grad in zip(inputs, grads, strict=True) if grad is not None}
 
 
-def _scalar(module: nn.Module, hook: str, loss: Tensor) -> Tensor:
+def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
+    """Return a loss, or the ``"loss"`` of a mapping, as Lightning takes both; raise unless it is one number."""
     what = f"{type(module).__name__}.{hook}(batch)"
+    if isinstance(loss, Mapping) and "loss" in loss:
+        loss = loss["loss"]
     if not isinstance(loss, Tensor) or loss.ndim:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise value_error(what, "a 0-dim tensor", got, "Reduce it with `.mean()` or `.sum()`.")
@@ -321,16 +357,26 @@ def _scalar(module: nn.Module, hook: str, loss: Tensor) -> Tensor:
     return loss
 
 
-def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Tensor]) -> Params:
+def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Any]) -> Params:
     """Check that a hook returned the inner parameters, by name and shape, and put them in order."""
     if not isinstance(got, Mapping) or set(got) != set(expected):
         names = sorted(got) if isinstance(got, Mapping) else type(got).__name__
         raise value_error(f"{type(module).__name__}.{hook}", f"a mapping with the keys {sorted(expected)}", names)
     for name, value in got.items():
-        if value.shape != expected[name].shape:
-            shape = tuple(expected[name].shape)
-            raise value_error(f"{type(module).__name__}.{hook}[{name!r}]", f"of shape {shape}", tuple(value.shape))
+        what, present = f"{type(module).__name__}.{hook}[{name!r}]", expected[name]
+        if not isinstance(value, Tensor):
+            hint = "Write `torch.as_tensor(...)` with the parameter's dtype and device."
+            raise value_error(what, "a tensor", type(value).__name__, hint)
+        if value.shape != present.shape:
+            raise value_error(what, f"of shape {tuple(present.shape)}", tuple(value.shape))
+        if value.dtype != present.dtype:
+            hint = "Convert it: `.to(parameter)`."
+            raise value_error(what, f"of {present.dtype}", value.dtype, hint)
     return {name: got[name] for name in expected}
+
+
+def _require_grad(params: Params) -> bool:
+    return any(value.requires_grad for value in params.values())
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ class BilevelHooks(LightningModule):
     def episodes(self, batch: Any) -> Sequence[Episode]:
         """Split what the loader yields into episodes. Default: one, or a list of them as it is.
 
+        A mapping ``{"inner": ..., "outer": ...}`` is one episode too; its ``inner`` is one batch, not a list of them.
+
         Example: ``return [Episode([support], query) for support, query in zip(*batch)]``
         """
         if isinstance(batch, Episode):
@@ -122,7 +124,8 @@ class BilevelHooks(LightningModule):
             "the training batch",
             "an `Episode`, a list of them, or a mapping of 'inner' and 'outer'",
             type(batch).__name__,
-            "Pass `EpisodeLoader(inner=..., outer=...)` to `trainer.fit`, or override `episodes(batch)`.",
+            "Let `trainer.fit` or `train_dataloader` have an `EpisodeLoader(inner=..., outer=...)`, or override "
+            "`episodes(batch)`.",
         )
 
     def solve_inner(self, batches: Sequence[Batch]) -> Mapping[str, Tensor]:

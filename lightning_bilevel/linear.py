@@ -22,13 +22,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None or not torch._C._are_functorch_transforms_active():
         return NATIVE(input, weight, bias)
     level = _functorch.current_level()
-    if not (_batched(weight, level) and _batched(bias, level)) or input.shape[-1] != weight.shape[-1]:
+    usual = weight.dim() == 2 and bias.dim() == 1 and input.shape[-1] == weight.shape[-1]
+    if not usual or not (_batched(weight, level) and _batched(bias, level)):
         return NATIVE(input, weight, bias)
     weights, biases = _members(weight), _members(bias)
     inputs = _members(input) if _batched(input, level) else input.expand(len(weights), *input.shape)
-    rows = inputs if inputs.dim() == 3 else inputs.reshape(len(weights), -1, inputs.shape[-1])
+    rows = inputs if inputs.dim() == 3 else inputs.flatten(1, -2) if inputs.dim() > 2 else inputs.unsqueeze(1)
     outputs = torch.baddbmm(biases.unsqueeze(1), rows, weights.transpose(1, 2))
-    outputs = outputs if inputs.dim() == 3 else outputs.view(*inputs.shape[:-1], -1)
+    outputs = outputs if inputs.dim() == 3 else outputs.view(*inputs.shape[:-1], outputs.shape[-1])
     wrapped: Tensor = _functorch._add_batch_dim(outputs, 0, level)
     return wrapped
 

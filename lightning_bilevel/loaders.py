@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, distributed
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 from typing_extensions import Self, override
 
 from lightning_bilevel.errors import combination_error, positive_integer, value_error
-from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer
+from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer, rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
 
 _Position = tuple[int, int]
@@ -47,7 +47,8 @@ class EpisodeLoader(CombinedLoader):
     Args:
         inner: a ``DataLoader``, a list of batches, or what else can be iterated again and again.
         outer: likewise.
-        inner_batches: inner batches in an episode; with fewer than inner steps, the steps cycle through them.
+        inner_batches: inner batches in an episode; with fewer than inner steps, the steps cycle through them. Default:
+            one, with a warning in a fit where several steps would share it and there are more.
         seed: fixes all passes; the same on every rank. By default, for each loader, the seed of its distributed
             sampler or the initial seed of its own generator if it has one, and ``torch.initial_seed()`` otherwise,
             when its first pass begins: what ``seed_everything`` has set.
@@ -56,7 +57,7 @@ class EpisodeLoader(CombinedLoader):
         rank: the rank whose data this process sees; :func:`prepare_episodes` sets it. ``None`` is the process's own.
 
     Raises:
-        ValueError: if ``inner_batches`` is not positive or, while iterating, if a loader yields no batch.
+        ValueError: if ``inner_batches`` is not positive, a loader is a data set, or, while iterating, yields no batch.
         MisconfigurationError: if both are one loader with persistent workers.
 
     >>> loader = EpisodeLoader(inner=[1, 2, 3], outer=["a", "b"], inner_batches=2)
@@ -67,13 +68,25 @@ class EpisodeLoader(CombinedLoader):
     """
 
     def __init__(
-        self, inner: Iterable[Batch], outer: Iterable[Batch], inner_batches: int = 1, seed: int | None = None
+        self,
+        inner: Iterable[Batch],
+        outer: Iterable[Batch],
+        inner_batches: int | None = None,
+        seed: int | None = None,
     ) -> None:
+        loaders: dict[str, Any] = {"inner": inner, "outer": outer}
+        for name, loader in loaders.items():
+            if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+                hint = "Wrap it: `DataLoader(dataset, batch_size=...)`, or `batch_size=None` if its items are batches."
+                raise value_error(f"EpisodeLoader({name}=...)", "a loader of batches", type(loader).__name__, hint)
         # Set afterwards, a list is a list of batches; Lightning would take it for a list of loaders. The outer loader
         # is first because Lightning's progress bars in validation show the length of the first.
         super().__init__({"outer": None, "inner": None}, "max_size_cycle")
         self.flattened = [outer, inner]
-        self.inner_batches = positive_integer("EpisodeLoader(inner_batches=...)", inner_batches)
+        self._chosen = inner_batches is not None
+        self.inner_batches = positive_integer(
+            "EpisodeLoader(inner_batches=...)", 1 if inner_batches is None else inner_batches
+        )
         if inner is outer and getattr(inner, "persistent_workers", False):
             raise combination_error(
                 "one loader with `persistent_workers=True` as `inner` and `outer`",
@@ -160,10 +173,7 @@ class EpisodeLoader(CombinedLoader):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     def _episodes(self) -> float:
-        try:
-            length: float = len(self.flattened[0])
-        except (TypeError, NotImplementedError):  # what Lightning takes for unknown
-            length = math.inf
+        length = _length(self.flattened[0])
         return length if self.limits is None else min(length, self.limits[0])
 
     def _rank(self) -> int:
@@ -208,6 +218,7 @@ def prepare_episodes(trainer: Trainer) -> None:
     moved = bool(states)
     if isinstance(loader, EpisodeLoader):
         loader._progress = loop.epoch_loop.batch_progress
+        _warn_of_shared_batches(loader, getattr(trainer.lightning_module, "inner_steps", 1))
         before, loader.rank = loader._rank(), (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
         moved |= loader.rank != before
     else:
@@ -216,6 +227,14 @@ def prepare_episodes(trainer: Trainer) -> None:
         loop._combined_loader_states_to_load = []
         loader._load_state_dicts(states)
         iter(fetcher)  # what it read ahead is dropped
+
+
+def _warn_of_shared_batches(loader: EpisodeLoader, steps: int) -> None:
+    if not loader._chosen and min(steps, _length(loader.flattened[1])) > 1:
+        rank_zero_warn(
+            f"All {steps} inner steps of an episode share one inner batch. `EpisodeLoader(inner_batches={steps})` "
+            "gives each its own; `inner_batches=1` says that one is meant."
+        )
 
 
 def _refuse_lists(data: Any) -> None:
@@ -355,6 +374,13 @@ class _Reader:
         if batches < least:
             expected = f"an iterable of {least} or more batches in every pass"
             raise value_error(f"EpisodeLoader({self.name}=...)", expected, batches, hint)
+
+
+def _length(loader: Any) -> float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # what Lightning takes for unknown
+        return math.inf
 
 
 def _mixed(*words: int | str) -> int:

@@ -22,6 +22,7 @@ from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.inner_loop import run
+from lightning_bilevel.inputs import some, warn_of_a_bare_batch
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
@@ -133,9 +134,10 @@ class BilevelModule(BilevelHooks):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise value_error("adapted(steps=...)", "a non-negative integer", steps)
         functional = self.functional()
+        warn_of_a_bare_batch(batches)
         with self._knowing(functional.levels):
             with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
-                episode = Episode(tree_map(_outside_inference, list(_some(batches))), None)
+                episode = Episode(tree_map(_outside_inference, list(some(batches))), None)
                 problem = replace(functional.problem, inner_steps=steps)
                 phi, memory = functional.phi(), self._memory.recall(functional, episode)
                 state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
@@ -145,12 +147,14 @@ class BilevelModule(BilevelHooks):
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Estimate the hypergradient and return the outer loss with it as its gradient."""
         attachment, memory = self._attached(), self._memory
+        if self.trainer.fit_loop._skip_backward:
+            return self._evaluated(batch)
         functional, ranks, strategy = attachment.functional, attachment.ranks, attachment.strategy
         key = Key(memory.seed, memory.estimates, rank=ranks.rank, share=ranks.share, step=self.global_step)
         episodes: list[Episode] = []
 
         def estimated() -> Hypergradient:
-            episodes.extend(Episode(_some(episode.inner), episode.outer) for episode in self.episodes(batch))
+            episodes.extend(Episode(some(episode.inner), episode.outer) for episode in self.episodes(batch))
             return self._estimate(strategy, functional, episodes, key)
 
         before = strategy.state_dict() if self.on_nonfinite == "skip" else {}
@@ -163,6 +167,11 @@ class BilevelModule(BilevelHooks):
             return self._skipped(functional, error)
         functional.recorder.replay(self, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
+        if memory.estimates == 0 and not strategy.carried() and not metrics["hypergradient_norm"]:
+            rank_zero_warn(
+                "The first hypergradient is exactly zero, so that nothing is learned from it: "
+                "`audit(module, batch)` says why, and which strategies see how the outer parameters act."
+            )
         for monitor in self._monitors:
             if memory.estimates % monitor.every_n_steps == 0:
                 again = self._repetition(functional, episodes, key)
@@ -175,6 +184,15 @@ class BilevelModule(BilevelHooks):
             self.log_dict(metrics, batch_size=len(episodes))
         self._log_skipped()
         return self._surrogate(functional, result.value, result.grads)
+
+    def _evaluated(self, batch: Any) -> Tensor:
+        """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""
+        with torch.no_grad():
+            for episode in self.episodes(batch):
+                for inner in () if self.has_solver else episode.inner:
+                    self.inner_loss(inner)
+                value = self.outer_loss(episode.outer)
+        return value
 
     def _skipped(self, functional: FunctionalModule, error: FloatingPointError) -> Tensor:
         """Return a loss without a gradient, and count it; the inner level is as it was before."""
@@ -307,11 +325,17 @@ class BilevelModule(BilevelHooks):
         functional = self._attached().functional
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        if groups and not any(id(self.get_parameter(name)) in held for name in functional.levels.outer):
+        left_out = [name for name in functional.levels.outer if id(self.get_parameter(name)) not in held]
+        if groups and len(left_out) == len(functional.levels.outer):
             raise missing_error(
                 type(self).__name__,
                 "outer parameter in its optimizer",
                 "Let `configure_optimizers()` return `torch.optim.Adam(self.outer_parameters())`, say",
+            )
+        if groups and left_out:
+            rank_zero_warn(
+                f"No optimizer has the outer parameters {left_out}: they stay as they are. Give "
+                "`configure_optimizers()` all of `outer_parameters()`, or select fewer there."
             )
 
     def _attached(self) -> Attachment:
@@ -395,6 +419,9 @@ class BilevelModule(BilevelHooks):
     def _check_losses(
         self, functional: FunctionalModule, episode: Episode, memory: InnerState, strategy: HypergradientStrategy
     ) -> None:
+        warn_of_a_bare_batch(episode.inner)
+        for argument in functional.negative():
+            rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
         with Randomness(functional.device).preserved():
             untouched = functional.untouched(episode, memory)
             # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient.
@@ -441,22 +468,16 @@ def hypergradient(
     >>> hypergradient(Scale(), ReverseUnroll(), Episode([x], x)).grads
     {'phi': tensor(-1.)}
     """
-    functional = module.functional()
-    episodes = [episode] if isinstance(episode, Episode) else list(episode)
-    with torch.enable_grad(), module._knowing(functional.levels):
-        return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
-
-
-def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
-    if not isinstance(batches, Sequence) or not len(batches):
-        got = "none" if isinstance(batches, Sequence) else type(batches).__name__
-        raise value_error(
-            "Episode(inner=...)",
-            "a list of at least one inner batch",
-            got,
-            "Write a single batch as `[batch]`, and `[None]` where the inner problem has no data.",
-        )
-    return batches
+    if not isinstance(strategy, HypergradientStrategy):
+        raise value_error("hypergradient(strategy=...)", "a strategy such as `ReverseUnroll()`", strategy)
+    given = [episode] if isinstance(episode, Episode) else episode
+    if not all(isinstance(each, Episode) for each in given):
+        given = module.episodes(given)
+    with torch.inference_mode(False), torch.enable_grad():
+        functional = module.functional()
+        episodes = [Episode(*tree_map(_outside_inference, (some(each.inner), each.outer))) for each in given]
+        with module._knowing(functional.levels):
+            return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
 
 
 def _outside_inference(value: Any) -> Any:

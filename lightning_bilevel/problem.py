@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 
 Batch = Any
@@ -59,6 +61,10 @@ class Episode(NamedTuple):
 
     inner: Sequence[Batch]
     outer: Batch
+
+
+# A loader of tasks with a batch size: lists of episodes, not one episode of stacked batches.
+default_collate_fn_map[Episode] = lambda batch, *, collate_fn_map=None: list(batch)
 
 
 @dataclass(frozen=True)
@@ -254,9 +260,17 @@ class BilevelProblem:
         """
 
         def initial(memory: Params, phi: Params) -> Params:
-            if not memory:  # all is shared
-                return tree.map(lambda value: value.expand(count, *value.shape), self.initial(memory, phi))
-            return vmap(self.initial, in_dims=(0, None))(memory, phi)
+            if memory:
+                return vmap(self.initial, in_dims=(0, None), randomness="different")(memory, phi)
+            # All is shared: the starts are equal, unless the user's hook draws.
+            device = next(iter(phi.values())).device
+            randomness = Randomness(device)
+            start = self.initial(memory, phi)
+            if randomness.untouched():
+                return tree.map(lambda value: value.expand(count, *value.shape), start)
+            randomness.restore()
+            each = torch.empty(count, device=device)
+            return vmap(lambda _: self.initial(memory, phi), randomness="different")(each)
 
         def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
             of_each = lambda theta, batch, buffers: self.inner_loss(theta, phi, batch, buffers)  # noqa: E731

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.convolution import conv1d, conv2d, conv3d
+from lightning_bilevel.embedding import embedding
 from lightning_bilevel.linear import linear
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -41,6 +42,7 @@ def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[No
     old_style = sys.modules["torch.nn.utils.weight_norm"]
     fused_weight_norm = torch._weight_norm
     norms, native_linear = (torch.batch_norm, torch.instance_norm), F.linear
+    native_embedding = torch.embedding
     convolutions = F.conv1d, F.conv2d, F.conv3d
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -49,7 +51,7 @@ def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[No
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
-            F.linear = linear
+            F.linear, torch.embedding = linear, embedding  # type: ignore[assignment]
             if twice:
                 torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
                 F.conv1d, F.conv2d, F.conv3d = conv1d, conv2d, conv3d
@@ -58,7 +60,7 @@ def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[No
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
             torch.batch_norm, torch.instance_norm = norms
-            F.linear = native_linear
+            F.linear, torch.embedding = native_linear, native_embedding
             F.conv1d, F.conv2d, F.conv3d = convolutions
 
 
@@ -104,7 +106,8 @@ def forward_mode_kernels() -> Iterator[None]:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Return v · g / ‖v‖ in plain operations; the norm is taken over all dimensions but ``dim``."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    norm = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)  # that has no jvp for -1
+    return v * (g / norm)
 
 
 def generator_state(device: torch.device) -> Tensor | None:
@@ -134,6 +137,12 @@ class Randomness:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu, self._there = torch.get_rng_state(), generator_state(device)
+
+    def untouched(self) -> bool:
+        """Return whether nothing has been drawn since the snapshot was taken."""
+        now = Randomness(self._device)
+        same = torch.equal(self._cpu, now._cpu)
+        return same and (self._there is None or now._there is None or torch.equal(self._there, now._there))
 
     def restore(self) -> None:
         """Put the generators back to where the snapshot was taken."""

@@ -779,7 +779,10 @@ def test_a_fit_whose_strategy_works_goes_on_whatever_else_fails() -> None:
 
 def test_a_fit_whose_strategy_is_doubtful_goes_on_with_a_warning() -> None:
     steps = Steps()
-    with pytest.warns(UserWarning, match=r"^`ReverseUnroll\(\)` may be wrong on `Net`: it disagrees with a finite"):
+    doubtful = pytest.warns(
+        UserWarning, match=r"^`ReverseUnroll\(\)` may be wrong on `Net`: it disagrees with a finite"
+    )
+    with doubtful, pytest.warns(UserWarning, match=r"^The first hypergradient is exactly zero"):
         trainer(ReverseUnroll(), StrategyAudit([FirstOrder()]), steps).fit(Net(Detached.apply), listed([EPISODE]))
     assert steps.count == 1
 

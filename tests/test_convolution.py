@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +75,29 @@ def test_whose_kernel_runs(name: str) -> None:
     with differentiable_kernels(net):
         node = type(net(x).grad_fn).__name__
     assert ("_Convolution" in node) == (name not in LEFT_TO_PYTORCH)
+
+
+def test_numbers_of_other_libraries() -> None:
+    net, x = prepared("images")
+    expected = F.conv2d(x, net.weight, stride=2).detach()
+    with differentiable_kernels(net):
+        for two in (np.int64(2), torch.tensor(2), [2, 2]):
+            assert torch.equal(F.conv2d(x, net.weight, stride=two), expected)
+
+
+def test_dual_numbers_are_left_to_pytorch() -> None:
+    """A loss may take derivatives in forward mode itself: autograd functions of ours have no ``jvp``."""
+    nets = [(nn.Conv2d(3, 2, 2), torch.randn(2, 3, 4, 4)), (nn.BatchNorm1d(3), torch.randn(5, 3))]
+    nets.append((nn.InstanceNorm1d(3), torch.randn(2, 3, 5)))
+    for net, x in nets:
+
+        def slope(net: nn.Module = net, x: torch.Tensor = x) -> torch.Tensor:
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(net(forward_ad.make_dual(x, x.cos()))).tangent
+
+        expected = slope()
+        with differentiable_kernels(net):
+            torch.testing.assert_close(slope(), expected)
 
 
 def test_other_surroundings_are_left_to_pytorch() -> None:

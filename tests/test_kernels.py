@@ -134,6 +134,7 @@ CASES: dict[str, Case] = {
     "GPT-2": GPT2,
     "GPT-2, dropout": GPT2._replace(build=lambda: Gpt2(0.2)),
     "Dropout": Case(lambda: dense(nn.Dropout(0.4))),
+    "weight_norm of all": Case(lambda: dense(parametrizations.weight_norm(nn.Linear(3, 3), dim=None))),
     "weight_norm": Case(lambda: dense(parametrizations.weight_norm(nn.Linear(3, 3)))),
     "weight_norm, old": Case(old_weight_norm),
     "spectral_norm": Case(

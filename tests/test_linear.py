@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
     "rows": ((5, 4), (0, 0, 0)),
     "no rows": ((0, 4), (0, 0, 0)),
     "sequences": ((2, 5, 4), (0, 0, 0)),
+    "no sequences": ((0, 5, 4), (0, 0, 0)),
     "other dimensions": ((5, 4), (1, 2, 1)),
     "one input for all": ((5, 4), (None, 0, 0)),
     "one vector for all": ((4,), (None, 0, 0)),
@@ -51,6 +52,13 @@ def derivatives(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     grads = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
     again = torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
     return [output, *grads, *again]
+
+
+def test_one_number_as_the_bias() -> None:
+    """With as many rows as members, it must not be taken for a row of biases."""
+    inputs, weights, biases = (torch.randn(MEMBERS, *size) for size in ((MEMBERS, 4), (1, 4), ()))
+    expected = looped(F.linear, [inputs, weights, biases], (0, 0, 0))
+    torch.testing.assert_close(vmap(linear.linear)(inputs, weights, biases), expected)
 
 
 @pytest.mark.parametrize("name", SHAPES)

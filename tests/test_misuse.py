@@ -316,7 +316,7 @@ FITS: dict[str, Case] = {
     # Batches
     "plain batch": Case(
         net,
-        r"Expected `the training batch` to be an `Episode`, .*, got '(list|tuple)'\. Pass `EpisodeLoader\(",
+        r"Expected `the training batch` to be an `Episode`, .*, got '(list|tuple)'\. Let `trainer.fit` or `train_data",
         error=ValueError,
         first=True,
         batches=[(X, Y)],
@@ -602,3 +602,13 @@ def test_a_phase_needs_its_steps():
     message = r"^Expected `HypergradientSchedule steps of TruncatedReverse` to be a positive integer, got 0\."
     with pytest.raises(ValueError, match=message):
         HypergradientSchedule([(TruncatedReverse(), 0), (ReverseUnroll(), None)])
+
+
+def test_frozen_parameters_are_named():
+    module = net()
+    module.net.requires_grad_(False)
+    message = (
+        r"^`Net` has no inner parameters but frozen ones: net\.weight, net\.bias\. Let `inner_parameters\(\)` return"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        trainer(ReverseUnroll()).fit(module, listed([EPISODE]))

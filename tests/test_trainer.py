@@ -813,7 +813,7 @@ def test_levels_may_be_lists_of_parameters_and_submodules():
 def test_a_mapping_of_inner_and_outer_loaders():
     inner, outer = loader().flattened[::-1]
     modules = [seeded(Cleaning), seeded(Cleaning)]
-    for module, source in zip(modules, ({"inner": inner, "outer": outer}, EpisodeLoader(inner, outer)), strict=True):
+    for module, source in zip(modules, ({"inner": inner, "outer": outer}, EpisodeLoader(inner, outer, 1)), strict=True):
         trainer(ReverseUnroll()).fit(module, source)
     assert differing(*map(parameters, modules)) == []
 
