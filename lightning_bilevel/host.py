@@ -32,6 +32,7 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from pytorch_lightning.strategies.xla import XLAStrategy
     from pytorch_lightning.utilities import move_data_to_device, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
+    from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 else:
     from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
@@ -46,6 +47,7 @@ else:
     from lightning.pytorch.strategies.xla import XLAStrategy
     from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 __all__ = [
     "Callback",
@@ -64,6 +66,7 @@ __all__ = [
     "_collect_rng_states",
     "_set_rng_states",
     "is_foreign",
+    "is_param_in_hook_signature",
     "mixing",
     "move_data_to_device",
     "notice_other_namespace",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,6 +13,9 @@ from torch import nn
 from lightning_bilevel.errors import missing_error, value_error
 
 Selection = nn.Module | nn.Parameter | Iterable[nn.Module | nn.Parameter]
+
+_LISTED = 12
+"""Names that a message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ class Levels:
             _select(module, f"{owner}.outer_parameters()", outer),
         )
         for level, chosen in zip(("inner", "outer"), names, strict=True):
-            if not chosen:
+            if not any(chosen.values()):
+                but = f" but frozen ones: {shortened(list(chosen))}" if chosen else ""
                 raise missing_error(
                     owner,
-                    f"{level} parameters",
+                    f"{level} parameters{but}",
                     f"Let `{level}_parameters()` return parameters that require gradients, or a submodule with some",
                 )
-        return Levels(*names)
+        inner_names, outer_names = (tuple(name for name, trained in chosen.items() if trained) for chosen in names)
+        return Levels(inner_names, outer_names)
 
 
 def rest(module: nn.Module, taken: Selection, hook: str = "rest(module, taken)") -> list[nn.Parameter]:
@@ -89,9 +94,30 @@ def parameters(selection: Any, hook: str) -> list[Any]:
     return list(chain.from_iterable(entries))
 
 
-def _select(module: nn.Module, hook: str, selection: Selection) -> tuple[str, ...]:
+def shortened(names: Sequence[str]) -> str:
+    """List names for a message; many of them as patterns of those that begin alike.
+
+    >>> shortened([f"{block}.{part}" for block in ("body.0", "body.1", "head.0") for part in "abcde"])
+    'body.0.* (5), body.1.* (5), head.0.* (5)'
+    """
+    groups = {name: 1 for name in names}
+    depth = max((name.count(".") for name in names), default=0)
+    while len(groups) > _LISTED and depth:
+        groups = {}
+        for name in names:
+            head = ".".join(name.split(".")[:depth])
+            key = name if head == name else f"{head}.*"
+            groups[key] = groups.get(key, 0) + 1
+        depth -= 1
+    listed = [f"{name} ({count})" if name.endswith(".*") else name for name, count in groups.items()]
+    more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    return ", ".join([*listed[:_LISTED], *more]) or "no parameters"
+
+
+def _select(module: nn.Module, hook: str, selection: Selection) -> dict[str, bool]:
+    """Return the names of what ``hook`` selected, in the module's order, each with whether it requires gradients."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    chosen = set()
+    chosen = {}
     for parameter in parameters(selection, hook):
         if id(parameter) not in names:
             if isinstance(parameter, nn.Parameter):
@@ -100,6 +126,5 @@ def _select(module: nn.Module, hook: str, selection: Selection) -> tuple[str, ..
             else:
                 got, hint = type(parameter).__name__, "Write `return self.net.parameters()`, say."
             raise value_error(hook, "parameters or submodules of the module", got, hint)
-        if parameter.requires_grad:
-            chosen.add(names[id(parameter)])
-    return tuple(name for name in names.values() if name in chosen)
+        chosen[names[id(parameter)]] = bool(parameter.requires_grad)
+    return {name: chosen[name] for name in names.values() if name in chosen}

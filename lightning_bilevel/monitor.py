@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error, positive_integer, value_error
+from lightning_bilevel.errors import (
+    MisconfigurationError,
+    combination_error,
+    missing_error,
+    positive_integer,
+    refuse,
+    value_error,
+)
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing
 from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -56,18 +63,21 @@ class HypergradientMonitor(Callback):
         """Ask the module for its estimates."""
         if is_foreign(trainer):
             raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
+        if stage != "fit":
+            return
         if not hasattr(pl_module, "attach_monitor"):
             raise missing_error(
                 type(pl_module).__name__,
                 "hypergradient to monitor",
-                "`HypergradientMonitor` works on a `lightning_bilevel.BilevelModule`: derive from it",
+                "`HypergradientMonitor` works on a `lightning_bilevel.BilevelModule`: derive from it, "
+                "or use `bilevel(module, ...)`",
             )
-        if stage == "fit":
-            pl_module.attach_monitor(self)
+        pl_module.attach_monitor(self)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Let go of the module."""
-        pl_module.detach_monitors()
+        if hasattr(pl_module, "detach_monitors"):
+            pl_module.detach_monitors()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Let go of the module; Lightning calls no ``teardown`` after an error."""
@@ -76,7 +86,9 @@ class HypergradientMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse a reference that cannot work on the problem, before the first batch."""
-        self.reference.check(pl_module.functional().problem)
+        if found := self.reference.all_refusals(pl_module.functional().problem):
+            hint = "pass another, such as `reference=ImplicitGradient(...)` or `reference=ZerothOrder(...)`"
+            refuse([*found, MisconfigurationError(f"It is the reference of `HypergradientMonitor`: {hint}.")])
 
     def compare(self, strategy: HypergradientStrategy, estimate: Hypergradient, again: Again) -> dict[str, Tensor]:
         """Return the metrics to log.

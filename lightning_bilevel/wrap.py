@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.hooks import InnerStart, OnNonfinite
-from lightning_bilevel.host import LightningModule, is_foreign, mixing
+from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.levels import shortened
 from lightning_bilevel.module import BilevelModule
 from lightning_bilevel.problem import Batch, Episode
 
@@ -24,7 +25,6 @@ Names = str | nn.Module | nn.Parameter
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
 
-_LISTED = 12
 _SINGLE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _STEPS = ("validation_step", "test_step", "predict_step", "forward", "log", "log_dict")
 _OPTIMIZATION = ("backward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
@@ -61,12 +61,13 @@ def bilevel(
     the module's ``hparams``.
 
     Args:
-        module: any LightningModule with automatic optimization.
+        module: any LightningModule. One that optimizes manually needs both losses, for its ``training_step`` is not
+            called then; Lightning steps its optimizer and its learning-rate schedule.
         inner: selects θ: a submodule's name (all its parameters), a parameter's name, a pattern of parameter names
             such as ``"*.bias"``, a submodule, a parameter, or a list of these. Frozen parameters do not count.
         outer: selects φ, in the same ways. Parameters in both levels are a learned initialization: θ starts at φ.
-        inner_loss: g: a function of the module and a batch, or the name of a method that takes a batch. Default: the
-            loss that ``module.training_step(batch, batch_idx)`` returns.
+        inner_loss: g: a function of the module and a batch, or a method of the module that takes a batch, or its name.
+            Default: the loss that ``module.training_step(batch, batch_idx)`` returns.
         outer_loss: f, likewise.
         inner_optimizer: an :class:`InnerOptimizer`; a function of the module that returns one, which may depend on
             outer parameters and is called at every inner step; or a ``torch.optim`` class, ``functools.partial`` of
@@ -82,8 +83,8 @@ def bilevel(
 
     Raises:
         ValueError: an argument of the wrong kind, or a selection that matches nothing.
-        MisconfigurationError: manual optimization, a module that is bilevel already, no ``training_step`` where one is
-            needed; at fit, an optimizer without any outer parameter.
+        MisconfigurationError: a ``training_step`` that optimizes manually as a loss, a module that is bilevel already,
+            no ``training_step`` where one is needed; at fit, several optimizers, or one without any outer parameter.
 
     >>> from lightning_bilevel import SGD, ReverseUnroll, hypergradient
     >>> class Ridge(LightningModule):
@@ -115,21 +116,22 @@ def bilevel(
         raise combination_error(
             f"`bilevel` with `{owner}`", "it is a `BilevelModule` already", "Pass it to `trainer.fit` as it is"
         )
-    if not module.automatic_optimization:
+    losses = {
+        "inner_loss": _checked_loss(module, "inner_loss", inner_loss),
+        "outer_loss": _checked_loss(module, "outer_loss", outer_loss),
+    }
+    if not module.automatic_optimization and any(loss in (None, "training_step") for loss in losses.values()):
         raise combination_error(
             f"`bilevel` with `{owner}`, which optimizes manually",
-            "the hypergradient reaches the optimizer through automatic optimization",
-            "Remove `self.automatic_optimization = False`, and call no optimizer in `training_step`",
+            "its `training_step` steps the optimizers itself, and is no loss",
+            "Pass both `inner_loss` and `outer_loss`",
         )
     hooks = tuple(name for name in _delegated() if _defines(module, name))
     kind: Any = type(module)
     wrapper = _class_for(kind, hooks)(
         module,
         {"inner": _patterns(module, "inner", inner), "outer": _patterns(module, "outer", outer)},
-        {
-            "inner_loss": _checked_loss(module, "inner_loss", inner_loss),
-            "outer_loss": _checked_loss(module, "outer_loss", outer_loss),
-        },
+        losses,
         _checked_optimizer(inner_optimizer),
         inner_steps=inner_steps,
         inner_start=inner_start,
@@ -139,12 +141,13 @@ def bilevel(
     )
     if any(True for _ in module.parameters()):  # there are none yet where ``configure_model`` or ``setup`` makes them
         for level in ("inner", "outer"):
-            if not any(parameter.requires_grad for parameter in wrapper.selected(level)):
+            chosen = wrapper.selected(level)
+            if not any(parameter.requires_grad for parameter in chosen):
                 raise value_error(
                     f"bilevel({level}=...)",
                     f"parameters of `{owner}` that require gradients",
-                    "frozen ones" if wrapper.selected(level) else "none",
-                    "Call `requires_grad_()` on them before." if wrapper.selected(level) else "",
+                    f"frozen ones: {_named(module, chosen)}" if chosen else "none",
+                    "Call `requires_grad_()` on them before." if chosen else "",
                 )
     return wrapper
 
@@ -221,9 +224,17 @@ class WrappedModule(BilevelModule):
             return optimizer(self.selected("inner") if _takes_parameters(optimizer) else self.module)
 
     def configure_optimizers(self) -> Any:
-        """Return the module's own optimizers, which are the outer ones."""
+        """Return the module's own optimizer, which is the outer one."""
         with self.current_hook():
-            return self.module.configure_optimizers()
+            configured = self.module.configure_optimizers()
+        if (count := _number_of_optimizers(configured)) > 1:
+            owner = type(self.module).__name__
+            raise combination_error(
+                f"`bilevel` with the {count} optimizers that `{owner}.configure_optimizers()` returns",
+                "it needs that of the outer parameters only",
+                "Derive a class that overrides `configure_optimizers` and returns that one",
+            )
+        return configured
 
     def on_fit_start(self) -> None:
         """Refuse optimizers that step no outer parameter, before the first batch."""
@@ -231,11 +242,9 @@ class WrappedModule(BilevelModule):
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         if groups and not any(id(parameter) in held for parameter in outer):
-            names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             raise combination_error(
                 f"`bilevel` with the optimizer that `{type(self.module).__name__}.configure_optimizers()` returns",
-                "it optimizes the outer level and holds none of its parameters: "
-                + _shortened([names[id(parameter)] for parameter in outer]),
+                "it optimizes the outer level and holds none of its parameters: " + _named(self.module, outer),
                 "Let it hold `self.parameters()`, say: those of the inner level are left alone",
             )
         super().on_fit_start()
@@ -267,8 +276,9 @@ class WrappedModule(BilevelModule):
             else:
                 name = chosen or "training_step"
                 method = getattr(self.module, name)
-                arguments = [batch]
-                if "batch_idx" in inspect.signature(method).parameters:
+                arguments, step = [batch], name == "training_step"
+                # Lightning passes it to a training step by position; another method has to ask for it by name.
+                if is_param_in_hook_signature(method, "batch_idx", explicit=not step, min_args=2 if step else None):
                     arguments.append(self.trainer.fit_loop.batch_idx if self._trainer else 0)
                 what, result = f"{owner}.{name}(batch)", method(*arguments)
         if isinstance(result, Mapping):
@@ -278,6 +288,15 @@ class WrappedModule(BilevelModule):
                 what, "a loss tensor, or a mapping with one at 'loss'", type(result).__name__, f"It is the `{hook}`."
             )
         return result
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a checkpoint has neither the module's class nor its levels."""
+        raise combination_error(
+            "`load_from_checkpoint` of what `bilevel` returned",
+            "a checkpoint has no levels, losses and inner optimizer",
+            "Use `bilevel(module, ...).load_state_dict(torch.load(path)['state_dict'])`",
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class, which no name leads to, as what it was made from."""
@@ -380,7 +399,7 @@ def _no_match(module: LightningModule, level: str, got: str) -> ValueError:
         f"bilevel({level}=...)",
         f"names, patterns, submodules or parameters of `{owner}`",
         _Verbatim(got),
-        f"`{owner}` has {_shortened([name for name, _ in module.named_parameters()])}.",
+        f"`{owner}` has {shortened([name for name, _ in module.named_parameters()])}.",
     )
 
 
@@ -389,30 +408,25 @@ class _Verbatim(str):
         return str(self)
 
 
-def _shortened(names: Sequence[str]) -> str:
-    """List names; many of them as patterns of those that begin alike.
+def _named(module: LightningModule, parameters: Sequence[nn.Parameter]) -> str:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return shortened([names[id(parameter)] for parameter in parameters])
 
-    >>> _shortened([f"{block}.{part}" for block in ("body.0", "body.1", "head.0") for part in "abcde"])
-    'body.0.* (5), body.1.* (5), head.0.* (5)'
-    """
-    groups = {name: 1 for name in names}
-    depth = max((name.count(".") for name in names), default=0)
-    while len(groups) > _LISTED and depth:
-        groups = {}
-        for name in names:
-            head = ".".join(name.split(".")[:depth])
-            key = name if head == name else f"{head}.*"
-            groups[key] = groups.get(key, 0) + 1
-        depth -= 1
-    listed = [f"{name} ({count})" if name.endswith(".*") else name for name, count in groups.items()]
-    more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
-    return ", ".join([*listed[:_LISTED], *more]) or "no parameters"
+
+def _number_of_optimizers(configured: Any) -> int:
+    """Count what ``configure_optimizers`` returned, in any of the forms that Lightning takes."""
+    if isinstance(configured, (list, tuple)) and configured and isinstance(configured[0], list):
+        configured = configured[0]  # the other list has schedules
+    entries = configured if isinstance(configured, (list, tuple)) else [configured]
+    return sum(isinstance(entry, (torch.optim.Optimizer, dict)) for entry in entries)
 
 
 def _checked_loss(module: LightningModule, hook: str, loss: Any) -> Loss:
     owner = type(module).__name__
     if loss is None and not _defines(module, "training_step"):
         raise missing_error(owner, "`training_step`", f"Add one, or pass `bilevel({hook}=...)`")
+    if getattr(loss, "__self__", None) is module:
+        loss = loss.__name__  # by which a copy of the module finds its own
     if loss is None or (isinstance(loss, str) and callable(getattr(module, loss, None))):
         return loss
     if isinstance(loss, str) or not callable(loss):

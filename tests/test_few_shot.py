@@ -116,6 +116,35 @@ def test_one_task_from_any_kind_of_data() -> None:
     assert (pairs.reads, with_targets.reads) == (42 + 9, 9)
 
 
+def test_labels_are_of_any_kind() -> None:
+    x, y = examples()
+    options = {"ways": 3, "shots": 1, "queries": 2, "num_tasks": 5, "seed": 4}
+    names = [f"class {number}" for number in y.tolist()]
+    task = FewShotTasks(x, y, classes=[5, 1, 2], **options)[2]
+    chosen = [f"class {number}" for number in (5, 1, 2)]
+    pairs = list(zip(x, names, strict=True))
+    for found in (
+        FewShotTasks(x, names, classes=chosen, **options),
+        FewShotTasks(x, np.array(names), classes=np.array(chosen), **options),
+        FewShotTasks(pairs, classes=chosen, **options),
+        FewShotTasks(x, list(y), classes=torch.tensor([5, 1, 2]), **options),
+    ):
+        assert same(task, found[2])
+    every = FewShotTasks(x, [("digits", number) for number in y.tolist()], **options)
+    assert same(FewShotTasks(x, y, **options)[2], every[2])
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b"] * 3])
+def test_rows_that_are_no_pairs_are_named(labels: Any) -> None:
+    rows = [{"image": torch.zeros(3), "label": "a"}] * 6
+    message = (
+        "Expected `FewShotTasks(data=...)` to be a data set of pairs (example, label), "
+        "got \"a `dict` with 'image', 'label'\". Pass the examples as one tensor, with `labels=[...]`, or"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        _ = FewShotTasks(rows, labels, ways=2, queries=1)[0]
+
+
 def test_classes_leave_the_others_out() -> None:
     x, y = examples()
     tasks = FewShotTasks(x, y, ways=2, queries=1, num_tasks=30, classes=[1, 5])
@@ -355,9 +384,13 @@ def test_resuming_draws_no_task_again(tmp_path: Path) -> None:
         ),
         (
             {"labels": torch.rand(42)},
-            "Expected `FewShotTasks(labels=...)` to be 42 integers, one for each example, got",
+            "Expected `FewShotTasks(labels=...)` to be 42 integers or strings, one for each example, got '42 of float",
         ),
-        ({"labels": [0, 1]}, "Expected `FewShotTasks(labels=...)` to be 42 integers, one for each example, got '(2,)"),
+        (
+            {"labels": ["a", "b"]},
+            "Expected `FewShotTasks(labels=...)` to be 42 integers or strings, one for each example, got '2 of str'.",
+        ),
+        ({"classes": ["a"]}, "Expected `FewShotTasks(classes=...)` to be labels that occur, got ['a']."),
     ],
 )
 def test_bad_arguments_of_tasks(options: dict[str, Any], message: str) -> None:

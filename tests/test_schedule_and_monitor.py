@@ -348,7 +348,10 @@ def test_a_reference_that_cannot_work_is_refused_before_the_first_batch() -> Non
             return torch.optim.SGD([self.log_penalty], lr=0.1)
 
     module, before = BlackBox(), Before()
-    with pytest.raises(MisconfigurationError, match="^Cannot use `ReverseUnroll` with `solve_inner`"):
+    message = (
+        r"^Cannot use `ReverseUnroll` with `solve_inner`.*\nIt is the reference of `HypergradientMonitor`: pass another"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
         trainer(PZOBO(), HypergradientMonitor(), before).fit(module, listed([module.episode()]))
     assert before.values == []
     monitor = HypergradientMonitor(ImplicitGradient(Dense()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_bilevel import (
     ForwardUnroll,
     HypergradientMonitor,
     ReverseUnroll,
+    StrategyAudit,
     bilevel,
     hypergradient,
 )
@@ -261,6 +263,78 @@ def test_losses_by_name_equal_the_default():
     assert all(not differing(result.grads, results[0].grads) for result in results[1:])
 
 
+SIGNATURES: dict[str, Any] = {
+    "underscore": lambda self, batch, _: self.seen(batch, _),
+    "any": lambda self, *args: self.seen(*args),
+    "default": lambda self, batch, batch_idx=7: self.seen(batch, batch_idx),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_training_step_may_have_any_signature_that_lightning_takes(name):
+    class Signed(Minimal):
+        training_step = SIGNATURES[name]
+
+        def seen(self, batch: Any, batch_idx: int) -> Tensor:
+            assert batch_idx == (self.trainer.fit_loop.batch_idx if self._trainer else 0)
+            return self.loss(batch)
+
+    wrapper = bilevel(seeded(Signed), inner="*", outer="*", inner_optimizer=SGD(lr=0.1), inner_steps=2)
+    results = [hypergradient(module, ReverseUnroll(), tasks(1)[0]) for module in (wrapper, maml())]
+    assert not differing(results[0].grads, results[1].grads)
+    trainer(ReverseUnroll()).fit(wrapper, listed(tasks(2)))
+
+
+def test_another_loss_gets_no_number_that_it_does_not_ask_for():
+    class Scaled(Minimal):
+        def scaled(self, batch: Any, scale: float = 1.0) -> Tensor:
+            return scale * self.loss(batch)
+
+    options = {"inner": "*", "outer": "*", "inner_optimizer": SGD(lr=0.1), "inner_steps": 2}
+    wrapper = bilevel(seeded(Scaled), inner_loss="scaled", outer_loss="scaled", **options)
+    results = [hypergradient(module, ReverseUnroll(), tasks(1)[0]) for module in (wrapper, maml())]
+    assert not differing(results[0].grads, results[1].grads)
+
+
+def test_a_method_of_the_module_is_a_loss_also_in_a_copy():
+    module = seeded(Minimal)
+    wrapper = bilevel(module, inner="*", outer="*", outer_loss=module.loss, inner_optimizer=SGD(lr=0.1), inner_steps=2)
+    copied = copy.deepcopy(wrapper)
+    before = hypergradient(wrapper, ReverseUnroll(), tasks(1)[0]).grads
+    with torch.no_grad():
+        module.head.weight.zero_()
+    assert not differing(hypergradient(copied, ReverseUnroll(), tasks(1)[0]).grads, before)
+
+
+def test_a_module_that_optimizes_manually_is_taken_with_both_losses():
+    fitted = [seeded(build) for build in (Manual, Minimal)]
+    for module in fitted:
+        losses = {"inner_loss": "loss", "outer_loss": "loss"}
+        wrapper = bilevel(module, inner="head", outer="body", inner_optimizer=SGD(lr=0.1), **losses)
+        trainer(ReverseUnroll()).fit(wrapper, loader())
+    assert differing(parameters(fitted[0]), parameters(seeded(Minimal)))
+    assert not differing(parameters(fitted[0]), parameters(fitted[1]))
+    assert not fitted[0].automatic_optimization
+
+
+def test_the_trainer_of_a_fit_evaluates_the_module_itself(tmp_path):
+    wrapper = wrapped()
+    callbacks = ReverseUnroll(), HypergradientMonitor(), StrategyAudit([ReverseUnroll()])
+    fit = trainer(*callbacks)
+    fit.fit(wrapper, loader(), validation())
+    after = parameters(wrapper.module)
+    fit.validate(wrapper, validation(), verbose=False)
+    expected = fit.callback_metrics["val_loss"]
+    fit.validate(wrapper.module, validation(), verbose=False)
+    assert torch.equal(fit.callback_metrics["val_loss"], expected)
+    fit.save_checkpoint(tmp_path / "module.ckpt")
+    checkpoint = torch.load(tmp_path / "module.ckpt", weights_only=True)
+    assert "lightning_bilevel" not in checkpoint
+    assert not differing(checkpoint["state_dict"], after)
+    fit.validate(seeded(Plain, 5), validation(), ckpt_path=tmp_path / "module.ckpt", verbose=False)
+    assert torch.equal(fit.callback_metrics["val_loss"], expected)
+
+
 class Curious(Minimal):
     """Looks at the Trainer in its training step, overrides ``log``, and changes batches on their way."""
 
@@ -361,6 +435,11 @@ def test_checkpoints(tmp_path):
     predictions = trainer().predict(wrapper, DataLoader(examples(3)[0], batch_size=4))
     wrapper.eval()
     torch.testing.assert_close(torch.cat(predictions), wrapper.module.net(examples(3)[0]).detach())
+    message = (
+        r"^Cannot use `load_from_checkpoint` of what `bilevel` returned\. .* Use `bilevel\(module, \.\.\.\)\.load_st"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        type(wrapper).load_from_checkpoint(saver.best_model_path)
 
 
 def test_copies_and_pickles():
@@ -449,7 +528,8 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         frozen,
         {},
         ValueError,
-        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, got 'frozen ones'. C",
+        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, "
+        "got 'frozen ones: head.weight, head.bias'. Call",
     ),
     "no module": (
         lambda: nn.Linear(1, 1),
@@ -462,7 +542,13 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         Manual,
         {},
         MisconfigurationError,
-        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because the hypergradient reaches",
+        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because its `training_step` .*Pass both",
+    ),
+    "manual, by name": (
+        Manual,
+        {"inner_loss": "loss", "outer_loss": "training_step"},
+        MisconfigurationError,
+        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because its `training_step` .*Pass both",
     ),
     "no training step": (
         NoStep,
@@ -515,6 +601,32 @@ def test_an_optimizer_without_outer_parameters_is_refused():
     with pytest.raises(MisconfigurationError, match=message):
         trainer(ReverseUnroll()).fit(wrapper, loader())
     assert all(p.requires_grad for p in wrapper.parameters())
+
+
+SEVERAL: dict[str, Callable[[Any], Any]] = {
+    "list": lambda optimizers: optimizers,
+    "dicts": lambda optimizers: tuple({"optimizer": optimizer} for optimizer in optimizers),
+    "with schedules": lambda optimizers: (optimizers, []),
+}
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+def test_several_optimizers_are_refused(form):
+    class Two(Minimal):
+        def configure_optimizers(self):
+            return SEVERAL[form]([torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)])
+
+    class One(Two):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.body.parameters(), lr=0.1)], []
+
+    options = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
+    message = (
+        r"^Cannot use `bilevel` with the 2 optimizers that `Two.configure_optimizers\(\)` returns. .* Derive a class"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        trainer(ReverseUnroll()).fit(bilevel(Two(), **options), loader())
+    trainer(ReverseUnroll()).fit(bilevel(One(), **options), loader())
 
 
 @pytest.mark.parametrize("result", [None, {"lost": 1}])

@@ -213,9 +213,9 @@ class StrategyAudit(Callback):
         self.report: Audit | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse what is no bilevel module; a new fit is audited anew."""
-        _bilevel("StrategyAudit", pl_module)
+        """Refuse to fit what is no bilevel module; a new fit is audited anew."""
         if stage == "fit":
+            _bilevel("StrategyAudit", pl_module)
             self.report = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

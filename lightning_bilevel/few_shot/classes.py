@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class FewShotTasks(TaskDataset):
     Args:
         data: examples, ``(n, ...)``, as a tensor or an array; or a map-style data set of pairs (example, label),
             whose examples are tensors of one shape.
-        labels: ``(n,)``, integers; by default ``data.targets``, ``data.labels``, or what the pairs say, for which
-            all of them are read once.
+        labels: ``(n,)``, integers or strings, or others that can be sorted; by default ``data.targets``,
+            ``data.labels``, or what the pairs say, for which all of them are read once.
         ways: N.
         shots: K.
         queries: query examples of each class.
@@ -52,7 +52,7 @@ class FewShotTasks(TaskDataset):
         shots: int = 1,
         queries: int = 15,
         num_tasks: int = 1000,
-        classes: Iterable[int] | None = None,
+        classes: Iterable[Any] | None = None,
         rotations: Sequence[int] = (0,),
         seed: int = 0,
         fixed: bool = False,
@@ -98,11 +98,23 @@ class FewShotTasks(TaskDataset):
     def _examples(self, members: Tensor) -> Tensor:
         if isinstance(self.data, Tensor):
             return self.data[members]
-        return torch.stack([torch.as_tensor(self.data[index][0]) for index in members.tolist()])
+        return torch.stack([torch.as_tensor(_pair(self.data, index)[0]) for index in members.tolist()])
 
 
-def _labels(data: Any, labels: Any) -> Tensor:
-    """Return the labels, (n,), given or found."""
+def _pair(data: Any, index: int) -> Sequence[Any]:
+    """Return an entry of a data set of pairs; others, as of its labels, may follow the two."""
+    entry = data[index]
+    if isinstance(entry, (tuple, list)):
+        return entry
+    got = f"a `{type(entry).__name__}`"
+    if isinstance(entry, Mapping):
+        got += f" with {', '.join(map(repr, entry))}"
+    hint = "Pass the examples as one tensor, with `labels=[...]`, or wrap the data set in one of pairs."
+    raise value_error("FewShotTasks(data=...)", "a data set of pairs (example, label)", got, hint)
+
+
+def _labels(data: Any, labels: Any) -> list[Hashable]:
+    """Return the labels, given or found."""
     if labels is None:
         labels = next(
             (found for name in ("targets", "labels") if (found := getattr(data, name, None)) is not None), None
@@ -110,27 +122,31 @@ def _labels(data: Any, labels: Any) -> Tensor:
     if labels is None and isinstance(data, Tensor):
         raise value_error("FewShotTasks(labels=...)", "given where `data` is a tensor or an array", None)
     if labels is None:
-        labels = [int(data[index][1]) for index in range(len(data))]
-    found = torch.as_tensor(labels)
-    if found.is_floating_point() or found.shape != (len(data),):
-        got = f"{tuple(found.shape)} of {found.dtype}"
-        raise value_error("FewShotTasks(labels=...)", f"{len(data)} integers, one for each example", got)
-    return found.long()
+        labels = [_pair(data, index)[1] for index in range(len(data))]
+    found = _plain(labels)
+    if len(found) != len(data) or any(isinstance(label, (float, list)) for label in found):
+        kinds = ", ".join(sorted({type(label).__name__ for label in found}))
+        expected = f"{len(data)} integers or strings, one for each example"
+        raise value_error("FewShotTasks(labels=...)", expected, f"{len(found)} of {kinds}")
+    return found
 
 
-def _members(labels: Tensor, classes: Iterable[int] | None, least: int) -> list[Tensor]:
+def _plain(labels: Any) -> list[Any]:
+    """Return tensors, arrays and their entries as plain values, which are equal where they are the same class."""
+    values = labels.tolist() if hasattr(labels, "tolist") else labels
+    return [label.item() if hasattr(label, "item") else label for label in values]
+
+
+def _members(labels: Sequence[Hashable], classes: Iterable[Any] | None, least: int) -> list[Tensor]:
     """Return the indices of the examples of each class; every class has at least so many."""
-    counts = dict(zip(*(column.tolist() for column in labels.unique(return_counts=True)), strict=True))
-    chosen = list(counts) if classes is None else [int(label) for label in classes]
-    if absent := [label for label in chosen if label not in counts]:
+    groups: dict[Any, list[int]] = {label: [] for label in sorted(set(labels))}  # type: ignore[type-var]
+    for index, label in enumerate(labels):
+        groups[label].append(index)
+    chosen = list(groups) if classes is None else _plain(classes)
+    if absent := [label for label in chosen if label not in groups]:
         raise value_error("FewShotTasks(classes=...)", "labels that occur", absent)
-    scarce = {label: counts[label] for label in chosen if counts[label] < least}
-    if scarce:
-        label, count = next(iter(scarce.items()))
+    if scarce := [label for label in chosen if len(groups[label]) < least]:
+        got = f"{len(groups[scarce[0]])} of {scarce[0]}"
         hint = "Lower `shots` or `queries`, or leave such classes out of `classes`."
-        raise value_error(
-            "FewShotTasks(data=...)", f"{least} or more examples of each class", f"{count} of {label}", hint
-        )
-    order, sizes = labels.argsort(stable=True), list(counts.values())
-    groups = dict(zip(counts, order.split(sizes), strict=True))
-    return [groups[label] for label in chosen]
+        raise value_error("FewShotTasks(data=...)", f"{least} or more examples of each class", got, hint)
+    return [torch.tensor(groups[label]) for label in chosen]

@@ -112,19 +112,22 @@ class HypergradientStrategy(Callback):
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
         if is_foreign(trainer):
             raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
+        if stage != "fit":  # a Trainer that has fitted may evaluate any module
+            return
         if not hasattr(pl_module, "attach_strategy"):
             raise missing_error(
                 type(pl_module).__name__,
                 "inner and outer level",
-                f"`{type(self).__name__}` works on a `lightning_bilevel.BilevelModule`: derive from it",
+                f"`{type(self).__name__}` works on a `lightning_bilevel.BilevelModule`: derive from it, "
+                "or use `bilevel(module, ...)`",
             )
-        if stage == "fit":
-            self.check_trainer(trainer)
-            pl_module.attach_strategy(self, trainer)
+        self.check_trainer(trainer)
+        pl_module.attach_strategy(self, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Give the module back as it was."""
-        pl_module.detach_strategy()
+        if hasattr(pl_module, "detach_strategy"):
+            pl_module.detach_strategy()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Take back the gradient of a step whose estimates were all skipped."""
@@ -142,10 +145,13 @@ class HypergradientStrategy(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save what the inner level carries from step to step."""
-        checkpoint["lightning_bilevel"] = pl_module.inner_state_dict()
+        if hasattr(pl_module, "inner_state_dict"):
+            checkpoint["lightning_bilevel"] = pl_module.inner_state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise start a fresh inner level."""
+        if not hasattr(pl_module, "load_inner_state_dict"):
+            return
         saved = checkpoint.get("lightning_bilevel")
         if saved is None and trainer.state.fn == "fit":
             rank_zero_warn(
