@@ -169,8 +169,8 @@ class BilevelModule(BilevelHooks):
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
         if memory.estimates == 0 and not strategy.carried() and not metrics["hypergradient_norm"]:
             rank_zero_warn(
-                "The first hypergradient is exactly zero, so that nothing is learned from it: "
-                "`audit(module, batch)` says why, and which strategies see how the outer parameters act."
+                "The first hypergradient is exactly zero, so that nothing is learned from it. `audit(module, batch)` "
+                "says which strategies see how the outer parameters act; finite differences may be lost in rounding."
             )
         for monitor in self._monitors:
             if memory.estimates % monitor.every_n_steps == 0:

@@ -81,7 +81,7 @@ class Dying(Dataset[Tensor]):
 def test_a_worker_that_dies_is_reported_by_torch(tmp_path):
     dying = DataLoader(Dying(), batch_size=2, num_workers=1)
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly"):
-        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(dying, dying))
+        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(dying, dying, 1))
 
 
 class Failing(Dying):
@@ -92,4 +92,4 @@ class Failing(Dying):
 def test_an_error_in_a_worker_keeps_its_traceback():
     failing = DataLoader(Failing(), batch_size=2, num_workers=1)
     with pytest.raises(KeyError, match=r"(?s)Caught KeyError in DataLoader worker.*in __getitem__.*no such file"):
-        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(failing, failing))
+        trainer(ReverseUnroll()).fit(Cleaning(), EpisodeLoader(failing, failing, 1))
