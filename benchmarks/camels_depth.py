@@ -142,6 +142,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             peaks.write_text("5")  # the peak begins anew
         before = report.peak_memory()
         clock = time.perf_counter if cuda else time.process_time
+        if cuda:
+            torch.cuda.synchronize()
         began = clock()
         value = hypergradient(module, strategy(name, args), episode).value.item()
         if cuda:

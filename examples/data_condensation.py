@@ -166,8 +166,8 @@ class History(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Condensation, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what there is now."""
-        self.images.append(pl_module.images.detach().clone())
+        """Keep what there is now, on the CPU: there new nets are trained on it."""
+        self.images.append(pl_module.images.detach().to("cpu", copy=True))
         self.seconds.append(time.process_time() - self._began)
         trainer.should_stop = self.seconds[-1] >= self.limit and len(self.seconds) >= self.least_steps
 
@@ -202,7 +202,7 @@ def condense(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[STRATEGIES[name](args.inner_lr, args.phase_steps), history],
-        accelerator="cpu",
+        accelerator=args.accelerator,
         logger=CSVLogger(args.output, name="log", version=f"condensation-{name}"),
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -404,6 +404,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--nets", type=int, default=5, help="new nets to test with (%(default)s)")
     parser.add_argument("--test-steps", type=int, default=100, help="steps of the new nets (%(default)s)")
     parser.add_argument("--whole-steps", type=int, default=400, help="steps on the whole training set (%(default)s)")
+    parser.add_argument("--accelerator", default="cpu", help="for the Trainer (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

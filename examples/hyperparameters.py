@@ -327,7 +327,7 @@ def fit(
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[strategy],
-        accelerator="cpu",
+        accelerator=args.accelerator,
         logger=CSVLogger(args.output, name="log", version=name),
         log_every_n_steps=1,
         gradient_clip_val=clip or None,
@@ -409,7 +409,7 @@ def learn_penalties(data: Data, args: argparse.Namespace) -> list[dict[str, Any]
             f"{data.name}-penalties-{name}",
             clip=0.15 / outer_lr,
         )
-        penalties = module.penalties.detach().double().numpy()
+        penalties = module.penalties.detach().cpu().double().numpy()
         curve = {"CPU seconds": curves["cpu_seconds"][1], "validation loss": curves["outer_loss"][1]}
         row = {"method": name, "CPU seconds": curve["CPU seconds"][-1], "curve": curve, "penalties": penalties.tolist()}
         rows.append({**row, **judge(data, penalties)})
@@ -547,6 +547,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", choices=["digits", "newsgroups"], default="digits", help="(%(default)s)")
     parser.add_argument("--data-dir", type=Path, help="folder of 20 Newsgroups")
     parser.add_argument("--steps", type=int, help="outer steps (60; 40 on newsgroups)")
+    parser.add_argument("--accelerator", default="cpu", help="for the Trainer (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     tasks = {"penalties": PENALTIES, "learning-rate": LEARNING_RATE}

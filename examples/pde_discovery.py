@@ -114,7 +114,7 @@ class SpectralDiscovery(Discovery):
         return [self.u]
 
     def solve_inner(self, batches):
-        return {"u": torch.from_numpy(solve(self.hparams.equation, self.nu.item()))}
+        return {"u": torch.from_numpy(solve(self.hparams.equation, self.nu.item())).to(self.u.device)}
 
     def outer_loss(self, observed):
         return (observe(self.u) - observed).square().mean()
@@ -157,8 +157,8 @@ class PINNDiscovery(Discovery):
     def solution(self) -> np.ndarray:
         t, x = (torch.tensor(part) for part in grid())
         t, x = (part.flatten() for part in torch.meshgrid(t, x, indexing="ij"))
-        u = pinn.field(self.net, *torch.stack([t, x, self.equation.initial(x)]).float())
-        return u.view(*map(len, grid())).double().numpy()
+        points = torch.stack([t, x, self.equation.initial(x)]).float().to(self.device)
+        return pinn.field(self.net, *points).view(*map(len, grid())).cpu().double().numpy()
 
 
 OUTER, INNER = ("steps", "outer_lr"), ("inner_steps", "inner_lr", "inner_optimizer", "inner_start")
@@ -215,7 +215,7 @@ def discover(args: argparse.Namespace, name: str, start: float, truth: np.ndarra
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[strategy],
-        accelerator="cpu",
+        accelerator=args.accelerator,
         logger=CSVLogger(args.output, name="log", version=f"{name}-{args.inner}-{number}"),
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -258,6 +258,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inner-optimizer", choices=["adam", "sgd"], help="of the net (adam)")
     parser.add_argument("--inner-start", choices=["warm", "reset"], help="where each inner run begins (warm)")
     parser.add_argument("--points", type=int, default=256, help="of the residual in each inner step (%(default)s)")
+    parser.add_argument("--accelerator", default="cpu", help="for the Trainer, of a device with float64 (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from lightning_bilevel.errors import MisconfigurationError, combination_error
 from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import BilevelHooks
@@ -32,7 +30,7 @@ class Attachment:
         self.strategy, self.ranks, self.seed = strategy, Ranks(trainer), seed
         self.usable = False
         self._functional: FunctionalModule | None = None
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[str] = []
 
     @property
     def ready(self) -> bool:
@@ -53,16 +51,15 @@ class Attachment:
         # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
         self.ranks.begin(list(memory.initial.values()))
         for name in functional.levels.inner_only:
-            parameter = module.get_parameter(name)
-            parameter.requires_grad_(False)
-            self._frozen.append(parameter)
+            module.get_parameter(name).requires_grad_(False)
+            self._frozen.append(name)
         self._functional = functional
         return functional.levels
 
     def undo(self) -> None:
-        """Restore the flags that :meth:`prepare` changed."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        """Restore the flags that :meth:`prepare` changed: by name, for a move to a device may make new parameters."""
+        for name in self._frozen:
+            self.functional.module.get_parameter(name).requires_grad_(True)
         self._frozen.clear()
 
 

@@ -18,6 +18,7 @@ def run(name: str, *argv: str) -> dict:
     return importlib.import_module(name).main(list(argv))
 
 
+@pytest.mark.filterwarnings("ignore:The first hypergradient is exactly zero")  # of a difference in float32
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_smoke(name: str, tmp_path: Path) -> None:
     run(name, "--smoke", "--quiet", "--output", str(tmp_path))
@@ -30,6 +31,12 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(name, "--help")
     assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_accelerator_is_the_one_that_is_asked_for(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accelerator name: `accelerator='abacus'`"):
+        run(name, "--smoke", "--quiet", "--output", str(tmp_path), "--accelerator", "abacus")
 
 
 @pytest.mark.filterwarnings("ignore:`Neumann")  # after 6 steps the inner Hessian is not positive definite yet

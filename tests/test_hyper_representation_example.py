@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import hyper_representation as example
 from hyper_representation import Matrix, Regression, TwoLayers, Unit
@@ -52,6 +55,22 @@ def test_four_ways_to_the_hypergradient_of_the_linear_embedding() -> None:
     judged = module.judge(episode)
     assert judged["exact_norm"] == pytest.approx(expected.norm().item())
     assert judged["exact_loss"] == pytest.approx(hypergradient(module, FirstOrder(), episode).value.item())
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation takes arrays of two devices, as accelerators do; the meta device lets some pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        assert len({tensor.device for tensor in tensors}) < 2, f"{func} of tensors on two devices"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_exact_loss_is_computed_where_the_tensors_are() -> None:
+    module, episode = regression(inner_steps=2)
+    there = Episode(*tree_map(lambda x: x.to("meta"), (episode.inner, episode.outer)))
+    with OneDevice():
+        assert module.to("meta").exact_loss(there).device.type == "meta"
 
 
 def test_after_few_steps_the_exact_head_is_another_problem() -> None:

@@ -357,6 +357,19 @@ def test_stochastic_weight_averaging():
         torch.testing.assert_close(value, sum(start[name] for start in starts) / 3)
 
 
+def test_inner_parameters_are_given_back_where_a_move_makes_new_ones():
+    """As on devices whose tensors cannot take the place of the CPU's."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        module = seeded(Cleaning)
+        for _ in range(2):
+            trainer(ReverseUnroll()).fit(module, loader())
+            assert all(parameter.requires_grad for parameter in module.parameters())
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
 def test_a_copy_made_during_the_fit_computes_and_lives_on():
     copies = Calls(copy.deepcopy)
     module = seeded(Cleaning)

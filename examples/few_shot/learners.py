@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import CatMetric
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from few_shot.nets import BodyAndHead
@@ -17,29 +17,12 @@ from lightning_bilevel import SGD, BilevelModule, Episode
 Level = Literal["all", "head", "body"]
 
 
-class MeanWithInterval(Metric):
-    """The mean of one number per task, and half of its 95% interval, 1.96 standard errors.
-
-    Its states are sums, so that processes add theirs up.
-    """
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("count", "total", "squares"):
-            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        values = values.double()
-        self.count += values.numel()
-        self.total += values.sum()
-        self.squares += values.square().sum()
+class MeanWithInterval(CatMetric):
+    """The mean of one number per task, and half of its 95% interval, 1.96 standard errors."""
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean.square()).clamp(min=0) * self.count / (self.count - 1)
-        return mean, 1.96 * (variance / self.count).sqrt()
+        values = super().compute()
+        return values.mean(), 1.96 * values.std() / len(values) ** 0.5
 
 
 class MetaLearner(BilevelModule):

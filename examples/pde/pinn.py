@@ -36,7 +36,7 @@ class Net(nn.Module):
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         rows = [torch.stack(pair, -1) for pair in ((t, x), (one, zero), (zero, one))]
         jet = torch.stack(rows + [torch.zeros_like(rows[0])] * (self.order - 1))
-        values = (torch.arange(len(jet)) == 0).to(jet)[:, None, None]  # only these get the bias
+        values = (torch.arange(len(jet), device=jet.device) == 0).to(jet)[:, None, None]  # only these get the bias
         for number, layer in enumerate(self.layers):
             jet = torch.addcmul(jet @ layer.weight.T, values, layer.bias)
             if number < len(self.layers) - 1:
