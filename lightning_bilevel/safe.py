@@ -30,6 +30,28 @@ if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):
     _GENERATOR += "_impl"
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return v · g / ‖v‖ in plain operations; the norm is taken over all dimensions but ``dim``."""
+    norm = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)  # that has no jvp for -1
+    return v * (g / norm)
+
+
+_ALWAYS: list[tuple[Any, str, Any]] = [
+    (torch, "_weight_norm", _weight_norm),
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),  # the old style holds its own
+    (torch, "embedding", embedding),
+    (F, "linear", linear),
+]
+_TWICE: list[tuple[Any, str, Any]] = [
+    (torch, "batch_norm", batch_norm),
+    (torch, "instance_norm", instance_norm),
+    (F, "conv1d", conv1d),
+    (F, "conv2d", conv2d),
+    (F, "conv3d", conv3d),
+]
+"""Owner, name, and what takes the place of its function: always, and where losses are differentiated twice."""
+
+
 @contextmanager
 def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[None]:
     """Use kernels with a correct double backward, and faster ones where there are.
@@ -39,29 +61,16 @@ def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[No
         twice: whether losses are differentiated twice; a faster double backward makes a single one slower.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    old_style = sys.modules["torch.nn.utils.weight_norm"]
-    fused_weight_norm = torch._weight_norm
-    norms, native_linear = (torch.batch_norm, torch.instance_norm), F.linear
-    native_embedding = torch.embedding
-    convolutions = F.conv1d, F.conv2d, F.conv3d
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            torch._weight_norm = old_style._weight_norm = _weight_norm  # type: ignore[attr-defined]
-            F.linear, torch.embedding = linear, embedding  # type: ignore[assignment]
-            if twice:
-                torch.batch_norm, torch.instance_norm = batch_norm, instance_norm
-                F.conv1d, F.conv2d, F.conv3d = conv1d, conv2d, conv3d
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_attention)
-            torch._weight_norm = old_style._weight_norm = fused_weight_norm  # type: ignore[attr-defined]
-            torch.batch_norm, torch.instance_norm = norms
-            F.linear, torch.embedding = native_linear, native_embedding
-            F.conv1d, F.conv2d, F.conv3d = convolutions
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_attention)
+        torch.backends.mha.set_fastpath_enabled(False)
+        for owner, name, ours in (*_ALWAYS, *(_TWICE if twice else ())):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, ours)
+        yield
 
 
 @contextmanager
@@ -102,12 +111,6 @@ def forward_mode_kernels() -> Iterator[None]:
             yield
         finally:
             torch.backends.mkldnn.enabled = mkldnn
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return v · g / ‖v‖ in plain operations; the norm is taken over all dimensions but ``dim``."""
-    norm = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)  # that has no jvp for -1
-    return v * (g / norm)
 
 
 def generator_state(device: torch.device) -> Tensor | None:
