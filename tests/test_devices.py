@@ -7,12 +7,15 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
+from packaging.version import Version
 from torch.utils.cpp_extension import is_ninja_available
 
 from processes import ran
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="written for the headers of torch 2.13"),
     pytest.mark.skipif(not is_ninja_available() or not shutil.which("c++"), reason="needs a C++ compiler and ninja"),
 ]
 
