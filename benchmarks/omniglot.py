@@ -46,12 +46,12 @@ def draw(results: Mapping[str, Any]) -> None:
         left, right = figure.subplots(1, 2)
         for name, result in results.items():
             steps, accuracy = result["during the run"]
-            minutes = [result["seconds"] / 60 * step / steps[-1] for step in steps]
+            minutes = [result["cpu seconds"] / 60 * step / steps[-1] for step in steps]
             left.plot(minutes, [100 * value for value in accuracy], color=COLORS[name], label=name)
             curve = result["curve"]
             means, halves = ([100 * value for value in curve[key]] for key in ("mean", "95%"))
             right.errorbar(curve["steps"], means, halves, color=COLORS[name], marker="o", ms=4, label=name)
-        left.set(title="Held-out characters during the run", xlabel="minutes", ylabel="accuracy, %", ylim=(85, 100))
+        left.set(title="Held-out characters during the run", xlabel="CPU minutes", ylabel="accuracy, %", ylim=(85, 100))
         right.set(title="Adaptation, 600 tasks", xlabel="inner steps", ylabel="accuracy, %", ylim=(0, 102))
         left.legend(loc="lower right")
         figure.savefig(plot_path("omniglot"))
