@@ -30,7 +30,6 @@ class Attachment:
         self.strategy, self.ranks, self.seed = strategy, Ranks(trainer), seed
         self.usable = False
         self._functional: FunctionalModule | None = None
-        self._frozen: list[str] = []
 
     @property
     def ready(self) -> bool:
@@ -52,15 +51,14 @@ class Attachment:
         self.ranks.begin(list(memory.initial.values()))
         for name in functional.levels.inner_only:
             module.get_parameter(name).requires_grad_(False)
-            self._frozen.append(name)
         self._functional = functional
         return functional.levels
 
     def undo(self) -> None:
         """Restore the flags that :meth:`prepare` changed: by name, for a move to a device may make new parameters."""
-        for name in self._frozen:
-            self.functional.module.get_parameter(name).requires_grad_(True)
-        self._frozen.clear()
+        if self._functional is not None:
+            for name in self._functional.levels.inner_only:
+                self._functional.module.get_parameter(name).requires_grad_(True)
 
 
 def functional_of(module: BilevelHooks) -> FunctionalModule:

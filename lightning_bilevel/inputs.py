@@ -31,6 +31,11 @@ def some(batches: Sequence[Batch]) -> Sequence[Batch]:
     return batches
 
 
+def outside_inference(value: Any) -> Any:
+    """Return a leaf of a batch as autograd takes it: a tensor made under inference mode is copied."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 def warn_of_a_bare_batch(batches: Sequence[Batch]) -> None:
     """Warn where ``(x, y)`` stands in the place of ``[(x, y)]``: x would be one inner batch, and y the next.
 

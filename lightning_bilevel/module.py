@@ -22,7 +22,7 @@ from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.inner_loop import run
-from lightning_bilevel.inputs import some, warn_of_a_bare_batch
+from lightning_bilevel.inputs import outside_inference, some, warn_of_a_bare_batch
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
@@ -137,7 +137,7 @@ class BilevelModule(BilevelHooks):
         warn_of_a_bare_batch(batches)
         with self._knowing(functional.levels):
             with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
-                episode = Episode(tree_map(_outside_inference, list(some(batches))), None)
+                episode = Episode(tree_map(outside_inference, list(some(batches))), None)
                 problem = replace(functional.problem, inner_steps=steps)
                 phi, memory = functional.phi(), self._memory.recall(functional, episode)
                 state = run(problem, problem.start(memory, phi), phi, problem.batches(episode)).state
@@ -470,15 +470,11 @@ def hypergradient(
     """
     if not isinstance(strategy, HypergradientStrategy):
         raise value_error("hypergradient(strategy=...)", "a strategy such as `ReverseUnroll()`", strategy)
-    given = [episode] if isinstance(episode, Episode) else episode
+    given: Sequence[Any] = [episode] if isinstance(episode, Episode) else list(episode)
     if not all(isinstance(each, Episode) for each in given):
-        given = module.episodes(given)
+        given = module.episodes(episode)
     with torch.inference_mode(False), torch.enable_grad():
         functional = module.functional()
-        episodes = [Episode(*tree_map(_outside_inference, (some(each.inner), each.outer))) for each in given]
+        episodes = [Episode(*tree_map(outside_inference, (some(each.inner), each.outer))) for each in given]
         with module._knowing(functional.levels):
             return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
-
-
-def _outside_inference(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

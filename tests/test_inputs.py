@@ -209,6 +209,18 @@ def test_what_is_no_episode(given: Any, message: str) -> None:
         hypergradient(Cleaning(), ReverseUnroll(), given)
 
 
+def test_episodes_in_any_iterable() -> None:
+    several = tasks(3)
+    expected = hypergradient(seeded(Maml), ReverseUnroll(), several)
+    found = hypergradient(seeded(Maml), ReverseUnroll(), (each for each in several))
+    assert differing(found.grads, expected.grads) == []
+    (inner,), outer = several[0]
+    one, mapped = (
+        hypergradient(seeded(Maml), ReverseUnroll(), each) for each in (several[0], {"inner": inner, "outer": outer})
+    )
+    assert differing(mapped.grads, one.grads) == []
+
+
 def test_what_is_no_strategy() -> None:
     with pytest.raises(ValueError, match=r"^Expected `hypergradient\(strategy=...\)` to be a strategy such as"):
         hypergradient(Cleaning(), ReverseUnroll, episode())  # the class
