@@ -25,8 +25,8 @@ from torch.func import jvp, vmap
 from lightning_bilevel import tree
 from lightning_bilevel.inner_loop import last_loss, note, run
 from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
-from lightning_bilevel.safe import forward_mode_kernels
 from lightning_bilevel.tree import Params
 
 Mode = Literal["auto", "double_backward", "forward"]

@@ -12,6 +12,7 @@ from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inputs import nonfinite
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import (
     BilevelProblem,
     Episode,
@@ -20,7 +21,6 @@ from lightning_bilevel.problem import (
     stack_episodes,
     stackable,
 )
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params

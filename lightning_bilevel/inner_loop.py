@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import nonfinite_error
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 
 _AT_ONCE = 100

@@ -23,13 +23,13 @@ from lightning_bilevel.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.inner_loop import run
 from lightning_bilevel.inputs import outside_inference, some, warn_of_a_bare_batch
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.monitor import HypergradientMonitor
 from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.surrogate import surrogate_loss
 from lightning_bilevel.tree import Params

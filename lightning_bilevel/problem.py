@@ -21,7 +21,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import Slots
-from lightning_bilevel.safe import Randomness
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.tree import Params
 
 Batch = Any

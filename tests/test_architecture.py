@@ -19,8 +19,8 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # From the ground up. A file, or a folder of them, imports from lines above its own; the files of one folder also from
 # each other, without a circle.
 LAYERS = [
-    ("tree", "errors", "host", "batch_norm", "convolution", "embedding", "linear", "surrogate"),  # nothing of ours
-    ("safe", "swap", "levels", "inner_optimizers", "directions", "linear_solvers", "diagnosis"),
+    ("tree", "errors", "host", "kernels", "surrogate"),  # nothing of ours
+    ("swap", "levels", "inner_optimizers", "directions", "linear_solvers", "diagnosis"),
     ("problem",),
     ("inputs", "inner_loop", "recorder", "loaders", "hooks", "few_shot"),
     ("autodiff",),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, batch_norm, hypergradient
-from lightning_bilevel.safe import differentiable_kernels
+from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient
+from lightning_bilevel.kernels import batch_norm
+from lightning_bilevel.kernels.safe import differentiable_kernels
 from problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

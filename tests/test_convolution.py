@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, ReverseUnroll, convolution, hypergradient
-from lightning_bilevel.safe import differentiable_kernels
+from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, ReverseUnroll, hypergradient
+from lightning_bilevel.kernels import convolution
+from lightning_bilevel.kernels.safe import differentiable_kernels
 from problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -34,7 +34,7 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import Gaussian, Key
-from lightning_bilevel.safe import Randomness
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.tree import Params
 from problems import Problem, assert_close, directional_difference, draw, generator, plain_value, seeded, train
 

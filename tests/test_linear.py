@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacfwd, vmap
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient, linear
-from lightning_bilevel.safe import differentiable_kernels
+from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient
+from lightning_bilevel.kernels import linear
+from lightning_bilevel.kernels.safe import differentiable_kernels
 
 MEMBERS = 3
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
@@ -150,7 +151,7 @@ def test_stacked_episodes_use_it_and_nothing_is_left_behind() -> None:
         calls.append(torch._C._functorch.is_batchedtensor(weight))
         return linear.linear(x, weight, bias)
 
-    with patch("lightning_bilevel.safe._ALWAYS", [(F, "linear", counted)]):
+    with patch("lightning_bilevel.kernels.safe._ALWAYS", [(F, "linear", counted)]):
         found = hypergradient(module, ReverseUnroll(), episodes)
     assert any(calls)
     assert F.linear is native

@@ -19,7 +19,7 @@ from lightning_bilevel import (
     ReverseUnroll,
     hypergradient,
 )
-from lightning_bilevel.embedding import NATIVE, embedding
+from lightning_bilevel.kernels.embedding import NATIVE, embedding
 from problems import assert_close, seeded
 
 EPISODES = 3

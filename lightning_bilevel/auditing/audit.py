@@ -21,9 +21,9 @@ from lightning_bilevel.host import (
     move_data_to_device,
     rank_zero_warn,
 )
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.module import BilevelModule
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies import (
     FSLA,
     PZOBO,

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_bilevel.autodiff import Mode, directional_derivatives, outer_gradients
 from lightning_bilevel.errors import positive_integer, value_error
 from lightning_bilevel.inner_loop import run
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.tree import Params
 
 TANGENT_BYTES = 512 * 2**20

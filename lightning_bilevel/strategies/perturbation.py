@@ -11,8 +11,8 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_loop import Run, run
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
 

@@ -13,8 +13,8 @@ from lightning_bilevel.autodiff import outer_gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_loop import pull_back, record, run, vector_jacobian
+from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
-from lightning_bilevel.safe import Randomness
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 

@@ -19,10 +19,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_bilevel.batch_norm import batch_norm, instance_norm
-from lightning_bilevel.convolution import conv1d, conv2d, conv3d
-from lightning_bilevel.embedding import embedding
-from lightning_bilevel.linear import linear
+from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
+from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
+from lightning_bilevel.kernels.embedding import embedding
+from lightning_bilevel.kernels.linear import linear
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 """What runs both passes of ``torch.utils.checkpoint``; from PyTorch 2.14 on, one of another name does."""
