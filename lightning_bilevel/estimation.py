@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import gradients
+from lightning_bilevel.calculus.autodiff import gradients
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.host import rank_zero_warn

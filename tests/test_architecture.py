@@ -22,8 +22,8 @@ LAYERS = [
     ("tree", "errors", "host", "kernels", "surrogate"),  # nothing of ours
     ("swap", "levels", "inner_optimizers", "directions", "linear_solvers", "diagnosis"),
     ("problem",),
-    ("inputs", "inner_loop", "recorder", "loaders", "hooks", "few_shot"),
-    ("autodiff",),
+    ("calculus",),
+    ("inputs", "recorder", "loaders", "hooks", "few_shot"),
     ("strategies", "precision"),
     ("functional", "estimation", "monitor", "parallel"),
     ("memory",),

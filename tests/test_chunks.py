@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import functional, problem
+from lightning_bilevel.calculus.inner_loop import last_loss, note
 from lightning_bilevel.functional import FEWEST_COPIES, STACKED_ENTRIES
-from lightning_bilevel.inner_loop import last_loss, note
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
 from problems import Mlp, episodes

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, autodiff, hypergradient
+from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, hypergradient
+from lightning_bilevel.calculus import autodiff
 from problems import INNER_OPTIMIZERS, Mlp, episodes
 
 LAYERS, WIDTH = 16, 128

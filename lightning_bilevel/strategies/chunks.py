@@ -8,9 +8,9 @@ from typing import get_args
 
 from torch import Tensor
 
-from lightning_bilevel.autodiff import Mode, directional_derivatives, outer_gradients
+from lightning_bilevel.calculus.autodiff import Mode, directional_derivatives, outer_gradients
+from lightning_bilevel.calculus.inner_loop import run
 from lightning_bilevel.errors import positive_integer, value_error
-from lightning_bilevel.inner_loop import run
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.tree import Params
@@ -57,7 +57,7 @@ class DirectionalRun:
         memory: the inner state to start from.
         phi: outer parameters.
         episode: inner and outer batches.
-        mode: engine, see :mod:`lightning_bilevel.autodiff`.
+        mode: engine, see :mod:`lightning_bilevel.calculus.autodiff`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import Mode
+from lightning_bilevel.calculus.autodiff import Mode
 from lightning_bilevel.directions import DirectionSampler, Rademacher
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, positive_integer, value_error
@@ -51,7 +51,7 @@ class ForwardGradient(HypergradientStrategy):
         chunk_size: directions pushed at once; the inner run is repeated per chunk. ``None`` picks the largest
             that fits a memory budget.
         guide: a strategy whose estimate becomes the first direction; needs ``num_directions >= 2``.
-        mode: engine, see :mod:`lightning_bilevel.autodiff`.
+        mode: engine, see :mod:`lightning_bilevel.calculus.autodiff`.
 
     Raises:
         ValueError: a bad ``num_directions``, ``chunk_size`` or ``mode``.

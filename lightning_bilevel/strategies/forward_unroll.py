@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import Mode
+from lightning_bilevel.calculus.autodiff import Mode
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -27,7 +27,7 @@ class ForwardUnroll(HypergradientStrategy):
     Args:
         chunk_size: columns pushed at once; the inner run is repeated per chunk. ``None`` picks the largest that
             fits a memory budget.
-        mode: engine, see :mod:`lightning_bilevel.autodiff`.
+        mode: engine, see :mod:`lightning_bilevel.calculus.autodiff`.
 
     Raises:
         ValueError: a bad ``chunk_size`` or ``mode``.

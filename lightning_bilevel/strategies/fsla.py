@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import hessian_product, outer_gradients
+from lightning_bilevel.calculus.autodiff import hessian_product, outer_gradients
+from lightning_bilevel.calculus.inner_loop import last_loss
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
 from lightning_bilevel.host import Trainer
-from lightning_bilevel.inner_loop import last_loss
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import outer_gradients
+from lightning_bilevel.calculus.autodiff import outer_gradients
+from lightning_bilevel.calculus.inner_loop import last_loss, note, vector_jacobian
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
-from lightning_bilevel.inner_loop import last_loss, note, vector_jacobian
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import hessian_product, outer_gradients
+from lightning_bilevel.calculus.autodiff import hessian_product, outer_gradients
+from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
-from lightning_bilevel.inner_loop import run, vector_jacobian
 from lightning_bilevel.linear_solvers import Identity, LinearSolver
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy

@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.inner_loop import Run, run
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
-from lightning_bilevel.inner_loop import Run, run
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from lightning_bilevel.strategies.chunks import even

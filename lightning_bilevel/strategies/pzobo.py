@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import outer_gradients
+from lightning_bilevel.calculus.autodiff import outer_gradients
 from lightning_bilevel.directions import DirectionSampler, Gaussian
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import positive_integer

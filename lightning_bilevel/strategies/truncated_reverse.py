@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_bilevel import tree
-from lightning_bilevel.autodiff import gradients
+from lightning_bilevel.calculus.autodiff import gradients
+from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import positive_integer
-from lightning_bilevel.inner_loop import run, vector_jacobian
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.reverse_unroll import unrolled

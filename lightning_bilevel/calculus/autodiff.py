@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
-from lightning_bilevel.inner_loop import last_loss, note, run
+from lightning_bilevel.calculus.inner_loop import last_loss, note, run
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
