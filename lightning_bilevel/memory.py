@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_bilevel import tree
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import combination_error, missing_error
-from lightning_bilevel.functional import FunctionalModule
-from lightning_bilevel.hooks import InnerStart
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.hooks import InnerStart
 from lightning_bilevel.problem import Episode, InnerState
 from lightning_bilevel.tree import Params
 

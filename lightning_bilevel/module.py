@@ -19,14 +19,14 @@ from lightning_bilevel.calculus.inner_loop import run
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import combination_error, missing_error, refuse, value_error
 from lightning_bilevel.estimation import estimate, vectorizes
-from lightning_bilevel.functional import FunctionalModule
-from lightning_bilevel.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.inputs import outside_inference, some, warn_of_a_bare_batch
 from lightning_bilevel.kernels.safe import Randomness
-from lightning_bilevel.levels import Levels
 from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
+from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.monitor import HypergradientMonitor
 from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable

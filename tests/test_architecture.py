@@ -20,12 +20,12 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # each other, without a circle.
 LAYERS = [
     ("tree", "errors", "host", "kernels", "surrogate"),  # nothing of ours
-    ("swap", "levels", "inner_optimizers", "directions", "linear_solvers", "diagnosis"),
+    ("inner_optimizers", "directions", "linear_solvers", "diagnosis"),
     ("problem",),
     ("calculus",),
-    ("inputs", "recorder", "loaders", "hooks", "few_shot"),
+    ("inputs", "modules", "loaders", "few_shot"),
     ("strategies", "precision"),
-    ("functional", "estimation", "monitor", "parallel"),
+    ("estimation", "monitor", "parallel"),
     ("memory",),
     ("attachment",),
     ("module",),
@@ -116,7 +116,11 @@ def test_every_layer_exists():
     ("file", "line", "message"),
     [
         ("problem", "from lightning_bilevel.module import BilevelModule", "problem, line 1: imports .*, from layer"),
-        ("levels", "from lightning_bilevel.swap import Swapper", "levels, line 1: imports .*, from layer 1, but"),
+        (
+            "levels",
+            "from lightning_bilevel.modules.swap import Swapper",
+            "levels, line 1: imports .*, from layer 1, but",
+        ),
         (
             "tree",
             "from lightning_bilevel import Episode",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import functional, problem
+from lightning_bilevel import problem
 from lightning_bilevel.calculus.inner_loop import last_loss, note
-from lightning_bilevel.functional import FEWEST_COPIES, STACKED_ENTRIES
+from lightning_bilevel.modules import functional
+from lightning_bilevel.modules.functional import FEWEST_COPIES, STACKED_ENTRIES
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
 from problems import Mlp, episodes

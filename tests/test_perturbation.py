@@ -23,8 +23,8 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Rademacher
-from lightning_bilevel.functional import FunctionalModule
 from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.tree import Params

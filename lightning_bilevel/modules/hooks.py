@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
 from lightning_bilevel.host import LightningModule, notice_other_namespace
 from lightning_bilevel.inner_optimizers import InnerOptimizer
-from lightning_bilevel.levels import Levels, rest
+from lightning_bilevel.modules.levels import Levels, rest
 from lightning_bilevel.problem import Batch, Episode
 
 InnerStart = Literal["warm", "reset", "reinit"]
