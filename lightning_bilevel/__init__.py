@@ -2,8 +2,8 @@
 
 from lightning_bilevel import directions, few_shot, inner_optimizers, linear_solvers, strategies
 from lightning_bilevel.auditing import StrategyAudit, audit
+from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from lightning_bilevel.loaders import EpisodeLoader
 from lightning_bilevel.module import BilevelModule, hypergradient
 from lightning_bilevel.monitor import HypergradientMonitor
 from lightning_bilevel.parallel import DirectionParallelStrategy

@@ -8,10 +8,10 @@ import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import gradients
+from lightning_bilevel.data.inputs import nonfinite
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.host import rank_zero_warn
-from lightning_bilevel.inputs import nonfinite
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import (
     BilevelProblem,

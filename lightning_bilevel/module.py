@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_map
 from lightning_bilevel import tree
 from lightning_bilevel.attachment import Attachment, fit_refusals, functional_of
 from lightning_bilevel.calculus.inner_loop import run
+from lightning_bilevel.data.inputs import outside_inference, some, warn_of_a_bare_batch
+from lightning_bilevel.data.loaders import prepare_episodes
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import combination_error, missing_error, refuse, value_error
 from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
-from lightning_bilevel.inputs import outside_inference, some, warn_of_a_bare_batch
 from lightning_bilevel.kernels.safe import Randomness
-from lightning_bilevel.loaders import prepare_episodes
 from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite

@@ -23,7 +23,7 @@ LAYERS = [
     ("inner_optimizers", "directions", "linear_solvers", "diagnosis"),
     ("problem",),
     ("calculus",),
-    ("inputs", "modules", "loaders", "few_shot"),
+    ("modules", "data", "few_shot"),
     ("strategies", "precision"),
     ("estimation", "monitor", "parallel"),
     ("memory",),

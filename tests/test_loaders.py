@@ -27,10 +27,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_bilevel import loaders
+from lightning_bilevel.data import loaders
+from lightning_bilevel.data.loaders import EpisodeLoader, prepare_episodes
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import DistributedSamplerWrapper
-from lightning_bilevel.loaders import EpisodeLoader, prepare_episodes
 from lightning_bilevel.problem import Episode
 
 pytestmark = [
