@@ -4,9 +4,6 @@ from lightning_bilevel import directions, few_shot, inner_optimizers, linear_sol
 from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from lightning_bilevel.module import BilevelModule, hypergradient
-from lightning_bilevel.monitor import HypergradientMonitor
-from lightning_bilevel.parallel import DirectionParallelStrategy
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
@@ -22,7 +19,10 @@ from lightning_bilevel.strategies import (
     TruncatedReverse,
     ZerothOrder,
 )
-from lightning_bilevel.wrap import bilevel
+from lightning_bilevel.training.module import BilevelModule, hypergradient
+from lightning_bilevel.training.monitor import HypergradientMonitor
+from lightning_bilevel.training.parallel import DirectionParallelStrategy
+from lightning_bilevel.training.wrap import bilevel
 
 __version__ = "0.1.0"
 

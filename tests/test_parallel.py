@@ -32,8 +32,8 @@ from lightning_bilevel import (
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.kernels.safe import Randomness
-from lightning_bilevel.parallel import Ranks
 from lightning_bilevel.problem import Hypergradient, InnerState
+from lightning_bilevel.training.parallel import Ranks
 from modules import identical, trainer
 from parallel_worker import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
 from processes import ran

@@ -25,8 +25,8 @@ from lightning_bilevel import (
     ZerothOrder,
     hypergradient,
 )
-from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.strategies.rounding import CoarsestDtype
+from lightning_bilevel.training.precision import warn_of_precision
 from modules import EXAMPLES, FEATURES, examples, listed, seeded, trainer
 from problems import RidgeBlackBox
 from registry import ROWS, Row

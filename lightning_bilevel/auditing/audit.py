@@ -23,7 +23,6 @@ from lightning_bilevel.host import (
 )
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.linear_solvers import Neumann
-from lightning_bilevel.module import BilevelModule
 from lightning_bilevel.strategies import (
     FSLA,
     PZOBO,
@@ -38,6 +37,7 @@ from lightning_bilevel.strategies import (
     TruncatedReverse,
     ZerothOrder,
 )
+from lightning_bilevel.training.module import BilevelModule
 
 EPISODES = 2
 """Episodes of the batch that are rehearsed; more show nothing new."""

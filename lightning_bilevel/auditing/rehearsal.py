@@ -20,7 +20,6 @@ from lightning_bilevel.diagnosis import diagnose, split_message
 from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import LinearSolver
-from lightning_bilevel.module import BilevelModule, hypergradient
 from lightning_bilevel.problem import Episode, Hypergradient, stackable
 from lightning_bilevel.strategies import (
     FirstOrder,
@@ -30,6 +29,7 @@ from lightning_bilevel.strategies import (
     ReverseUnroll,
     ZerothOrder,
 )
+from lightning_bilevel.training.module import BilevelModule, hypergradient
 from lightning_bilevel.tree import Params
 
 Verdict = Literal["yes", "zero", "doubtful", "not finite", "refused", "no"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from lightning_bilevel.errors import MisconfigurationError, combination_error
 from lightning_bilevel.host import Trainer
-from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
-from lightning_bilevel.parallel import Ranks, parallel_refusals
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.training.memory import InnerMemory
+from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 
 
 class Attachment:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_bilevel import tree
-from lightning_bilevel.attachment import Attachment, fit_refusals, functional_of
 from lightning_bilevel.calculus.inner_loop import run
 from lightning_bilevel.data.inputs import outside_inference, some, warn_of_a_bare_batch
 from lightning_bilevel.data.loaders import prepare_episodes
@@ -23,15 +22,16 @@ from lightning_bilevel.errors import combination_error, missing_error, refuse, v
 from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
 from lightning_bilevel.kernels.safe import Randomness
-from lightning_bilevel.memory import InnerMemory
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.modules.levels import Levels
-from lightning_bilevel.monitor import HypergradientMonitor
-from lightning_bilevel.precision import warn_of_precision
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.surrogate import surrogate_loss
+from lightning_bilevel.training.attachment import Attachment, fit_refusals, functional_of
+from lightning_bilevel.training.memory import InnerMemory
+from lightning_bilevel.training.monitor import HypergradientMonitor
+from lightning_bilevel.training.precision import warn_of_precision
+from lightning_bilevel.training.surrogate import surrogate_loss
 from lightning_bilevel.tree import Params
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
-from lightning_bilevel.module import BilevelModule
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
 from lightning_bilevel.modules.levels import shortened
 from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.training.module import BilevelModule
 
 Names = str | nn.Module | nn.Parameter
 """A parameter's or submodule's name, an ``fnmatch`` pattern of parameter names, or the thing itself."""
