@@ -10,15 +10,15 @@ import re
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.autograd import function as autograd_function
 
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.modules.examine import PACKAGE, frames_in, user_line
 
 
 class Diagnosis(NamedTuple):
@@ -139,9 +139,7 @@ _KNOWN = [
 ]
 """What PyTorch says, and what it means here. The first that fits counts."""
 
-_OWN = Path(__file__).parent
-_TORCH = Path(torch.__file__).parent
-_CHECKPOINT = str(_TORCH / "utils" / "checkpoint.py")
+_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 
 
 def diagnose(error: Exception, again: Callable[[], object]) -> Diagnosis:
@@ -152,7 +150,7 @@ def diagnose(error: Exception, again: Callable[[], object]) -> Diagnosis:
         again: raises it once more; called under anomaly mode where the traceback does not reach the user's line.
     """
     message = str(error)
-    if isinstance(error, (MisconfigurationError, ValueError, FloatingPointError)) and _raised_by(error, _OWN):
+    if isinstance(error, (MisconfigurationError, ValueError, FloatingPointError)) and _raised_by(error, PACKAGE):
         reason, fix = split_message(message)
         if not isinstance(error, FloatingPointError):
             return Diagnosis("", "", reason, fix)
@@ -160,7 +158,7 @@ def diagnose(error: Exception, again: Callable[[], object]) -> Diagnosis:
         origin = f", which the backward pass of `{operation}` gave first" if operation else ""
         return Diagnosis(operation, where, f"{reason}{origin}", fix)
     known, operation = _look_up(message)
-    where = _line([(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
+    where = user_line([(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
     if known is None:
         first = message.strip().splitlines()[0] if message.strip() else "no message"
         return Diagnosis(
@@ -201,34 +199,6 @@ def split_message(message: str) -> tuple[str, str]:
     return "; ".join(reasons), " ".join(dict.fromkeys(fixes))
 
 
-def once_differentiable(loss: Tensor) -> list[tuple[str, str]]:
-    """Return name and line of every ``autograd.Function`` in a graph that is marked ``once_differentiable``.
-
-    Their second derivative is an error in PyTorch only where *all* leaves are asked for: ``torch.autograd.grad`` with
-    ``inputs`` never reaches the node that would raise, and leaves their part out without a word.
-
-    Args:
-        loss: the end of a graph; recorded under anomaly mode, else the lines are empty.
-    """
-    found: dict[type, tuple[str, str]] = {}
-    for node in _nodes(loss):
-        kind: Any = getattr(node, "_forward_cls", None)
-        code = getattr(getattr(kind, "backward", None), "__code__", None)
-        if code is not None and code.co_filename == autograd_function.__file__ and code.co_name == "wrapper":
-            found[kind] = kind.__name__, _line(_frames("".join(node.metadata.get("traceback_", []))))
-    return list(found.values())
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack += [following for following, _ in node.next_functions]
-
-
 def _look_up(message: str) -> tuple[_Known | None, str]:
     for known in _KNOWN:
         found = re.search(known.pattern, message, re.DOTALL)
@@ -267,24 +237,8 @@ def _recorded(again: Callable[[], object], check_nan: bool = False) -> tuple[str
         text = str(warning.message)
         named = re.search(r"(?:Error detected in|induced by) ([\w:]+)\.", text)
         if named:
-            node, where = _plain(named[1]) or node, _line(_frames(text)) or where
+            node, where = _plain(named[1]) or node, user_line(frames_in(text)) or where
     return node, where
-
-
-def _frames(text: str) -> list[tuple[str, int | None]]:
-    return [(name, int(line)) for name, line in re.findall(r'File "([^"]+)", line (\d+)', text)]
-
-
-def _line(frames: list[tuple[str, int | None]]) -> str:
-    """Return the user's line: the deepest one below this package's frames that is not PyTorch's."""
-    inside = [number for number, (name, _) in enumerate(frames) if _OWN in Path(name).parents]
-    if not inside:
-        return ""
-    for name, line in reversed(frames[inside[-1] + 1 :]):
-        path = Path(name)
-        if _TORCH not in path.parents and not name.startswith("<") and "torchinductor" not in name:
-            return f"{path.name}:{line}"
-    return ""
 
 
 def _python_function(error: Exception) -> str:

@@ -20,11 +20,11 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # each other, without a circle.
 LAYERS = [
     ("tree", "errors", "host", "kernels"),  # nothing of ours
-    ("inner_optimizers", "directions", "linear_solvers", "diagnosis"),
+    ("inner_optimizers", "directions", "linear_solvers"),
     ("problem",),
     ("calculus",),
     ("modules", "data", "few_shot"),
-    ("strategies",),
+    ("strategies", "diagnosis"),
     ("estimation",),
     ("training",),
     ("auditing",),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner_loop import run
-from lightning_bilevel.diagnosis import once_differentiable
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.modules.examine import once_differentiable
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState, stack_episodes
 from lightning_bilevel.strategies import FirstOrder, HypergradientStrategy
 from lightning_bilevel.tree import Params

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.diagnosis import once_differentiable
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import Randomness, differentiable_kernels, recomputing_within
+from lightning_bilevel.modules.examine import once_differentiable
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
