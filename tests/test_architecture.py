@@ -24,7 +24,7 @@ LAYERS = [
     ("problem",),
     ("calculus",),
     ("modules", "data", "few_shot"),
-    ("strategies", "diagnosis"),
+    ("strategies",),
     ("estimation",),
     ("training",),
     ("auditing",),

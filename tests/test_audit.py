@@ -44,7 +44,7 @@ from lightning_bilevel import (
     bilevel,
 )
 from lightning_bilevel.auditing import Audit
-from lightning_bilevel.diagnosis import diagnose, split_message
+from lightning_bilevel.auditing.diagnosis import diagnose, split_message
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Neumann
 from modules import Cleaning, Maml, differing, examples, identical, listed, loader, parameters, seeded, tasks, trainer

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.auditing.diagnosis import diagnose, split_message
 from lightning_bilevel.auditing.probes import Graphs, Probe, Saved, Short, Stacked
-from lightning_bilevel.diagnosis import diagnose, split_message
 from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import LinearSolver
