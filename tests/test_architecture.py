@@ -119,9 +119,9 @@ def test_every_layer_exists():
             "problem, line 1: imports .*, from layer",
         ),
         (
-            "levels",
-            "from lightning_bilevel.modules.swap import Swapper",
-            "levels, line 1: imports .*, from layer 1, but",
+            "problem",
+            "from lightning_bilevel.calculus import inner_loop",
+            "problem, line 1: imports .*, from layer 3, but",
         ),
         (
             "tree",
