@@ -1,16 +1,52 @@
-"""The three wordings of this library's errors: a wrong value, an impossible combination, a missing hook."""
+"""Errors in three wordings, a wrong value, an impossible combination, a missing hook, and checks of arguments.
+
+An error made here keeps the reason and the fix apart from its message: the audit shows them in columns of their own.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 class MisconfigurationError(RuntimeError):
-    """Things that are fine by themselves do not work together, or something is missing."""
+    """Things that are fine by themselves do not work together, or something is missing.
+
+    Args:
+        message: the whole text.
+        reason: what is wrong, as a clause.
+        fix: the way out, as a sentence.
+    """
+
+    def __init__(self, message: str, reason: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.reason, self.fix = reason or message, fix
 
 
-def value_error(what: str, expected: str, got: Any, hint: str = "") -> ValueError:
+class ArgumentError(ValueError):
+    """A value is not what was expected; attributes as in :class:`MisconfigurationError`."""
+
+    def __init__(self, message: str, reason: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.reason, self.fix = reason or message, fix
+
+
+class NonfiniteError(FloatingPointError):
+    """A quantity became nan or infinite; attributes as in :class:`MisconfigurationError`."""
+
+    def __init__(self, message: str, reason: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.reason, self.fix = reason or message, fix
+
+    def with_note(self, note: str) -> NonfiniteError:
+        """Return this error with a further sentence in its message."""
+        return NonfiniteError(f"{self} {note}", self.reason, self.fix)
+
+
+def value_error(what: str, expected: str, got: Any, hint: str = "") -> ArgumentError:
     """Say which value was expected and which one came.
 
     Args:
@@ -20,18 +56,19 @@ def value_error(what: str, expected: str, got: Any, hint: str = "") -> ValueErro
         hint: what to try, as a sentence.
 
     >>> value_error("SGD(lr=...)", "a non-negative number", -1)
-    ValueError('Expected `SGD(lr=...)` to be a non-negative number, got -1.')
+    ArgumentError('Expected `SGD(lr=...)` to be a non-negative number, got -1.')
     """
-    return ValueError(_sentence(f"Expected `{what}` to be {expected}, got {got!r}.", hint))
+    message = f"Expected `{what}` to be {expected}, got {got!r}"
+    return ArgumentError(f"{message}. {hint}" if hint else f"{message}.", message, hint)
 
 
-def nonfinite_error(what: str, got: Any, hint: str) -> FloatingPointError:
+def nonfinite_error(what: str, got: Any, hint: str) -> NonfiniteError:
     """Say which quantity became nan or infinite and what to try.
 
     >>> nonfinite_error("inner loss at step 3", float("nan"), "Lower the learning rate.")
-    FloatingPointError('Expected the inner loss at step 3 to be finite, got nan. Lower the learning rate.')
+    NonfiniteError('Expected the inner loss at step 3 to be finite, got nan. Lower the learning rate.')
     """
-    return FloatingPointError(_sentence(f"Expected the {what} to be finite, got {got}.", hint))
+    return NonfiniteError(f"Expected the {what} to be finite, got {got}. {hint}", f"the {what} is {got}", hint)
 
 
 def combination_error(what: str, because: str, instead: str) -> MisconfigurationError:
@@ -45,7 +82,8 @@ def combination_error(what: str, because: str, instead: str) -> Misconfiguration
     >>> print(combination_error("`FSLA` with `inner_steps=5`", "it takes one step", "Use `inner_steps=1`"))
     Cannot use `FSLA` with `inner_steps=5`. This is because it takes one step. Use `inner_steps=1`.
     """
-    return MisconfigurationError(f"Cannot use {what}. This is because {because}. {instead}.")
+    message = f"Cannot use {what}. This is because {because}. {instead}."
+    return MisconfigurationError(message, f"{what}: {because}", f"{instead}.")
 
 
 def missing_error(owner: str, what: str, fix: str) -> MisconfigurationError:
@@ -54,7 +92,20 @@ def missing_error(owner: str, what: str, fix: str) -> MisconfigurationError:
     >>> missing_error("Net", "inner_loss", "Add `def inner_loss(self, batch): ...`")
     MisconfigurationError('`Net` has no inner_loss. Add `def inner_loss(self, batch): ...`.')
     """
-    return MisconfigurationError(f"`{owner}` has no {what}. {fix}.")
+    return MisconfigurationError(f"`{owner}` has no {what}. {fix}.", f"`{owner}` has no {what}", f"{fix}.")
+
+
+def report(found: Sequence[MisconfigurationError]) -> MisconfigurationError:
+    """Return one error for all that was found: a line for each, the same fix named once.
+
+    >>> both = report([missing_error("Net", "a", "Add it"), missing_error("Net", "b", "Add it")])
+    >>> both.reason, both.fix
+    ('`Net` has no a; `Net` has no b', 'Add it.')
+    """
+    fixes = dict.fromkeys(error.fix for error in found if error.fix)
+    return MisconfigurationError(
+        "\n".join(map(str, found)), "; ".join(error.reason for error in found), " ".join(fixes)
+    )
 
 
 def refuse(found: Sequence[MisconfigurationError]) -> None:
@@ -64,19 +115,59 @@ def refuse(found: Sequence[MisconfigurationError]) -> None:
         MisconfigurationError: a line for each.
     """
     if found:
-        raise MisconfigurationError("\n".join(map(str, found)))
+        raise report(found)
 
 
-def positive_integer(what: str, value: Any) -> int:
-    """Return ``value`` if it is a positive ``int``; raise the value error otherwise.
+def integer(what: str, value: Any, least: int = 1) -> int:
+    """Return ``value`` if it is an ``int`` of at least ``least``; raise the value error otherwise.
 
-    >>> positive_integer("TruncatedReverse(steps=...)", 3)
+    >>> integer("TruncatedReverse(steps=...)", 3)
     3
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise value_error(what, "a positive integer", value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        words = {0: "a non-negative integer", 1: "a positive integer"}
+        raise value_error(what, words.get(least, f"an integer of at least {least}"), value)
     return value
 
 
-def _sentence(message: str, hint: str) -> str:
-    return f"{message} {hint}" if hint else message
+def number(
+    what: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return ``value`` if it is a finite number within the bounds; raise the value error otherwise.
+
+    >>> number("Nystrom(rho=...)", 0.5, above=0)
+    0.5
+    """
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    low = above is not None and (not real or value <= above) or at_least is not None and (not real or value < at_least)
+    if not real or low or (at_most is not None and value > at_most):
+        raise value_error(what, _numbers(above, at_least, at_most), value)
+    return float(value)
+
+
+def one_of(what: str, kind: Any, value: T) -> T:
+    """Return ``value`` if it is among those of the ``Literal`` type ``kind``; raise the value error otherwise.
+
+    >>> from typing import Literal
+    >>> one_of("ZerothOrder(scheme=...)", Literal["forward", "central"], "central")
+    'central'
+    """
+    if value not in get_args(kind):
+        raise value_error(what, " or ".join(repr(name) for name in get_args(kind)), value)
+    return value
+
+
+def _numbers(above: float | None, at_least: float | None, at_most: float | None) -> str:
+    if at_most is not None:
+        low = f"({above}" if above is not None else f"[{at_least}" if at_least is not None else "(-inf"
+        return f"a number in {low}, {at_most}]"
+    if above is not None:
+        return "a positive number" if above == 0 else f"a number above {above}"
+    if at_least is not None:
+        return "a non-negative number" if at_least == 0 else f"a number of at least {at_least}"
+    return "a finite number"

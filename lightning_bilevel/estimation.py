@@ -9,10 +9,8 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import gradients
 from lightning_bilevel.data.inputs import nonfinite
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import nonfinite_error
+from lightning_bilevel.errors import NonfiniteError, nonfinite_error
 from lightning_bilevel.host import rank_zero_warn
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import (
     BilevelProblem,
     Episode,
@@ -21,6 +19,7 @@ from lightning_bilevel.problem import (
     stack_episodes,
     stackable,
 )
+from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
@@ -32,7 +31,7 @@ def estimate(
     memories: Callable[[int, int], InnerState],
     phi: Params,
     episodes: Sequence[Episode],
-    key: Key,
+    call: Call,
     chunk_size: int,
     ended: Callable[[Hypergradient, int], None] = lambda part, count: None,
 ) -> Hypergradient:
@@ -44,7 +43,7 @@ def estimate(
         memories: (first, count) to the memory of episode ``first`` (count 0), or of ``count`` stacked ones from it.
         phi: outer parameters.
         episodes: at least one.
-        key: of this estimate. All episodes get the same directions, so that a stack equals the loop.
+        call: names this estimate. All episodes get the same directions, so that a stack equals the loop.
         chunk_size: episodes in one stack at most; some strategies take one at a time.
         ended: told of the estimate of each stack, and of the number of episodes in it.
 
@@ -61,9 +60,9 @@ def estimate(
         for chunk in _chunks(problem, episodes, even(len(episodes), chunk_size) if strategy.stacks else 1):
             if len(chunk) > 1:
                 vectorized = problem.stack(len(chunk))
-                part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), key)
+                part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), call)
             else:
-                part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], key)
+                part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], call)
             ended(part, len(chunk))
             if len(chunk) == 1 < len(episodes):
                 part = part._replace(state=_map_state(lambda value: value[None], part.state))
@@ -74,14 +73,17 @@ def estimate(
         if name := tree.first_nonfinite(phi):
             hint = "Lower the learning rate of `configure_optimizers()`, or clip: `Trainer(gradient_clip_val=...)`."
             raise nonfinite_error(f"outer parameter `{name}`", "nan or inf after the last outer step", hint) from error
-        data = f" The {where} itself has nan or inf in it." if (where := nonfinite(episodes)) else ""
-        raise FloatingPointError(f"{error}{data} (Hypergradient strategy: `{type(strategy).__name__}`.)") from error
+        data = f"The {where} itself has nan or inf in it. " if (where := nonfinite(episodes)) else ""
+        note = f"{data}(Hypergradient strategy: `{type(strategy).__name__}`.)"
+        if isinstance(error, NonfiniteError):
+            raise error.with_note(note) from error
+        raise NonfiniteError(f"{error} {note}") from error
 
 
 def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:
     """Return whether the losses run under ``vmap``; warn with the reason where they do not."""
     device = next(iter(phi.values())).device
-    with torch.enable_grad(), Randomness(device).preserved():
+    with torch.enable_grad(), RngState(device).fork():
         stacked = problem.stack(1)
         batch = stack_episodes([episode])
         try:

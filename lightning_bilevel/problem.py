@@ -21,7 +21,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import Slots
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 Batch = Any
@@ -264,7 +264,7 @@ class BilevelProblem:
                 return vmap(self.initial, in_dims=(0, None), randomness="different")(memory, phi)
             # All is shared: the starts are equal, unless the user's hook draws.
             device = next(iter(phi.values())).device
-            randomness = Randomness(device)
+            randomness = RngState(device)
             start = self.initial(memory, phi)
             if randomness.untouched():
                 return tree.map(lambda value: value.expand(count, *value.shape), start)

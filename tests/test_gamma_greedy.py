@@ -191,7 +191,7 @@ def test_theorem_is_a_descent_direction_elsewhere() -> None:
         assert tree.norm(tree.sub(grads, exact)) > 1e-2 * tree.norm(exact)
 
 
-# --- Randomness, arguments ---
+# --- RngState, arguments ---
 
 
 def test_masks_of_earlier_outer_losses_leave_the_run_as_it_is() -> None:

@@ -34,7 +34,7 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import Gaussian, Key
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 from problems import Problem, assert_close, directional_difference, draw, generator, plain_value, seeded, train
 
@@ -380,8 +380,8 @@ def test_generators_of_accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(getattr(torch, kind), "get_rng_state", get)
     monkeypatch.setattr(getattr(torch, kind), "set_rng_state", put)
-    randomness = Randomness(device)
-    with randomness.preserved():
+    randomness = RngState(device)
+    with randomness.fork():
         first = torch.rand(3, generator=there)
     again = torch.rand(3, generator=there)
     randomness.restore()

@@ -311,7 +311,7 @@ def test_a_loader_goes_on_after_a_trainer() -> None:
     assert seen + [contents(episode) for episode in loader] + fit(loader, max_epochs=1).seen == expected
 
 
-# Randomness
+# RngState
 
 
 def test_generators_are_left_as_they_were() -> None:

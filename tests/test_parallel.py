@@ -31,8 +31,8 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Hypergradient, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.training.parallel import Ranks
 from modules import identical, trainer
 from parallel_worker import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
@@ -97,7 +97,7 @@ def test_the_averaged_hypergradient_is_the_mean_of_one_process_estimates(ranks, 
         module = Noisy(**case.options)
         module.load_state_dict(found[name]["start"])
         functional, strategy, key = module.functional(), case.strategy(), Key(SEED, rank=rank)
-        with functional.session(), Randomness(functional.device).preserved(key.masks):
+        with functional.session(), RngState(functional.device).fork(key.masks):
             memory = module._memory.recall(functional, found[name]["batch"])
             estimate = strategy.estimate(functional.problem, memory, functional.phi(), found[name]["batch"], key)
         estimates.append(estimate)

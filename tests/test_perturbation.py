@@ -23,9 +23,9 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Rademacher
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.tree import Params
 from problems import (
@@ -304,7 +304,7 @@ def test_without_a_perturbation_the_run_repeats_bit_for_bit(shared: bool) -> Non
 
 def test_the_repetition_check_sees_masks_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     repeated = Repeated.of(shared=False, chunk_size=1)
-    monkeypatch.setattr(Randomness, "restore", lambda self: None)
+    monkeypatch.setattr(RngState, "restore", lambda self: None)
     theta, _ = repeated.at(0.0)
     assert not torch.equal(theta["net.0.weight"][0], repeated.runs.base.state.params["net.0.weight"])
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightning_bilevel.auditing.rehearsal import AuditRow, Rehearsal, compiled
-from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, value_error
 from lightning_bilevel.host import (
     Callback,
     Trainer,
@@ -21,8 +21,8 @@ from lightning_bilevel.host import (
     move_data_to_device,
     rank_zero_warn,
 )
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.linear_solvers import Neumann
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.strategies import (
     FSLA,
     PZOBO,
@@ -172,7 +172,7 @@ def audit(
     [('ReverseUnroll()', 'yes'), ('PZOBO()', 'yes')]
     """
     _bilevel("audit", module)
-    positive_integer("audit(steps=...)", steps)
+    integer("audit(steps=...)", steps)
     chosen = _checked("audit", strategies)
     with _untouched(module):
         episodes = list(module.episodes(move_data_to_device(batch, module.functional().device)))[:EPISODES]
@@ -209,7 +209,7 @@ class StrategyAudit(Callback):
 
     def __init__(self, strategies: Sequence[HypergradientStrategy] | None = None, steps: int = 2) -> None:
         self.strategies = _checked("StrategyAudit", strategies)
-        self.steps = positive_integer("StrategyAudit(steps=...)", steps)
+        self.steps = integer("StrategyAudit(steps=...)", steps)
         self.report: Audit | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -269,7 +269,7 @@ def _untouched(module: BilevelModule) -> Iterator[None]:
     # What the fit has found out about its losses so far: it finds the rest itself, with the draws that this takes.
     size, mutable = functional.episode_chunk_size, dict(functional._mutable)
     try:
-        with Randomness(functional.device).preserved():
+        with RngState(functional.device).fork():
             yield
     finally:
         functional.episode_chunk_size, functional._mutable = size, mutable

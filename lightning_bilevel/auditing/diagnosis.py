@@ -151,7 +151,7 @@ def diagnose(error: Exception, again: Callable[[], object]) -> Diagnosis:
     """
     message = str(error)
     if isinstance(error, (MisconfigurationError, ValueError, FloatingPointError)) and _raised_by(error, PACKAGE):
-        reason, fix = split_message(message)
+        reason, fix = explained(error)
         if not isinstance(error, FloatingPointError):
             return Diagnosis("", "", reason, fix)
         operation, where = _recorded(again, check_nan=True)
@@ -174,29 +174,9 @@ def diagnose(error: Exception, again: Callable[[], object]) -> Diagnosis:
     return Diagnosis(operation, where, known.reason.format(name), known.fix.format(name))
 
 
-def split_message(message: str) -> tuple[str, str]:
-    """Return reason and fix from a message of this package's own.
-
-    >>> split_message("Cannot use `A` with `B`. This is because it has no steps. Use `C` instead.")
-    ('`A` with `B`: it has no steps', 'Use `C` instead.')
-    """
-    reasons, fixes = [], []
-    for line in re.sub(r" \(Hypergradient strategy: .*?\)$", "", message).splitlines():
-        combination = re.fullmatch(r"Cannot use (.*?)\. This is because (.*?)\. (.*)", line)
-        nonfinite = re.fullmatch(r"Expected (.*?) to be finite, got (.*?)\. (.*)", line)
-        other = re.fullmatch(r"(.*?)\. ([A-Z].*)", line)
-        if combination:
-            reasons.append(f"{combination[1]}: {combination[2]}")
-            fixes.append(combination[3])
-        elif nonfinite:
-            reasons.append(f"{nonfinite[1]} is {nonfinite[2]}")
-            fixes.append(nonfinite[3])
-        elif other:
-            reasons.append(other[1])
-            fixes.append(other[2])
-        else:
-            reasons.append(line)
-    return "; ".join(reasons), " ".join(dict.fromkeys(fixes))
+def explained(error: Exception) -> tuple[str, str]:
+    """Return reason and fix of an error of this package's own."""
+    return getattr(error, "reason", str(error)), getattr(error, "fix", "")
 
 
 def _look_up(message: str) -> tuple[_Known | None, str]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner_loop import run
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.modules.examine import once_differentiable
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState, stack_episodes
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies import FirstOrder, HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -33,13 +33,13 @@ class Short(Probe):
         self.strategy, self.steps, self.stacks = strategy, steps, strategy.stacks
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Estimate on a short run."""
         short = replace(problem, inner_steps=min(self.steps, problem.inner_steps))
-        result = self.strategy.estimate(short, memory, phi, episode, key)
+        result = self.strategy.estimate(short, memory, phi, episode, call)
         if self.strategy.carried():
-            result = self.strategy.estimate(short, memory, phi, episode, key)
+            result = self.strategy.estimate(short, memory, phi, episode, call)
         return result
 
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
@@ -63,7 +63,7 @@ class Graphs(Probe):
         return self  # what the copy that runs sees is wanted here
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Evaluate both losses once; the estimate is zero."""
         start = problem.start(memory, phi)
@@ -95,7 +95,7 @@ class Saved(Probe):
         return self
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Take the steps; the estimate is zero."""
         outer = tree.leaves(phi)
@@ -118,8 +118,8 @@ class Stacked(Probe):
     """First-order on an episode twice at once, as the episodes of a batch are estimated where they are stacked."""
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Estimate on the stack."""
         both = InnerState(tree.expand(memory.params, 2), tree.expand(memory.buffers, 2))
-        return FirstOrder().estimate(problem.stack(2), both, phi, stack_episodes([episode, episode]), key)
+        return FirstOrder().estimate(problem.stack(2), both, phi, stack_episodes([episode, episode]), call)

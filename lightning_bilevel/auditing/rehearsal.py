@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.auditing.diagnosis import diagnose, split_message
+from lightning_bilevel.auditing.diagnosis import diagnose, explained
 from lightning_bilevel.auditing.probes import Graphs, Probe, Saved, Short, Stacked
 from lightning_bilevel.directions import Rademacher
-from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.errors import MisconfigurationError, report
 from lightning_bilevel.linear_solvers import LinearSolver
 from lightning_bilevel.problem import Episode, Hypergradient, stackable
 from lightning_bilevel.strategies import (
@@ -192,7 +192,7 @@ class Rehearsal:
         row = AuditRow(written(strategy), "yes", memory=strategy.memory, cost=strategy.cost)
         refusals = strategy.all_refusals(self.problem)
         if refusals:
-            reason, advice = split_message("\n".join(map(str, refusals)))
+            reason, advice = explained(report(refusals))
             return replace(row, verdict="refused", reason=_without(strategy, reason), advice=advice)
         small = self._small(strategy)
         outcome = self.attempt(small)

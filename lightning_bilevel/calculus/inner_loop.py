@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import nonfinite_error
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 _AT_ONCE = 100
@@ -35,7 +35,7 @@ class Segment:
     """A stretch of a recorded run: the state and the randomness it started from, and its batches."""
 
     state: InnerState
-    randomness: Randomness
+    randomness: RngState
     batches: Sequence[Batch]
 
 
@@ -132,11 +132,11 @@ def record(
     segments: list[Segment | Graph] = []
     losses: list[Tensor] = []
     for batches in stretches[:-1]:
-        segments.append(Segment(state, Randomness(device), batches))
+        segments.append(Segment(state, RngState(device), batches))
         for batch in batches:
             state, loss = problem.step(state, phi, batch)
             note(losses, loss)
-    graph = _with_graph(problem, Segment(state, Randomness(device), stretches[-1]), phi, losses)
+    graph = _with_graph(problem, Segment(state, RngState(device), stretches[-1]), phi, losses)
     segments.append(graph)
     return Run(graph.end.detach(), last_loss(problem, losses)), segments
 

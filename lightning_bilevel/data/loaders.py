@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 from typing_extensions import Self, override
 
-from lightning_bilevel.errors import combination_error, positive_integer, value_error
+from lightning_bilevel.errors import combination_error, integer, value_error
 from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer, rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.randomness import seed_of
 
 _Position = tuple[int, int]
 
@@ -84,9 +84,7 @@ class EpisodeLoader(CombinedLoader):
         super().__init__({"outer": None, "inner": None}, "max_size_cycle")
         self.flattened = [outer, inner]
         self._chosen = inner_batches is not None
-        self.inner_batches = positive_integer(
-            "EpisodeLoader(inner_batches=...)", 1 if inner_batches is None else inner_batches
-        )
+        self.inner_batches = integer("EpisodeLoader(inner_batches=...)", 1 if inner_batches is None else inner_batches)
         if inner is outer and getattr(inner, "persistent_workers", False):
             raise combination_error(
                 "one loader with `persistent_workers=True` as `inner` and `outer`",
@@ -385,7 +383,7 @@ def _length(loader: Any) -> float:
 
 def _mixed(*words: int | str) -> int:
     """Return a 62-bit seed: ``DistributedSampler`` adds the epoch to its own."""
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 2
+    return seed_of(*words) >> 1
 
 
 def _parts(loader: Any) -> list[Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel.directions.base import DirectionSampler, Key
+from lightning_bilevel.directions.base import DirectionSampler
+from lightning_bilevel.randomness import Key
 
 
 class Coordinate(DirectionSampler):
@@ -32,7 +33,7 @@ class Coordinate(DirectionSampler):
 
     >>> import torch
     >>> from lightning_bilevel.directions import Key
-    >>> Coordinate().flat(Key(seed=1), 0, 2, torch.zeros(4)).sum(dim=1)
+    >>> Coordinate().flat(Key((1,)), 0, 2, torch.zeros(4)).sum(dim=1)
     tensor([2., 2.])
     """
 

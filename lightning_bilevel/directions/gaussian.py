@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel.directions.base import DirectionSampler, Key
+from lightning_bilevel.directions.base import DirectionSampler
+from lightning_bilevel.randomness import Key
 
 
 class Gaussian(DirectionSampler):
@@ -27,7 +28,7 @@ class Gaussian(DirectionSampler):
 
     >>> import torch
     >>> from lightning_bilevel.directions import Key
-    >>> v = Gaussian().flat(Key(seed=1), 0, 1000, torch.zeros(3))
+    >>> v = Gaussian().flat(Key((1,)), 0, 1000, torch.zeros(3))
     >>> torch.allclose(v.T @ v / 1000, torch.eye(3), atol=0.2)
     True
     """

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel.directions.base import DirectionSampler, Key
+from lightning_bilevel.directions.base import DirectionSampler
 from lightning_bilevel.directions.gaussian import Gaussian
+from lightning_bilevel.randomness import Key
 
 
 class Orthogonal(DirectionSampler):
@@ -41,7 +42,7 @@ class Orthogonal(DirectionSampler):
 
     >>> import torch
     >>> from lightning_bilevel.directions import Key
-    >>> v = Orthogonal().flat(Key(seed=1), 0, 3, torch.zeros(3))
+    >>> v = Orthogonal().flat(Key((1,)), 0, 3, torch.zeros(3))
     >>> torch.allclose(v.T @ v / 3, torch.eye(3), atol=1e-5)
     True
     """

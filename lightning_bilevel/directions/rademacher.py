@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel.directions.base import DirectionSampler, Key
+from lightning_bilevel.directions.base import DirectionSampler
+from lightning_bilevel.randomness import Key
 
 
 class Rademacher(DirectionSampler):
@@ -28,10 +29,10 @@ class Rademacher(DirectionSampler):
 
     >>> import torch
     >>> from lightning_bilevel.directions import Key
-    >>> v = Rademacher().flat(Key(seed=1), 0, 4, torch.zeros(3))
+    >>> v = Rademacher().flat(Key((1,)), 0, 4, torch.zeros(3))
     >>> v.shape, bool((v.abs() == 1).all())
     (torch.Size([4, 3]), True)
-    >>> torch.equal(v[2:], Rademacher().flat(Key(seed=1), 2, 4, torch.zeros(3)))
+    >>> torch.equal(v[2:], Rademacher().flat(Key((1,)), 2, 4, torch.zeros(3)))
     True
     """
 

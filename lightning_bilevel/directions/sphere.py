@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel.directions.base import DirectionSampler, Key
+from lightning_bilevel.directions.base import DirectionSampler
 from lightning_bilevel.directions.gaussian import Gaussian
+from lightning_bilevel.randomness import Key
 
 
 class Sphere(DirectionSampler):
@@ -32,7 +33,7 @@ class Sphere(DirectionSampler):
 
     >>> import torch
     >>> from lightning_bilevel.directions import Key
-    >>> v = Sphere().flat(Key(seed=1), 0, 2, torch.zeros(9))
+    >>> v = Sphere().flat(Key((1,)), 0, 2, torch.zeros(9))
     >>> torch.allclose(v.norm(dim=1), torch.tensor([3.0, 3.0]))
     True
     """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.errors import integer, value_error
 from lightning_bilevel.few_shot.tasks import TaskDataset
 from lightning_bilevel.problem import Episode
 
@@ -58,9 +58,9 @@ class FewShotTasks(TaskDataset):
         fixed: bool = False,
     ) -> None:
         super().__init__(num_tasks, seed, fixed)
-        self.ways = positive_integer("FewShotTasks(ways=...)", ways)
-        self.shots = positive_integer("FewShotTasks(shots=...)", shots)
-        self.queries = positive_integer("FewShotTasks(queries=...)", queries)
+        self.ways = integer("FewShotTasks(ways=...)", ways)
+        self.shots = integer("FewShotTasks(shots=...)", shots)
+        self.queries = integer("FewShotTasks(queries=...)", queries)
         self.rotations = tuple(rotations)
         turns = set(self.rotations)
         if not turns or len(turns) < len(self.rotations) or not turns <= {0, 1, 2, 3}:

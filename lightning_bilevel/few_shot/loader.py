@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.errors import integer, value_error
 from lightning_bilevel.few_shot.tasks import TaskDataset
 from lightning_bilevel.problem import Episode
 
@@ -53,7 +53,7 @@ class TaskLoader(DataLoader[Any]):
         if options.pop("sampler", None) is not None or options.pop("shuffle", False):
             raise value_error("TaskLoader(...)", "without `shuffle` and `sampler`", "one", "Tasks are random already.")
         if batch_sampler is None:
-            positive_integer("TaskLoader(batch_size=...)", batch_size)
+            integer("TaskLoader(batch_size=...)", batch_size)
             batch_sampler = _TaskBatches(_InOrder(dataset), batch_size, drop_last)
         options.setdefault("collate_fn", list)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 
 import torch
 from torch.utils.data import Dataset
 
-from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.errors import integer, value_error
 from lightning_bilevel.problem import Episode
+from lightning_bilevel.randomness import Key
 
 
 class TaskDataset(Dataset[Episode], ABC):
@@ -37,7 +37,7 @@ class TaskDataset(Dataset[Episode], ABC):
     """
 
     def __init__(self, num_tasks: int, seed: int = 0, fixed: bool = False) -> None:
-        self.num_tasks = positive_integer(f"{type(self).__name__}(num_tasks=...)", num_tasks)
+        self.num_tasks = integer(f"{type(self).__name__}(num_tasks=...)", num_tasks)
         self.seed, self.fixed = seed, fixed
 
     @abstractmethod
@@ -56,9 +56,7 @@ class TaskDataset(Dataset[Episode], ABC):
         epoch, index = number if isinstance(number, tuple) else (0, number)
         if not 0 <= index < self.num_tasks:
             raise IndexError(f"Expected the number of a task to be from 0 to {self.num_tasks - 1}, got {index}.")
-        words = repr((self.seed, 0 if self.fixed else epoch, index)).encode()
-        seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
-        episode = self.draw(torch.Generator().manual_seed(seed))
+        episode = self.draw(Key((self.seed, 0 if self.fixed else epoch)).generator(index))
         if not isinstance(episode, Episode):
             raise value_error(f"{type(self).__name__}.draw(generator)", "an `Episode`", episode)
         return episode

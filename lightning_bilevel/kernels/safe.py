@@ -1,4 +1,4 @@
-"""Surroundings in which a user's losses can be differentiated twice, and can be run again exactly.
+"""Surroundings in which a user's losses can be differentiated twice.
 
 PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
 fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and those of batch norm
@@ -111,59 +111,3 @@ def forward_mode_kernels() -> Iterator[None]:
             yield
         finally:
             torch.backends.mkldnn.enabled = mkldnn
-
-
-def generator_state(device: torch.device) -> Tensor | None:
-    """Return the state of the generator of an accelerator; ``None`` on a CPU, and where there is none."""
-    get = getattr(getattr(torch, device.type, None), "get_rng_state", None)
-    return get(*_where(device)) if get is not None else None
-
-
-def set_generator_state(device: torch.device, state: Tensor | None) -> None:
-    """Put back what :func:`generator_state` returned, on a device of the same type."""
-    if state is not None:
-        getattr(torch, device.type).set_rng_state(state, *_where(device))
-
-
-def _where(device: torch.device) -> tuple[torch.device, ...]:
-    """Return how the functions for the generators of ``torch.cuda``, ``torch.xpu``, ``torch.mps`` name a device."""
-    return () if device.type == "mps" else (device,)
-
-
-class Randomness:
-    """A snapshot of the global random generators, so that a run can be repeated with the same dropout masks.
-
-    Args:
-        device: the device of the run; its generator is kept as well as the CPU's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu, self._there = torch.get_rng_state(), generator_state(device)
-
-    def untouched(self) -> bool:
-        """Return whether nothing has been drawn since the snapshot was taken."""
-        now = Randomness(self._device)
-        same = torch.equal(self._cpu, now._cpu)
-        return same and (self._there is None or now._there is None or torch.equal(self._there, now._there))
-
-    def restore(self) -> None:
-        """Put the generators back to where the snapshot was taken."""
-        torch.set_rng_state(self._cpu)
-        set_generator_state(self._device, self._there)
-
-    @contextmanager
-    def preserved(self, seed: int | None = None) -> Iterator[None]:
-        """Restore the snapshot on exit: what runs inside leaves no trace in the generators.
-
-        Args:
-            seed: what runs inside starts from; ``None`` goes on from the present.
-        """
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if self._there is not None:
-                set_generator_state(self._device, torch.Generator(self._device).manual_seed(seed).get_state())
-        try:
-            yield
-        finally:
-            self.restore()

@@ -1,17 +1,15 @@
-"""What the solvers share: one vector in place of a tree, columns of the matrix, a check, a warning given once."""
+"""What the solvers share: one vector in place of a tree, columns of the matrix, a warning given once."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import nonfinite_error, value_error
+from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.tree import Params
 
@@ -46,18 +44,6 @@ def columns(apply: Callable[[Tensor], Tensor], flat: Tensor, positions: Sequence
         hint = "Look at the inner loss and at its second derivatives."
         raise nonfinite_error(f"Hessian products of `{owner}`", "nan or inf", hint)
     return matrix
-
-
-def number(what: str, value: Any, positive: bool = True) -> float:
-    """Return ``value`` if it is a finite number above (or, not ``positive``, at) zero; raise the value error otherwise.
-
-    >>> number("Nystrom(rho=...)", 0.5)
-    0.5
-    """
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or value < 0 or (positive and value == 0):
-        raise value_error(what, "a positive number" if positive else "a non-negative number", value)
-    return float(value)
 
 
 class WarnsOnce:

@@ -8,8 +8,8 @@ import torch
 from typing_extensions import override
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import positive_integer
-from lightning_bilevel.linear_solvers._common import WarnsOnce, flat_system, number
+from lightning_bilevel.errors import integer, number
+from lightning_bilevel.linear_solvers._common import WarnsOnce, flat_system
 from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
 from lightning_bilevel.tree import Params
 
@@ -50,9 +50,9 @@ class ConjugateGradient(WarnsOnce, LinearSolver):
     """
 
     def __init__(self, max_iter: int = 20, tol: float = 1e-6, damping: float = 0.0) -> None:
-        self.max_iter = positive_integer("ConjugateGradient(max_iter=...)", max_iter)
-        self.tol = number("ConjugateGradient(tol=...)", tol)
-        self.damping = number("ConjugateGradient(damping=...)", damping, positive=False)
+        self.max_iter = integer("ConjugateGradient(max_iter=...)", max_iter)
+        self.tol = number("ConjugateGradient(tol=...)", tol, above=0)
+        self.damping = number("ConjugateGradient(damping=...)", damping, at_least=0)
 
     @override
     def solve(self, matvec: MatVec, b: Params) -> Solution:

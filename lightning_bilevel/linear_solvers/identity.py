@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from lightning_bilevel import tree
-from lightning_bilevel.linear_solvers._common import number
+from lightning_bilevel.errors import number
 from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
 from lightning_bilevel.tree import Params
 
@@ -43,7 +43,7 @@ class Identity(LinearSolver):
     blockwise = True
 
     def __init__(self, scale: float = 1.0, adapt: bool = False) -> None:
-        self.scale = number("Identity(scale=...)", scale)
+        self.scale = number("Identity(scale=...)", scale, above=0)
         self.adapt = adapt
 
     @override

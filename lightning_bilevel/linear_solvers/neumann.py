@@ -8,8 +8,8 @@ import torch
 from typing_extensions import override
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import positive_integer
-from lightning_bilevel.linear_solvers._common import WarnsOnce, flat_system, number
+from lightning_bilevel.errors import integer, number
+from lightning_bilevel.linear_solvers._common import WarnsOnce, flat_system
 from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
 from lightning_bilevel.tree import Params
 
@@ -51,8 +51,8 @@ class Neumann(WarnsOnce, LinearSolver):
     blockwise = True
 
     def __init__(self, terms: int = 10, *, step_size: float) -> None:
-        self.terms = positive_integer("Neumann(terms=...)", terms)
-        self.step_size = number("Neumann(step_size=...)", step_size)
+        self.terms = integer("Neumann(terms=...)", terms)
+        self.step_size = number("Neumann(step_size=...)", step_size, above=0)
 
     @override
     def solve(self, matvec: MatVec, b: Params) -> Solution:

@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import positive_integer
-from lightning_bilevel.linear_solvers._common import columns, flat_system, number
+from lightning_bilevel.errors import integer, number
+from lightning_bilevel.linear_solvers._common import columns, flat_system
 from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
 from lightning_bilevel.tree import Params
 
@@ -55,8 +55,8 @@ class Nystrom(LinearSolver):
     """
 
     def __init__(self, rank: int = 10, rho: float = 1e-2, seed: int = 0) -> None:
-        self.rank = positive_integer("Nystrom(rank=...)", rank)
-        self.rho = number("Nystrom(rho=...)", rho)
+        self.rank = integer("Nystrom(rank=...)", rank)
+        self.rho = number("Nystrom(rho=...)", rho, above=0)
         self.seed = seed
 
     @override

@@ -16,13 +16,14 @@ from lightning_bilevel.errors import combination_error, missing_error, value_err
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import Slots
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
-from lightning_bilevel.kernels.safe import Randomness, differentiable_kernels, recomputing_within
+from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.examine import once_differentiable
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -112,7 +113,7 @@ class FunctionalModule:
             clones = tree.map(torch.clone, present)
             # Leaves, for a loss may take gradients itself: of a net with respect to its input, say.
             in_place = self._in_place({**tree.leaves({**self.phi(), **self.theta()}), **clones})
-            with torch.enable_grad(), Randomness(self.device).preserved(), in_place:
+            with torch.enable_grad(), RngState(self.device).fork(), in_place:
                 if not self._solves:
                     self.module.inner_loss(episode.inner[0])
                 if episode.outer is not None:  # there is none where a module is only adapted

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_bilevel.errors import MisconfigurationError, missing_error, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, number, one_of, value_error
 from lightning_bilevel.host import LightningModule, notice_other_namespace
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.levels import Levels, rest
@@ -51,15 +51,13 @@ class BilevelHooks(LightningModule):
     ) -> None:
         super().__init__()
         notice_other_namespace()
-        self.inner_steps = positive_integer("BilevelModule(inner_steps=...)", inner_steps)
-        if not isinstance(proximal, (int, float)) or not 0 <= proximal < float("inf"):
-            raise value_error("BilevelModule(proximal=...)", "a non-negative number", proximal)
-        self.proximal = float(proximal)
+        self.inner_steps = integer("BilevelModule(inner_steps=...)", inner_steps)
+        self.proximal = number("BilevelModule(proximal=...)", proximal, at_least=0)
         if episode_chunk_size is not None:
-            positive_integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
+            integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
         self.episode_chunk_size = episode_chunk_size
-        self.inner_start = _one_of(InnerStart, "inner_start", inner_start)
-        self.on_nonfinite = _one_of(OnNonfinite, "on_nonfinite", on_nonfinite)
+        self.inner_start = one_of("BilevelModule(inner_start=...)", InnerStart, inner_start)
+        self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
         self._levels: Levels | None = None  # known while a fit runs
 
     def inner_parameters(self) -> Any:
@@ -166,10 +164,3 @@ class BilevelHooks(LightningModule):
 
     def _missing(self, hook: str) -> MisconfigurationError:
         return missing_error(type(self).__name__, f"`{hook}`", _FIXES[hook])
-
-
-def _one_of(kind: Any, argument: str, value: Any) -> Any:
-    if value not in get_args(kind):
-        names = " or ".join(repr(name) for name in get_args(kind))
-        raise value_error(f"BilevelModule({argument}=...)", names, value)
-    return value

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.tree import Params
 
 
@@ -50,7 +50,7 @@ class HypergradientStrategy(Callback):
 
     @abstractmethod
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return an estimate of ∇h(φ) on one episode (or several, stacked).
 
@@ -59,7 +59,7 @@ class HypergradientStrategy(Callback):
             memory: what the inner level carries over from before.
             phi: outer parameters, detached.
             episode: inner and outer batches.
-            key: makes random directions repeatable.
+            call: names the estimate, so that random directions are repeatable.
         """
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import get_args
 
 from torch import Tensor
 
 from lightning_bilevel.calculus.autodiff import Mode, directional_derivatives, outer_gradients
 from lightning_bilevel.calculus.inner_loop import run
-from lightning_bilevel.errors import positive_integer, value_error
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.errors import integer
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 TANGENT_BYTES = 512 * 2**20
@@ -39,14 +38,7 @@ def checked_chunk_size(owner: str, chunk_size: int | None) -> int | None:
     """Return ``chunk_size``; raise the value error unless it is ``None`` or a positive integer."""
     if chunk_size is None:
         return None
-    return positive_integer(f"{owner}(chunk_size=...)", chunk_size)
-
-
-def check_mode(owner: str, mode: Mode) -> Mode:
-    """Return ``mode``; raise the value error unless it names an engine."""
-    if mode not in get_args(Mode):
-        raise value_error(f"{owner}(mode=...)", " or ".join(repr(name) for name in get_args(Mode)), mode)
-    return mode
+    return integer(f"{owner}(chunk_size=...)", chunk_size)
 
 
 class DirectionalRun:
@@ -64,7 +56,7 @@ class DirectionalRun:
         self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, mode: Mode = "auto"
     ) -> None:
         self.problem, self.memory, self.phi, self.episode, self.mode = problem, memory, phi, episode, mode
-        self._randomness = Randomness(next(iter(phi.values())).device)
+        self._randomness = RngState(next(iter(phi.values())).device)
         self._last: Hypergradient | None = None
 
     def chunks(self, start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:

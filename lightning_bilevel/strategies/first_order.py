@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.truncated_reverse import truncated
 from lightning_bilevel.tree import Params
@@ -34,7 +34,7 @@ class FirstOrder(HypergradientStrategy):
     cost = "T steps + 1 gradient"
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the first-order estimate; see :meth:`HypergradientStrategy.estimate`."""
         return truncated(problem, memory, phi, episode, steps=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import Mode
 from lightning_bilevel.directions import DirectionSampler, Rademacher
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, integer, one_of, value_error
 from lightning_bilevel.host import Trainer, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import DirectionalRun, check_mode, checked_chunk_size
+from lightning_bilevel.strategies.chunks import DirectionalRun, checked_chunk_size
 from lightning_bilevel.tree import Params
 
 
@@ -76,35 +75,35 @@ class ForwardGradient(HypergradientStrategy):
         guide: HypergradientStrategy | None = None,
         mode: Mode = "auto",
     ) -> None:
-        self.num_directions = positive_integer("ForwardGradient(num_directions=...)", num_directions)
+        self.num_directions = integer("ForwardGradient(num_directions=...)", num_directions)
         if guide is not None and num_directions < 2:
             raise value_error("ForwardGradient(num_directions=...)", "at least 2 with a guide", num_directions)
         self.directions = directions if directions is not None else Rademacher()
         self.chunk_size = checked_chunk_size("ForwardGradient", chunk_size)
         self.guide = guide
-        self.mode = check_mode("ForwardGradient", mode)
+        self.mode = one_of("ForwardGradient(mode=...)", Mode, mode)
         # A stack would have one u, that of the mean, where a loop has one per episode.
         self.stacks = guide is None
         self._warned = False
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the forward gradient; see :meth:`HypergradientStrategy.estimate`."""
         runs = DirectionalRun(problem, memory, phi, episode, self.mode)
-        u = self._guiding_direction(problem, memory, phi, episode, key)
+        u = self._guiding_direction(problem, memory, phi, episode, call)
         guided = int(u is not None)
         total = tree.zeros_like(phi)
         # Direction 0 is the guide's, if there is one; the others are random.
-        for first, last in runs.chunks(*key.bounds(self.num_directions), self.chunk_size):
-            v = self.directions.draw(key, max(first - guided, 0), last - guided, phi)
-            share = key.share[1] / (self.num_directions - guided)
+        for first, last in runs.chunks(*call.bounds(self.num_directions), self.chunk_size):
+            v = self.directions.draw(call.key, max(first - guided, 0), last - guided, phi)
+            share = call.shard[1] / (self.num_directions - guided)
             weights = torch.full((last - first,), share, dtype=torch.float64)
             if u is not None and last > 1:  # else no random direction is in this chunk
                 v = tree.add(v, tree.outer(tree.inner_products(v, u), u), alpha=-1)
             if u is not None and first == 0:
                 v = {name: torch.cat([u[name][None], values]) for name, values in v.items()}
-                weights[0] = key.share[1]
+                weights[0] = call.shard[1]
             derivatives = runs.derivatives(v)
             total = tree.add(total, tree.combine(weights.to(derivatives) * derivatives, v))
         return runs.hypergradient(total)
@@ -132,14 +131,14 @@ class ForwardGradient(HypergradientStrategy):
             self.guide.load_state_dict(state_dict["guide"])
 
     def _guiding_direction(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Params | None:
         """Return the guide's estimate at length 1, or ``None`` where it has no direction."""
         if self.guide is None:
             return None
         # Every process needs the same u, so the guide's own directions are not shared out. They are none of ours:
         # u has to be independent of them.
-        own = replace(key, share=(0, 1), seed=key.generator(-1).initial_seed())
+        own = Call(call.key.fold_in("guide"), step=call.step)
         guess = self.guide.estimate(problem, memory, phi, episode, own).grads
         length = tree.norm(guess)
         if torch.isfinite(length) and length > 0:

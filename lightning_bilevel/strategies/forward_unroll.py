@@ -6,10 +6,11 @@ import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import Mode
-from lightning_bilevel.directions.base import Key
+from lightning_bilevel.errors import one_of
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import DirectionalRun, check_mode, checked_chunk_size
+from lightning_bilevel.strategies.chunks import DirectionalRun, checked_chunk_size
 from lightning_bilevel.tree import Params
 
 
@@ -45,10 +46,10 @@ class ForwardUnroll(HypergradientStrategy):
 
     def __init__(self, chunk_size: int | None = None, mode: Mode = "auto") -> None:
         self.chunk_size = checked_chunk_size("ForwardUnroll", chunk_size)
-        self.mode = check_mode("ForwardUnroll", mode)
+        self.mode = one_of("ForwardUnroll(mode=...)", Mode, mode)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
         size = tree.numel(phi)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import hessian_product, outer_gradients
 from lightning_bilevel.calculus.inner_loop import last_loss
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, number, one_of
 from lightning_bilevel.host import Trainer
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -90,19 +90,14 @@ class FSLA(HypergradientStrategy):
     def __init__(
         self, beta: float = 0.1, eta: float = 0.9, tau: float | None = None, schedule: Schedule = "constant"
     ) -> None:
-        for name, value in (("beta", beta), ("eta", eta), ("tau", tau)):
-            allowed = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            if not (allowed or (name == "tau" and value is None)):
-                raise value_error(f"FSLA({name}=...)", "a positive number", value)
-        if eta > 1:
-            raise value_error("FSLA(eta=...)", "at most 1", eta)
-        if schedule not in get_args(Schedule):
-            raise value_error("FSLA(schedule=...)", "'constant' or 'inverse_sqrt'", schedule)
-        self.beta, self.eta, self.tau, self.schedule = beta, eta, tau, schedule
+        self.beta = number("FSLA(beta=...)", beta, above=0)
+        self.eta = number("FSLA(eta=...)", eta, above=0, at_most=1)
+        self.tau = None if tau is None else number("FSLA(tau=...)", tau, above=0)
+        self.schedule = one_of("FSLA(schedule=...)", Schedule, schedule)
         self._tracked: _Tracked | None = None
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Advance ω, v and d by one step and return d; see :meth:`HypergradientStrategy.estimate`."""
         last = self._on_device(phi)

@@ -7,10 +7,9 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import outer_gradients
 from lightning_bilevel.calculus.inner_loop import last_loss, note, vector_jacobian
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import value_error
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.errors import number
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -50,12 +49,10 @@ class GammaGreedy(HypergradientStrategy):
     cost = "T steps + T outer gradients + T mixed products"
 
     def __init__(self, gamma: float = 0.99) -> None:
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
-            raise value_error("GammaGreedy(gamma=...)", "a number in [0, 1]", gamma)
-        self.gamma = float(gamma)
+        self.gamma = number("GammaGreedy(gamma=...)", gamma, at_least=0, at_most=1)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
         outer = tree.leaves(phi)
@@ -63,14 +60,14 @@ class GammaGreedy(HypergradientStrategy):
         start = problem.start(memory, outer)
         state, total = start.detach(), tree.zeros_like(phi)
         device = next(iter(phi.values())).device
-        randomness = Randomness(device)
+        randomness = RngState(device)
         if any(value.requires_grad for value in start.params.values()):
             _, d, _ = outer_gradients(problem, state, phi, episode)
             total = vector_jacobian(start.params, outer, d)
         for batch in problem.batches(episode):
             randomness.restore()  # the masks of earlier outer losses leave no trace: θ_T is that of a plain run
             stepped, loss = problem.step(state, outer, batch, create_graph=True)
-            randomness, state = Randomness(device), stepped.detach()
+            randomness, state = RngState(device), stepped.detach()
             value, d, c = outer_gradients(problem, state, phi, episode)
             total = tree.add(vector_jacobian(stepped.params, outer, d), total, alpha=self.gamma)
             note(losses, loss)

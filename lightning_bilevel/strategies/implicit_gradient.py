@@ -7,10 +7,10 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import hessian_product, outer_gradients
 from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
 from lightning_bilevel.linear_solvers import Identity, LinearSolver
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -60,7 +60,7 @@ class ImplicitGradient(HypergradientStrategy):
         self.stacks = self.solver.blockwise
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the implicit hypergradient; see :meth:`HypergradientStrategy.estimate`."""
         state, metrics = run(problem, problem.start(memory, phi), phi, problem.batches(episode))

@@ -11,8 +11,8 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner_loop import Run, run
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
 
@@ -44,7 +44,7 @@ class PerturbedRuns:
         limit = max(1, problem.vectorizable // problem.count)
         self._chunk_size = 1 if problem.solver is not None else chunk_size or limit
         self._device = next(iter(phi.values())).device
-        self._randomness = Randomness(self._device)
+        self._randomness = RngState(self._device)
         self.start = problem.start(memory, phi)
         self.base: Run = run(problem, self.start, phi, problem.batches(episode))
         self.looped = False
@@ -69,7 +69,7 @@ class PerturbedRuns:
 
     def _each(self, directions: Params, mu: float, read: _Read) -> Params:
         count = next(iter(directions.values())).shape[0]
-        with Randomness(self._device).preserved():
+        with RngState(self._device).fork():
             if count > 1 and not self.looped:
                 try:
                     return self._vectorized(directions, mu, count, read)

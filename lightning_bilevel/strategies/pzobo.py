@@ -11,14 +11,13 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import outer_gradients
 from lightning_bilevel.directions import DirectionSampler, Gaussian
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import positive_integer
+from lightning_bilevel.errors import integer, number
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.chunks import checked_chunk_size
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, rounding_error, warn_of_rounding
-from lightning_bilevel.strategies.zeroth_order import checked_mu
 from lightning_bilevel.tree import Params
 
 _ENOUGH = 10.0
@@ -71,24 +70,24 @@ class PZOBO(HypergradientStrategy):
         directions: DirectionSampler | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        self.num_directions = positive_integer("PZOBO(num_directions=...)", num_directions)
-        self.mu = checked_mu("PZOBO", mu)
+        self.num_directions = integer("PZOBO(num_directions=...)", num_directions)
+        self.mu = number("PZOBO(mu=...)", mu, above=0)
         self.directions = directions if directions is not None else Gaussian()
         self.chunk_size = checked_chunk_size("PZOBO", chunk_size)
         self._looked = False
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the partial zeroth-order estimate; see :meth:`HypergradientStrategy.estimate`."""
         with CoarsestDtype() if not self._looked else nullcontext() as seen:
             runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
         value, d, c = outer_gradients(problem, runs.base.state, phi, episode)
         response = tree.zeros_like(phi)
-        for first, last in runs.chunks(*key.bounds(self.num_directions)):
-            u = self.directions.draw(key, first, last, phi)
+        for first, last in runs.chunks(*call.bounds(self.num_directions)):
+            u = self.directions.draw(call.key, first, last, phi)
             along = tree.combine(self._slopes(runs, u, d, seen), u)
-            response = tree.add(response, along, alpha=key.share[1] / self.num_directions)
+            response = tree.add(response, along, alpha=call.shard[1] / self.num_directions)
         if runs.looped:
             self.chunk_size = 1  # one look is enough
         return Hypergradient(value, tree.add(c, response), runs.base.state, runs.base.metrics)

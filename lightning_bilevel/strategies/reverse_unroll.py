@@ -11,10 +11,9 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import outer_gradients
 from lightning_bilevel.calculus.inner_loop import pull_back, record, run, vector_jacobian
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import value_error
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -60,7 +59,7 @@ class ReverseUnroll(HypergradientStrategy):
         self.checkpoint = checkpoint
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
         if self.checkpoint is None or problem.solver is not None:
@@ -69,7 +68,7 @@ class ReverseUnroll(HypergradientStrategy):
         start = problem.start(memory, outer)
         (final, metrics), segments = record(problem, start.detach(), phi, stretches)
         value, d, c = outer_gradients(problem, final, phi, episode)
-        with Randomness(value.device).preserved():
+        with RngState(value.device).fork():
             through_steps, d_0 = pull_back(problem, segments, phi, _cotangent(final, d))
         through_start = vector_jacobian(start.flat(), outer, d_0)
         grads = tree.add(tree.add(c, through_steps), through_start)

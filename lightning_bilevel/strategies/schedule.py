@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import MisconfigurationError, combination_error, positive_integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, value_error
 from lightning_bilevel.host import Trainer
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -52,7 +52,7 @@ class HypergradientSchedule(HypergradientStrategy):
                 phases,
             )
         for strategy, steps in phases[:-1]:
-            positive_integer(f"HypergradientSchedule steps of {type(strategy).__name__}", steps)
+            integer(f"HypergradientSchedule steps of {type(strategy).__name__}", steps)
         self.phases = [(strategy, steps) for strategy, steps in phases]
         members = [strategy for strategy, _ in phases]
         self.exact = all(member.exact for member in members)
@@ -70,11 +70,11 @@ class HypergradientSchedule(HypergradientStrategy):
         raise AssertionError("the last phase has no end")
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the estimate of the present phase's strategy."""
-        number = self.phase(key.step)
-        result = self.phases[number][0].estimate(problem, memory, phi, episode, key)
+        number = self.phase(call.step)
+        result = self.phases[number][0].estimate(problem, memory, phi, episode, call)
         return result._replace(metrics={**result.metrics, "hypergradient_phase": torch.tensor(float(number))})
 
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.autodiff import gradients
 from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import positive_integer
+from lightning_bilevel.errors import integer
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.reverse_unroll import unrolled
 from lightning_bilevel.tree import Params
@@ -47,10 +47,10 @@ class TruncatedReverse(HypergradientStrategy):
     cost = "T steps + K second-order backward steps"
 
     def __init__(self, steps: int = 1) -> None:
-        self.steps = positive_integer("TruncatedReverse(steps=...)", steps)
+        self.steps = integer("TruncatedReverse(steps=...)", steps)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the truncated hypergradient; see :meth:`HypergradientStrategy.estimate`."""
         if self.steps >= problem.inner_steps:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.directions import DirectionSampler, Gaussian
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import positive_integer, value_error
+from lightning_bilevel.errors import integer, number, one_of
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.chunks import checked_chunk_size
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
@@ -68,17 +68,15 @@ class ZerothOrder(HypergradientStrategy):
         directions: DirectionSampler | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        self.num_directions = positive_integer("ZerothOrder(num_directions=...)", num_directions)
-        self.mu = checked_mu("ZerothOrder", mu)
-        if scheme not in get_args(Scheme):
-            raise value_error("ZerothOrder(scheme=...)", "'forward' or 'central'", scheme)
-        self.scheme = scheme
+        self.num_directions = integer("ZerothOrder(num_directions=...)", num_directions)
+        self.mu = number("ZerothOrder(mu=...)", mu, above=0)
+        self.scheme = one_of("ZerothOrder(scheme=...)", Scheme, scheme)
         self.directions = directions if directions is not None else Gaussian()
         self.chunk_size = checked_chunk_size("ZerothOrder", chunk_size)
         self._looked = False
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, key: Key
+        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the finite-difference estimate; see :meth:`HypergradientStrategy.estimate`."""
         with CoarsestDtype() if not self._looked else nullcontext() as seen:
@@ -88,14 +86,14 @@ class ZerothOrder(HypergradientStrategy):
         if seen is not None:
             self._look_at_rounding(value, seen.dtype)
         total = tree.zeros_like(phi)
-        for first, last in runs.chunks(*key.bounds(self.num_directions)):
-            v = self.directions.draw(key, first, last, phi)
+        for first, last in runs.chunks(*call.bounds(self.num_directions)):
+            v = self.directions.draw(call.key, first, last, phi)
             ahead = runs.values(v, self.mu)
             if self.scheme == "central":
                 slopes = (ahead - runs.values(v, -self.mu)) / (2 * self.mu)
             else:
                 slopes = (ahead - value) / self.mu
-            total = tree.add(total, tree.combine(slopes, v), alpha=key.share[1] / self.num_directions)
+            total = tree.add(total, tree.combine(slopes, v), alpha=call.shard[1] / self.num_directions)
         if runs.looped:
             self.chunk_size = 1  # one look is enough
         return Hypergradient(value, total, state, runs.base.metrics)
@@ -107,10 +105,3 @@ class ZerothOrder(HypergradientStrategy):
         if self.mu**2 < rounding:
             reason = f"differences of an outer loss of {value.item():.3g} are mostly rounding"
             warn_of_rounding("ZerothOrder", self.mu, dtype, reason, f"about {math.sqrt(rounding):.1g}")
-
-
-def checked_mu(owner: str, mu: float) -> float:
-    """Return ``mu`` if it is a positive number; raise the value error otherwise."""
-    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 < mu < math.inf:
-        raise value_error(f"{owner}(mu=...)", "a positive number", mu)
-    return float(mu)

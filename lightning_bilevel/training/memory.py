@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.inner_optimizers.base import Slots
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import InnerStart
 from lightning_bilevel.problem import Episode, InnerState
+from lightning_bilevel.randomness import RngState, seed_of
 from lightning_bilevel.tree import Params
 
 FORMAT = 1
@@ -167,7 +166,7 @@ class InnerMemory:
         if not names:
             return {}
         if self.start == "reinit":
-            return reinitialized(functional, Key(self.seed, self.estimates, episode).generator(0).initial_seed())
+            return reinitialized(functional, seed_of(self.seed, self.estimates, episode, 0, 0))
         present = functional.theta()
         if self.start == "reset" and self.initial:
             return {name: value.to(present[name]) for name, value in self.initial.items()}
@@ -178,7 +177,7 @@ def reinitialized(functional: FunctionalModule, seed: int) -> Params:
     """Return fresh values of the inner-only parameters from their submodules' own ``reset_parameters()``."""
     module, own = functional.module, set(functional.levels.inner_only)
     fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
-    with Randomness(functional.device).preserved(seed), torch.no_grad(), functional.swapper.swapped(fresh):
+    with RngState(functional.device).fork(seed), torch.no_grad(), functional.swapper.swapped(fresh):
         for prefix, child in module.named_modules():
             names = own & {f"{prefix}.{name}" if prefix else name for name in child._parameters}
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)

@@ -17,15 +17,14 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner_loop import run
 from lightning_bilevel.data.inputs import outside_inference, some, warn_of_a_bare_batch
 from lightning_bilevel.data.loaders import prepare_episodes
-from lightning_bilevel.directions.base import Key
-from lightning_bilevel.errors import combination_error, missing_error, refuse, value_error
+from lightning_bilevel.errors import combination_error, integer, missing_error, refuse, value_error
 from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
-from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.problem import Batch, Episode, Hypergradient, InnerState, stackable
+from lightning_bilevel.randomness import Call, Key, RngState, seed_of
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.attachment import Attachment, fit_refusals, functional_of
 from lightning_bilevel.training.memory import InnerMemory
@@ -131,8 +130,7 @@ class BilevelModule(BilevelHooks):
         0.0
         """
         steps = self.inner_steps if steps is None else steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise value_error("adapted(steps=...)", "a non-negative integer", steps)
+        integer("adapted(steps=...)", steps, least=0)
         functional = self.functional()
         warn_of_a_bare_batch(batches)
         with self._knowing(functional.levels):
@@ -150,12 +148,13 @@ class BilevelModule(BilevelHooks):
         if self.trainer.fit_loop._skip_backward:
             return self._evaluated(batch)
         functional, ranks, strategy = attachment.functional, attachment.ranks, attachment.strategy
-        key = Key(memory.seed, memory.estimates, rank=ranks.rank, share=ranks.share, step=self.global_step)
+        key = Key((memory.seed, memory.estimates, 0, ranks.rank))
+        call = Call(key, ranks.share, self.global_step)
         episodes: list[Episode] = []
 
         def estimated() -> Hypergradient:
             episodes.extend(Episode(some(episode.inner), episode.outer) for episode in self.episodes(batch))
-            return self._estimate(strategy, functional, episodes, key)
+            return self._estimate(strategy, functional, episodes, call)
 
         before = strategy.state_dict() if self.on_nonfinite == "skip" else {}
         try:
@@ -352,7 +351,7 @@ class BilevelModule(BilevelHooks):
         strategy: HypergradientStrategy,
         functional: FunctionalModule,
         episodes: Sequence[Episode],
-        key: Key,
+        call: Call,
         masks: Key | None = None,
     ) -> Hypergradient:
         """Return the mean estimate over episodes; checks the module on the first ones it sees.
@@ -361,9 +360,9 @@ class BilevelModule(BilevelHooks):
             strategy: the estimator.
             functional: the pure functions.
             episodes: the episodes.
-            key: of the estimate.
-            masks: names what the losses draw (dropout); default ``key``. The global generators are left as they are,
-                so that a resumed fit goes on with the masks of the one that was cut off.
+            call: names the estimate.
+            masks: names what the losses draw (dropout); default that of ``call``. The global generators are left as
+                they are, so that a resumed fit goes on with the masks of the one that was cut off.
         """
         if not episodes:
             raise value_error(
@@ -389,7 +388,7 @@ class BilevelModule(BilevelHooks):
             recorder.end(part.value, count)
 
         twice = strategy.second_order
-        with functional.session(twice), Randomness(functional.device).preserved((masks or key).masks):
+        with functional.session(twice), RngState(functional.device).fork((masks or call.key).fold_in(-1).seed):
             if functional.episode_chunk_size is None:
                 strategy.check(functional.problem)
                 self._check_losses(functional, episodes[0], memories(0, 0), strategy)
@@ -402,7 +401,7 @@ class BilevelModule(BilevelHooks):
                 functional.episode_chunk_size = size
             problem = replace(functional.problem, inner_steps=self.inner_steps)  # which may change during a fit
             size = max(functional.episode_chunk_size, 1)
-            return estimate(recorder.watched(problem), strategy, recorded, phi, episodes, key, size, ended)
+            return estimate(recorder.watched(problem), strategy, recorded, phi, episodes, call, size, ended)
 
     def _repetition(
         self, functional: FunctionalModule, episodes: Sequence[Episode], masks: Key
@@ -410,9 +409,9 @@ class BilevelModule(BilevelHooks):
         """Return a function that estimates once more at the present step: the same masks, directions of its own."""
 
         def again(strategy: HypergradientStrategy, number: int) -> Hypergradient:
-            seed = Key(self._memory.seed, episode=number).generator(0).initial_seed()
-            key = Key(seed, self._memory.estimates, step=self.global_step)
-            return self._estimate(copy.deepcopy(strategy), functional, episodes, key, masks)
+            key = Key((seed_of(self._memory.seed, 0, number, 0, 0), self._memory.estimates, 0, 0))
+            call = Call(key, step=self.global_step)
+            return self._estimate(copy.deepcopy(strategy), functional, episodes, call, masks)
 
         return again
 
@@ -422,7 +421,7 @@ class BilevelModule(BilevelHooks):
         warn_of_a_bare_batch(episode.inner)
         for argument in functional.negative():
             rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
-        with Randomness(functional.device).preserved():
+        with RngState(functional.device).fork():
             untouched = functional.untouched(episode, memory)
             # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient.
             twice = strategy.second_order and (functional.problem.solver is None or strategy.requires == "inner_loss")
@@ -477,4 +476,6 @@ def hypergradient(
         functional = module.functional()
         episodes = [Episode(*tree_map(outside_inference, (some(each.inner), each.outer))) for each in given]
         with module._knowing(functional.levels):
-            return module._estimate(copy.deepcopy(strategy), functional, episodes, Key(seed, module._memory.estimates))
+            return module._estimate(
+                copy.deepcopy(strategy), functional, episodes, Call(Key((seed, module._memory.estimates, 0, 0)))
+            )

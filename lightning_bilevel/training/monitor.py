@@ -12,8 +12,8 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import (
     MisconfigurationError,
     combination_error,
+    integer,
     missing_error,
-    positive_integer,
     refuse,
     value_error,
 )
@@ -54,8 +54,8 @@ class HypergradientMonitor(Callback):
         self, reference: HypergradientStrategy | None = None, every_n_steps: int = 50, samples: int = 4
     ) -> None:
         self.reference = reference if reference is not None else ReverseUnroll(checkpoint="sqrt")
-        self.every_n_steps = positive_integer("HypergradientMonitor(every_n_steps=...)", every_n_steps)
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0 or samples == 1:
+        self.every_n_steps = integer("HypergradientMonitor(every_n_steps=...)", every_n_steps)
+        if integer("HypergradientMonitor(samples=...)", samples, least=0) == 1:
             raise value_error("HypergradientMonitor(samples=...)", "0, or an integer of at least 2", samples)
         self.samples = samples
 

@@ -26,8 +26,8 @@ from lightning_bilevel.host import (
     _set_rng_states,
     pl_worker_init_function,
 )
-from lightning_bilevel.kernels.safe import generator_state, set_generator_state
 from lightning_bilevel.problem import Hypergradient
+from lightning_bilevel.randomness import generator_state, set_generator_state
 from lightning_bilevel.strategies.base import HypergradientStrategy
 
 T = TypeVar("T")

@@ -1,0 +1,130 @@
+"""Who draws what, repeatably: seeds made of words, keys that name draws, snapshots of the global generators."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*words: int | str) -> int:
+    """Return a 63-bit seed that depends on all words and their order.
+
+    >>> seed_of(1, "inner") == seed_of(1, "inner"), seed_of(1, 2) == seed_of(2, 1)
+    (True, False)
+    """
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names random draws, so that they can be made again anywhere: in a chunk, on another rank, after a resume.
+
+    Attributes:
+        words: whatever tells these draws from others: a seed, the number of the estimate, a rank.
+
+    >>> first, again = (torch.rand(2, generator=Key((1,)).generator(7)) for _ in range(2))
+    >>> torch.equal(first, again), Key((1,)).fold_in("guide") == Key((1, "guide"))
+    (True, True)
+    """
+
+    words: tuple[int | str, ...] = (0,)
+
+    def fold_in(self, *words: int | str) -> Key:
+        """Return the key of other draws: independent of this key's, and of those of other words."""
+        return Key((*self.words, *words))
+
+    @property
+    def seed(self) -> int:
+        """The key as one number."""
+        return seed_of(*self.words)
+
+    def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a fresh generator for draw number ``index``."""
+        return torch.Generator(device).manual_seed(seed_of(*self.words, index))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One estimate among those of a fit.
+
+    Attributes:
+        key: of its random directions.
+        shard: (i, n): this process evaluates the i-th of n shards of the directions.
+        step: outer optimizer steps taken so far; does not change what is drawn.
+    """
+
+    key: Key = Key()
+    shard: tuple[int, int] = (0, 1)
+    step: int = 0
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return the range of direction numbers in this call's shard of ``range(count)``.
+
+        >>> [Call(shard=(i, 3)).bounds(8) for i in range(3)]
+        [(0, 3), (3, 6), (6, 8)]
+        """
+        part, parts = self.shard
+        size, extra = divmod(count, parts)
+        start = part * size + min(part, extra)
+        return start, start + size + (part < extra)
+
+
+class RngState:
+    """A snapshot of the global random generators, so that a run can be repeated with the same dropout masks.
+
+    Args:
+        device: the device of the run; its generator is kept as well as the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu, self._there = torch.get_rng_state(), generator_state(device)
+
+    def untouched(self) -> bool:
+        """Return whether nothing has been drawn since the snapshot was taken."""
+        now = RngState(self._device)
+        same = torch.equal(self._cpu, now._cpu)
+        return same and (self._there is None or now._there is None or torch.equal(self._there, now._there))
+
+    def restore(self) -> None:
+        """Put the generators back to where the snapshot was taken."""
+        torch.set_rng_state(self._cpu)
+        set_generator_state(self._device, self._there)
+
+    @contextmanager
+    def fork(self, seed: int | None = None) -> Iterator[None]:
+        """Restore the snapshot on exit: what runs inside leaves no trace in the generators.
+
+        Args:
+            seed: what runs inside starts from; ``None`` goes on from the present.
+        """
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if self._there is not None:
+                set_generator_state(self._device, torch.Generator(self._device).manual_seed(seed).get_state())
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """Return the state of the generator of an accelerator; ``None`` on a CPU, and where there is none."""
+    get = getattr(getattr(torch, device.type, None), "get_rng_state", None)
+    return get(*_where(device)) if get is not None else None
+
+
+def set_generator_state(device: torch.device, state: Tensor | None) -> None:
+    """Put back what :func:`generator_state` returned, on a device of the same type."""
+    if state is not None:
+        getattr(torch, device.type).set_rng_state(state, *_where(device))
+
+
+def _where(device: torch.device) -> tuple[torch.device, ...]:
+    """Return how the functions for the generators of ``torch.cuda``, ``torch.xpu``, ``torch.mps`` name a device."""
+    return () if device.type == "mps" else (device,)
