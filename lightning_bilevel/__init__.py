@@ -4,7 +4,7 @@ from lightning_bilevel import directions, few_shot, inner_optimizers, linear_sol
 from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from lightning_bilevel.problem import Episode, Hypergradient
+from lightning_bilevel.problem import Carry, Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
     PZOBO,
@@ -19,7 +19,8 @@ from lightning_bilevel.strategies import (
     TruncatedReverse,
     ZerothOrder,
 )
-from lightning_bilevel.training.module import BilevelModule, hypergradient
+from lightning_bilevel.training.hypergradient import hypergradient
+from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import DirectionParallelStrategy
 from lightning_bilevel.training.wrap import bilevel
@@ -31,6 +32,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BilevelModule",
+    "Carry",
     "DirectionParallelStrategy",
     "Episode",
     "EpisodeLoader",

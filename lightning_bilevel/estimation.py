@@ -1,18 +1,20 @@
-"""One estimate on the episodes of a batch: stacked where shapes agree, looped otherwise, averaged."""
+"""One estimate on a plain problem: episodes stacked where shapes agree, looped otherwise, averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import gradients
+from lightning_bilevel.calculus.outer import gradients
 from lightning_bilevel.data.inputs import nonfinite
 from lightning_bilevel.errors import NonfiniteError, nonfinite_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import (
     BilevelProblem,
+    Carry,
     Episode,
     Hypergradient,
     InnerState,
@@ -21,53 +23,51 @@ from lightning_bilevel.problem import (
 )
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import even
+from lightning_bilevel.strategies.slopes import balanced_size
 from lightning_bilevel.tree import Params
 
 
 def estimate(
     problem: BilevelProblem,
     strategy: HypergradientStrategy,
-    memories: Callable[[int, int], InnerState],
+    carried: Sequence[InnerState],
     phi: Params,
     episodes: Sequence[Episode],
     call: Call,
-    chunk_size: int,
-    ended: Callable[[Hypergradient, int], None] = lambda part, count: None,
+    chunk_size: int = 1,
+    kept: dict[str, Params] | None = None,
 ) -> Hypergradient:
     """Return the mean estimate over episodes.
 
     Args:
         problem: the problem of one episode.
         strategy: the estimator.
-        memories: (first, count) to the memory of episode ``first`` (count 0), or of ``count`` stacked ones from it.
+        carried: the inner state that each episode starts from.
         phi: outer parameters.
         episodes: at least one.
         call: names this estimate. All episodes get the same directions, so that a stack equals the loop.
         chunk_size: episodes in one stack at most; some strategies take one at a time.
-        ended: told of the estimate of each stack, and of the number of episodes in it.
+        kept: what the strategy carries from the last estimate.
 
     Returns:
-        The mean of values, estimates and metrics. With several episodes the tensors of ``state`` are
-        stacked, ``(len(episodes), *shape)``.
+        The mean of values, estimates, metrics and what the strategy carries. With several episodes the tensors of
+        ``state`` are stacked, ``(len(episodes), *shape)``.
 
     Raises:
+        MisconfigurationError: the strategy cannot work on the problem.
         FloatingPointError: something is nan or infinite; the message says what, and names the strategy.
     """
+    strategy.check(problem)
     parts: list[tuple[int, Hypergradient]] = []
     first = 0
     try:
-        for chunk in _chunks(problem, episodes, even(len(episodes), chunk_size) if strategy.stacks else 1):
-            if len(chunk) > 1:
-                vectorized = problem.stack(len(chunk))
-                part = strategy.estimate(vectorized, memories(first, len(chunk)), phi, stack_episodes(chunk), call)
-            else:
-                part = strategy.estimate(problem, memories(first, 0), phi, chunk[0], call)
-            ended(part, len(chunk))
-            if len(chunk) == 1 < len(episodes):
-                part = part._replace(state=_map_state(lambda value: value[None], part.state))
-            parts.append((len(chunk), part))
-            first += len(chunk)
+        for chunk in _chunks(problem, episodes, chunk_size if strategy.supports_stacking else 1):
+            count = len(chunk)
+            part = _one_stack(problem, strategy, carried[first : first + count], phi, chunk, call, kept or {})
+            if count == 1 < len(episodes):
+                part = part._replace(state=part.state.map(lambda value: value[None]))
+            parts.append((count, part))
+            first += count
         return checked(parts[0][1] if len(parts) == 1 else _mean(parts, len(episodes)))
     except FloatingPointError as error:
         if name := tree.first_nonfinite(phi):
@@ -80,16 +80,37 @@ def estimate(
         raise NonfiniteError(f"{error} {note}") from error
 
 
-def vectorizes(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> bool:
+def _one_stack(
+    problem: BilevelProblem,
+    strategy: HypergradientStrategy,
+    carried: Sequence[InnerState],
+    phi: Params,
+    episodes: Sequence[Episode],
+    call: Call,
+    kept: dict[str, Params],
+) -> Hypergradient:
+    if problem.observer is not None:
+        problem.observer.begin()
+    count, state, episode = len(episodes), carried[0], episodes[0]
+    if count > 1:
+        problem = problem.vmapped(count, over="episodes")
+        state, episode = InnerState.stack(carried), stack_episodes(episodes)
+    result = strategy.estimate(problem, Carry(state, kept), phi, episode, call)
+    if problem.observer is not None:
+        problem.observer.end(result.observed, count)
+    return result.divided(count)
+
+
+def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode) -> bool:
     """Return whether the losses run under ``vmap``; warn with the reason where they do not."""
     device = next(iter(phi.values())).device
     with torch.enable_grad(), RngState(device).fork():
-        stacked = problem.stack(1)
-        batch = stack_episodes([episode])
         try:
+            stacked = problem.vmapped(1, over="episodes")
+            batch = stack_episodes([episode])
             outer = tree.leaves(phi)
-            theta = tree.leaves(stacked.start(_map_state(lambda value: value[None], memory), phi).params)
-            buffers = tree.map(lambda value: value[None], memory.buffers)
+            theta = tree.leaves(stacked.start(carried.map(lambda value: value[None]), phi).params)
+            buffers = tree.map(lambda value: value[None], carried.buffers)
             # With gradients: `torch.utils.checkpoint`, for one, runs forward and fails backward.
             gradients(stacked.inner_loss(theta, outer, batch.inner[0], buffers)[0], theta, outer)
             gradients(stacked.outer_loss(theta, outer, batch.outer, buffers), theta, outer)
@@ -128,7 +149,8 @@ def checked(result: Hypergradient) -> Hypergradient:
     )
 
 
-def _chunks(problem: BilevelProblem, episodes: Sequence[Episode], size: int) -> list[list[Episode]]:
+def _chunks(problem: BilevelProblem, episodes: Sequence[Episode], most: int) -> list[list[Episode]]:
+    size = balanced_size(len(episodes), most)
     chunks: list[list[Episode]] = [[]]
     for episode in episodes:
         last = chunks[-1]
@@ -141,28 +163,24 @@ def _chunks(problem: BilevelProblem, episodes: Sequence[Episode], size: int) -> 
 
 
 def _mean(parts: Sequence[tuple[int, Hypergradient]], count: int) -> Hypergradient:
-    value = torch.stack([n / count * part.value for n, part in parts]).sum()
-    grads = tree.scale(parts[0][1].grads, parts[0][0] / count)
-    for n, part in parts[1:]:
-        grads = tree.add(grads, part.grads, alpha=n / count)
-    metrics = {
-        name: torch.stack([n / count * part.metrics[name] for n, part in parts]).sum() for name in parts[0][1].metrics
-    }
-    states = [part.state for _, part in parts]
-    first = states[0]
-    state = InnerState(
-        params=_cat([s.params for s in states]),
-        buffers=_cat([s.buffers for s in states]),
-        slots={slot: _cat([s.slots[slot] for s in states]) for slot in first.slots},
-        steps=first.steps,
+    results = [part for _, part in parts]
+    weights = [size / count for size, _ in parts]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        if not values[0].is_floating_point() and not values[0].is_complex():
+            return values[0]
+        total = weights[0] * values[0]
+        for weight, value in zip(weights[1:], values[1:], strict=True):
+            total = total + weight * value
+        return total
+
+    def means(trees: Sequence[Params]) -> Params:
+        return {name: mean([values[name] for values in trees]) for name in trees[0]}
+
+    return Hypergradient(
+        mean([result.value for result in results]),
+        means([result.grads for result in results]),
+        InnerState.cat([result.state for result in results]),
+        means([result.metrics for result in results]),
+        {name: means([result.kept[name] for result in results]) for name in results[0].kept},
     )
-    return Hypergradient(value, grads, state, metrics)
-
-
-def _cat(trees: Sequence[Params]) -> Params:
-    return {name: torch.cat([values[name] for values in trees]) for name in trees[0]}
-
-
-def _map_state(fn: Callable[[torch.Tensor], torch.Tensor], state: InnerState) -> InnerState:
-    slots = {slot: tree.map(fn, values) for slot, values in state.slots.items()}
-    return InnerState(tree.map(fn, state.params), tree.map(fn, state.buffers), slots, state.steps)

@@ -4,7 +4,8 @@ Inner parameters θ and outer parameters φ are ``Params``. The problem is
 
     min_φ h(φ) = f(θ_T(φ), φ),    θ_t = Ω_t(θ_{t-1}, φ),    θ_0 = Ω_0(φ),
 
-with inner loss g (inside Ω), outer loss f and inner steps T.
+with inner loss g (inside Ω), outer loss f and inner steps T. The step Ω_t and its derivatives are made of these
+functions in :mod:`lightning_bilevel.calculus`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.func import vmap
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
-from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -33,12 +34,12 @@ OuterLoss = Callable[[Params, Params, Batch, Params], Tensor]
 """(θ, φ, batch, buffers) to the scalar f."""
 
 Initial = Callable[[Params, Params], Params]
-"""Ω_0: (θ of the memory, φ) to θ_0."""
+"""Ω_0: (θ that is carried over, φ) to θ_0."""
 
-InitSlots = Callable[[Params, Params], Slots]
+InitOptState = Callable[[Params, Params], OptState]
 """(θ_0, φ) to the inner optimizer's first state."""
 
-Update = Callable[[Params, Params, Slots, Params, int], tuple[Params, Slots]]
+Update = Callable[[Params, Params, OptState, Params, int], tuple[Params, OptState]]
 """(θ, ∇_θ g, optimizer state, φ, number of the step from 1) to the next θ and optimizer state."""
 
 Solver = Callable[[Params, Params, Sequence[Batch], Params], Params]
@@ -74,37 +75,87 @@ class InnerState:
     Attributes:
         params: θ, keyed by parameter name; what is carried over from before lacks the shared ones.
         buffers: module buffers such as BatchNorm statistics, keyed by buffer name; never differentiated.
-        slots: inner optimizer state; empty before the first step.
+        opt_state: state of the inner optimizer; empty before the first step.
         steps: inner steps taken so far.
 
-    >>> state = InnerState({"w": torch.ones(1)}, slots={"momentum": {"w": torch.zeros(1)}}, steps=3)
+    >>> state = InnerState({"w": torch.ones(1)}, opt_state={"momentum": {"w": torch.zeros(1)}}, steps=3)
     >>> state.unflat({"w": torch.zeros(1), "momentum:w": torch.ones(1)})
-    InnerState(params={'w': tensor([0.])}, buffers={}, slots={'momentum': {'w': tensor([1.])}}, steps=3)
+    InnerState(params={'w': tensor([0.])}, buffers={}, opt_state={'momentum': {'w': tensor([1.])}}, steps=3)
     """
 
     params: Params
     buffers: Params = field(default_factory=dict)
-    slots: Slots = field(default_factory=dict)
+    opt_state: OptState = field(default_factory=dict)
     steps: int = 0
 
     def flat(self) -> Params:
         """Return θ and the optimizer state, all that is differentiated, as one tree.
 
-        >>> InnerState({"w": torch.ones(1)}, slots={"momentum": {"w": torch.zeros(1)}}).flat()
+        >>> InnerState({"w": torch.ones(1)}, opt_state={"momentum": {"w": torch.zeros(1)}}).flat()
         {'w': tensor([1.]), 'momentum:w': tensor([0.])}
         """
-        slots = {f"{slot}:{name}": value for slot, values in self.slots.items() for name, value in values.items()}
+        slots = {f"{slot}:{name}": value for slot, values in self.opt_state.items() for name, value in values.items()}
         return {**self.params, **slots}
 
     def unflat(self, flat: Params) -> InnerState:
         """Return this state with the tensors of ``flat``, as :meth:`flat` names them."""
         params = {name: flat[name] for name in self.params}
-        slots = {slot: {name: flat[f"{slot}:{name}"] for name in values} for slot, values in self.slots.items()}
-        return replace(self, params=params, slots=slots)
+        opt_state = {slot: {k: flat[f"{slot}:{k}"] for k in values} for slot, values in self.opt_state.items()}
+        return replace(self, params=params, opt_state=opt_state)
 
     def detach(self) -> InnerState:
         """Cut θ and the optimizer state off their graphs."""
         return self.unflat(tree.detach(self.flat()))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> InnerState:
+        """Apply ``fn`` to every tensor."""
+        opt_state = {slot: tree.map(fn, values) for slot, values in self.opt_state.items()}
+        return InnerState(tree.map(fn, self.params), tree.map(fn, self.buffers), opt_state, self.steps)
+
+    @staticmethod
+    def stack(states: Sequence[InnerState]) -> InnerState:
+        """Stack the states of several episodes along a new first dimension.
+
+        >>> InnerState.stack([InnerState({"w": torch.tensor(1.0)}), InnerState({"w": torch.tensor(2.0)})]).params
+        {'w': tensor([1., 2.])}
+        """
+        return _joined(states, torch.stack)
+
+    @staticmethod
+    def cat(states: Sequence[InnerState]) -> InnerState:
+        """Join stacked states along their first dimension."""
+        return _joined(states, torch.cat)
+
+
+def _joined(states: Sequence[InnerState], join: Callable[[list[Tensor]], Tensor]) -> InnerState:
+    def joined(trees: Sequence[Params]) -> Params:
+        return {name: join([values[name] for values in trees]) for name in trees[0]}
+
+    first = states[0]
+    return InnerState(
+        joined([state.params for state in states]),
+        joined([state.buffers for state in states]),
+        {slot: joined([state.opt_state[slot] for state in states]) for slot in first.opt_state},
+        first.steps,
+    )
+
+
+class Carry(NamedTuple):
+    """What goes on from one outer step to the next: a value, which an estimate takes and returns.
+
+    Attributes:
+        inner: the inner level's; stacked, ``(episodes, *shape)``, where an estimate is that of several episodes.
+        strategy: the hypergradient strategy's own, a tree by name; empty at first.
+    """
+
+    inner: InnerState
+    strategy: dict[str, Params] = {}  # noqa: RUF012  # nobody writes to it
+
+    def of(self, member: str) -> Carry:
+        """Return what belongs to a member of a strategy that is made of several."""
+        prefix = f"{member}/"
+        own = {name.removeprefix(prefix): kept for name, kept in self.strategy.items() if name.startswith(prefix)}
+        return Carry(self.inner, own)
 
 
 class Hypergradient(NamedTuple):
@@ -115,186 +166,209 @@ class Hypergradient(NamedTuple):
         grads: the estimate, keyed by outer parameter name, shaped as the parameters.
         state: the inner state after the last step; ``state.params`` is θ_T.
         metrics: 0-dim tensors to log, such as ``inner_loss`` of the last inner step.
+        kept: what the strategy carries to the next estimate.
+        observed: what the losses had left behind at θ_T, see :class:`Observer`.
 
-    >>> Hypergradient(torch.tensor(2.0), {"w": torch.ones(1)}, InnerState({"v": torch.zeros(1)}), {}).grads["w"]
-    tensor([1.])
+    >>> estimate = Hypergradient(torch.tensor(2.0), {"w": torch.ones(1)}, InnerState({"v": torch.zeros(1)}), {})
+    >>> estimate.grads["w"], estimate.carry.inner.params
+    (tensor([1.]), {'v': tensor([0.])})
     """
 
     value: Tensor
     grads: Params
     state: InnerState
     metrics: dict[str, Tensor]
+    kept: dict[str, Params] = {}  # noqa: RUF012  # nobody writes to it
+    observed: Any = None
+
+    @property
+    def carry(self) -> Carry:
+        """What the next estimate goes on from: ``hypergradient(..., carry=result.carry)``."""
+        return Carry(self.state, self.kept)
+
+    def divided(self, count: int) -> Hypergradient:
+        """Return the mean over ``count`` stacked episodes, whose losses are summed."""
+        if count == 1:
+            return self
+        metrics = {name: v / count if name == "inner_loss" else v for name, v in self.metrics.items()}
+        return self._replace(value=self.value / count, grads=tree.scale(self.grads, 1 / count), metrics=metrics)
+
+
+class Observer(Protocol):
+    """Watches what evaluations of the losses leave behind besides their values: logs, metrics, buffers.
+
+    An estimate evaluates losses many times; what it returns as :attr:`Hypergradient.observed` is what counts.
+    """
+
+    def begin(self) -> None:
+        """Begin the estimate of one stack of episodes."""
+
+    def observe(self) -> Any:
+        """Return what has been left behind so far; called after an evaluation of the outer loss."""
+
+    def end(self, observed: Any, count: int) -> None:
+        """End the estimate of ``count`` episodes, of which ``observed`` counts."""
+
+
+class Traits(NamedTuple):
+    """What is known of a problem beyond its functions; read by the refusals of strategies only.
+
+    Attributes:
+        warm: whether θ and the optimizer's state continue from one outer step to the next.
+        proximal: λ of the term λ/2 ‖θ − φ‖² in the inner loss, see :func:`with_proximal`.
+        learned: returns the outer parameters that the inner optimizer's updates read: a learned learning rate, say.
+        stateful: returns whether the inner optimizer has state besides θ.
+        differentiable_solve: whether autograd may go through ``solver``.
+    """
+
+    warm: bool = False
+    proximal: float = 0.0
+    learned: Callable[[], frozenset[str]] = frozenset
+    stateful: Callable[[], bool] = bool
+    differentiable_solve: bool = True
 
 
 @dataclass(frozen=True)
 class BilevelProblem:
     """A bilevel problem as pure functions; what every hypergradient strategy is written against.
 
+    Any other problem is ``replace(problem, inner_loss=...)``: steps are made from these functions when they are taken.
+
     Attributes:
         inner_loss: g, see :data:`InnerLoss`.
         outer_loss: f, see :data:`OuterLoss`.
         initial: Ω_0, see :data:`Initial`.
-        init_slots: the inner optimizer's first state, see :data:`InitSlots`.
+        init_opt_state: the inner optimizer's first state, see :data:`InitOptState`.
         update: the inner optimizer's step, see :data:`Update`.
         inner_steps: T, the number of inner steps.
         shared: names that are in θ and in φ: there θ_0 = φ.
         solver: the user's own inner solver, see :data:`Solver`, or ``None`` for the gradient loop.
-        differentiable_solve: whether autograd may go through ``solver``.
-        update_uses_phi: whether ``update`` depends on φ directly (a learned learning rate, say).
         elementwise: whether ``update`` treats every entry of θ alike, so that stacked θ can pass as one.
-        proximal: λ of the term λ/2 ‖θ − φ‖² that ``inner_loss`` adds for shared parameters.
-        stateful: whether the inner optimizer has state besides θ.
-        warm: whether θ and the optimizer's state continue from one outer step to the next.
-        vectorizable: how many copies of θ one vectorized call should hold at most; 1 where loops are faster.
-        count: episodes stacked in this problem.
+        max_copies: copies of θ that one vectorized call should hold at most; 1 where loops are faster.
+        traits: see :class:`Traits`.
+        observer: watches what evaluations of the losses leave behind.
+        findings: what was found out about these losses once, so that later estimates need not try again.
 
     That of a module is ``module.functional().problem``. One by hand, with gradient descent at the rate 0.5:
 
+    >>> from lightning_bilevel.calculus import inner_step
     >>> problem = BilevelProblem(
     ...     inner_loss=lambda theta, phi, batch, buffers: ((theta["w"] - phi["p"] * batch).square() / 2, buffers),
     ...     outer_loss=lambda theta, phi, batch, buffers: (theta["w"] - batch).square() / 2,
-    ...     initial=lambda memory, phi: memory,
-    ...     init_slots=lambda theta, phi: {},
-    ...     update=lambda theta, grads, slots, phi, step: ({"w": theta["w"] - 0.5 * grads["w"]}, slots),
+    ...     update=lambda theta, grads, opt_state, phi, step: ({"w": theta["w"] - 0.5 * grads["w"]}, opt_state),
     ...     inner_steps=1,
     ... )
     >>> phi = {"p": torch.tensor(2.0)}
     >>> state = problem.start(InnerState({"w": torch.tensor(0.0)}), phi)
-    >>> state, loss = problem.step(state, phi, batch=torch.tensor(1.0))
+    >>> state, loss = inner_step(problem)(state, phi, torch.tensor(1.0))
     >>> state.params, loss
     ({'w': tensor(1.)}, tensor(2.))
     """
 
     inner_loss: InnerLoss
     outer_loss: OuterLoss
-    initial: Initial
-    init_slots: InitSlots
     update: Update
     inner_steps: int
+    initial: Initial = lambda carried, phi: carried  # noqa: E731
+    init_opt_state: InitOptState = lambda theta, phi: {}  # noqa: E731
     shared: frozenset[str] = frozenset()
     solver: Solver | None = None
-    differentiable_solve: bool = True
-    update_uses_phi: bool = True
-    elementwise: bool = True
-    proximal: float = 0.0
-    stateful: bool = False
-    warm: bool = False
-    vectorizable: int = 2**30
-    count: int = 1
+    elementwise: bool = False
+    max_copies: int = 2**30
+    traits: Traits = Traits()
+    observer: Observer | None = None
+    findings: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def batches(self, episode: Episode) -> list[Batch]:
-        """Return the T inner batches of an episode, cycled; a user's solver gets them as they are."""
+        """Return the batch of every step: T inner batches, cycled. A user's solver is one step, with all of them."""
         if self.solver is not None:
-            return list(episode.inner)
+            return [list(episode.inner)]
         return [episode.inner[t % len(episode.inner)] for t in range(self.inner_steps)]
 
-    def start(self, memory: InnerState, phi: Params) -> InnerState:
+    def start(self, carried: InnerState, phi: Params) -> InnerState:
         """Return the state before the first step: θ_0 = Ω_0(φ) and the optimizer's state, differentiable in φ."""
-        params = self.initial(memory.params, phi)
-        fresh = self.init_slots(params, phi)
-        slots = {slot: {**values, **memory.slots.get(slot, {})} for slot, values in fresh.items()}
-        return replace(memory, params=params, slots=slots)
+        params = self.initial(carried.params, phi)
+        fresh = self.init_opt_state(params, phi)
+        opt_state = {slot: {**values, **carried.opt_state.get(slot, {})} for slot, values in fresh.items()}
+        return replace(carried, params=params, opt_state=opt_state)
 
-    def step(
-        self, state: InnerState, phi: Params, batch: Batch, create_graph: bool = False
-    ) -> tuple[InnerState, Tensor]:
-        """Return θ_t = Ω_t(θ_{t-1}, φ) and the inner loss at θ_{t-1}, detached.
+    def vmapped(self, count: int, over: Literal["episodes", "phi"]) -> BilevelProblem:
+        """Return the problem of ``count`` copies at once, again a bilevel problem.
 
-        Args:
-            state: the state before the step.
-            phi: outer parameters; leaves that require gradients where ``create_graph``.
-            batch: the inner batch.
-            create_graph: keep the graph of the new state in φ and the old one.
+        θ, optimizer state and buffers gain a leading dimension of size ``count``, and so do
+
+        - batches, over ``"episodes"``; random masks differ. Both losses are the *sum* over episodes, so that the
+          hypergradient is the sum of theirs, see :meth:`Hypergradient.divided`.
+        - outer parameters, over ``"phi"``; random masks are the same. The inner loss is the sum, the outer loss a
+          vector of shape ``(count,)``.
         """
-        theta = {
-            name: p if create_graph and p.requires_grad else p.detach().requires_grad_()
-            for name, p in state.params.items()
-        }
-        with torch.enable_grad():
-            loss, buffers = self.inner_loss(theta, phi, batch, state.buffers)
-            grads = tree.grad(loss, theta, create_graph=create_graph)
-        with torch.set_grad_enabled(create_graph):
-            before = theta if create_graph else tree.detach(theta)
-            params, slots = self.update(before, grads, state.slots, phi, state.steps + 1)
-        return InnerState(params, buffers, slots, state.steps + 1), loss.detach()
+        each_phi = over == "phi"
+        of_phi = 0 if each_phi else None
 
-    def perturbed(self, count: int) -> BilevelProblem:
-        """Return the problem at ``count`` values of φ at once, on the same batches.
+        def vectorize(loss: Callable[..., Any]) -> Callable[[Params, Params, Batch, Params], Any]:
+            def of_phis(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Any:
+                one = lambda theta, phi, buffers: loss(theta, phi, batch, buffers)  # noqa: E731
+                return vectorized(one, theta, phi, buffers, randomness="same")
 
-        φ, θ, optimizer state and buffers gain a leading dimension of size ``count``. The inner loss is the sum
-        over them, the outer loss a vector of shape ``(count,)``; random masks are the same for all.
-        """
-        initial = vmap(self.initial, in_dims=(None, 0))
+            def of_episodes(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Any:
+                one = lambda theta, batch, buffers: loss(theta, phi, batch, buffers)  # noqa: E731
+                return vectorized(one, theta, batch, buffers, randomness="different")
+
+            return of_phis if each_phi else of_episodes
+
+        inner_losses, outer_losses = vectorize(self.inner_loss), vectorize(self.outer_loss)
 
         def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
-            of_each = lambda theta, phi, buffers: self.inner_loss(theta, phi, batch, buffers)  # noqa: E731
-            losses, buffers = vectorized(of_each, theta, phi, buffers, randomness="same")
+            losses, buffers = inner_losses(theta, phi, batch, buffers)
             return losses.sum(), buffers
 
         def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
-            of_each = lambda theta, phi, buffers: self.outer_loss(theta, phi, batch, buffers)  # noqa: E731
-            losses: Tensor = vectorized(of_each, theta, phi, buffers, randomness="same")
-            return losses
+            losses: Tensor = outer_losses(theta, phi, batch, buffers)
+            return losses if each_phi else losses.sum()
 
-        def update(params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
-            return vmap(lambda p, g, s, o: self.update(p, g, s, o, step))(params, grads, slots, phi)
-
-        return replace(
-            self,
-            inner_loss=inner_loss,
-            outer_loss=outer_loss,
-            initial=lambda memory, phi: initial(memory, phi),
-            init_slots=vmap(self.init_slots),
-            update=update,
-        )
-
-    def stack(self, count: int) -> BilevelProblem:
-        """Return the problem of ``count`` episodes at once, again a bilevel problem.
-
-        θ, optimizer state, buffers and batches gain a leading dimension of size ``count``; φ does not. The inner
-        loss is the *sum* over episodes, so that every episode has its own gradient, and the outer loss the
-        *mean*, so that the hypergradient is the mean of theirs.
-
-        Args:
-            count: number of episodes. Batches of the stacked problem are made by :func:`stack_episodes`.
-        """
-
-        def initial(memory: Params, phi: Params) -> Params:
-            if memory:
-                return vmap(self.initial, in_dims=(0, None), randomness="different")(memory, phi)
+        def initial(carried: Params, phi: Params) -> Params:
+            if each_phi:
+                return vmap(self.initial, in_dims=(None, 0))(carried, phi)
+            if carried:
+                return vmap(self.initial, in_dims=(0, None), randomness="different")(carried, phi)
             # All is shared: the starts are equal, unless the user's hook draws.
             device = next(iter(phi.values())).device
-            randomness = RngState(device)
-            start = self.initial(memory, phi)
-            if randomness.untouched():
-                return tree.map(lambda value: value.expand(count, *value.shape), start)
-            randomness.restore()
+            before = RngState(device)
+            start = self.initial(carried, phi)
+            if before.untouched():
+                return tree.expand(start, count)
+            before.restore()
             each = torch.empty(count, device=device)
-            return vmap(lambda _: self.initial(memory, phi), randomness="different")(each)
+            return vmap(lambda _: self.initial(carried, phi), randomness="different")(each)
 
-        def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
-            of_each = lambda theta, batch, buffers: self.inner_loss(theta, phi, batch, buffers)  # noqa: E731
-            losses, buffers = vectorized(of_each, theta, batch, buffers, randomness="different")
-            return losses.sum(), buffers
+        def update(
+            params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
+        ) -> tuple[Params, OptState]:
+            one = lambda p, g, s, outer: self.update(p, g, s, outer, step)  # noqa: E731
+            return vmap(one, in_dims=(0, 0, 0, of_phi))(params, grads, opt_state, phi)
 
-        def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
-            of_each = lambda theta, batch, buffers: self.outer_loss(theta, phi, batch, buffers)  # noqa: E731
-            losses: Tensor = vectorized(of_each, theta, batch, buffers, randomness="different")
-            return losses.mean()
-
-        def update(params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
-            one = lambda p, g, s, outer_params: self.update(p, g, s, outer_params, step)  # noqa: E731
-            return vmap(one, in_dims=(0, 0, 0, None))(params, grads, slots, phi)
-
+        alike = self.elementwise and not each_phi
         return replace(
             self,
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             initial=initial,
-            init_slots=self.init_slots if self.elementwise else vmap(self.init_slots, in_dims=(0, None)),
-            update=self.update if self.elementwise else update,
-            count=count,
+            init_opt_state=self.init_opt_state if alike else vmap(self.init_opt_state, in_dims=(0, of_phi)),
+            update=self.update if alike else update,
+            max_copies=max(1, self.max_copies // count),
         )
+
+
+def with_proximal(problem: BilevelProblem, weight: float) -> BilevelProblem:
+    """Return the problem with weight/2 ‖θ − φ‖² over the shared parameters added to its inner loss (iMAML)."""
+
+    def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
+        loss, buffers = problem.inner_loss(theta, phi, batch, buffers)
+        for name in problem.shared:
+            loss = loss + 0.5 * weight * (theta[name] - phi[name]).square().sum()
+        return loss, buffers
+
+    return replace(problem, inner_loss=inner_loss, traits=problem.traits._replace(proximal=weight))
 
 
 def stackable(a: Episode, b: Episode) -> bool:

@@ -20,6 +20,7 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # each other, without a circle.
 LAYERS = [
     ("tree", "errors", "host", "kernels"),  # nothing of ours
+    ("randomness",),
     ("inner_optimizers", "directions", "linear_solvers"),
     ("problem",),
     ("calculus",),

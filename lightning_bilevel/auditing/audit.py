@@ -185,7 +185,7 @@ def audit(
 
 
 class StrategyAudit(Callback):
-    """Prints the :func:`audit` of the first training batch; the fit goes on as if nothing had happened.
+    """Prints the :func:`audit` of the first training batch; state, random generators and the fit are unchanged.
 
     The fit stops with the reason where the strategy that it runs does not work. With several processes, each
     audits a batch of its own and the first one prints.
@@ -263,16 +263,12 @@ def _stopped(report: Audit, broken: Sequence[AuditRow]) -> MisconfigurationError
 
 @contextmanager
 def _untouched(module: BilevelModule) -> Iterator[None]:
-    """Leave random generators, compiled code and what a running fit knows about its losses as they were."""
-    functional = module.functional()
+    """Leave random generators and compiled code as they were."""
     states = _collect_rng_states(include_cuda=False)
-    # What the fit has found out about its losses so far: it finds the rest itself, with the draws that this takes.
-    size, mutable = functional.episode_chunk_size, dict(functional._mutable)
     try:
-        with RngState(functional.device).fork():
+        with RngState(module.functional().device).fork():
             yield
     finally:
-        functional.episode_chunk_size, functional._mutable = size, mutable
         _set_rng_states(states)
         if compiled(module):
             torch.compiler.reset()

@@ -1,125 +1,73 @@
-"""What looks at a bilevel problem from where a strategy stands: for an audit, which only has estimates to go by."""
+"""Inspections of a problem that the audit runs in the surroundings of an estimate."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.inner_loop import run
-from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.calculus.step import inner_step
+from lightning_bilevel.estimation import estimate
 from lightning_bilevel.modules.examine import once_differentiable
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState, stack_episodes
+from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.randomness import Call
-from lightning_bilevel.strategies import FirstOrder, HypergradientStrategy
-from lightning_bilevel.tree import Params
+from lightning_bilevel.strategies import FirstOrder
+from lightning_bilevel.training.estimating import Surroundings
 
 
-class Probe(HypergradientStrategy):
-    """What looks at a problem from where a strategy stands."""
-
-    exact = unbiased = second_order = stacks = False
-    requires: Literal["solve", "step", "inner_loss"] = "solve"
-    memory = cost = ""
-
-
-class Short(Probe):
-    """A strategy on the first inner steps; twice where it carries something from one estimate to the next."""
-
-    def __init__(self, strategy: HypergradientStrategy, steps: int) -> None:
-        self.strategy, self.steps, self.stacks = strategy, steps, strategy.stacks
-
-    def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Estimate on a short run."""
-        short = replace(problem, inner_steps=min(self.steps, problem.inner_steps))
-        result = self.strategy.estimate(short, memory, phi, episode, call)
-        if self.strategy.carried():
-            result = self.strategy.estimate(short, memory, phi, episode, call)
-        return result
-
-    def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
-        """Return the strategy's, for the whole number of inner steps."""
-        return self.strategy.all_refusals(problem)
-
-
-class Graphs(Probe):
-    """Looks at the graphs of both losses.
+class Graphs(NamedTuple):
+    """What the graphs of both losses tell.
 
     Attributes:
         once: name and line of functions in the inner loss that can be differentiated once only.
         flat: why the outer loss has no gradient, as sentences; empty where it has one.
     """
 
-    def __init__(self) -> None:
-        self.once: list[tuple[str, str]] = []
-        self.flat = ""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return self  # what the copy that runs sees is wanted here
-
-    def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Evaluate both losses once; the estimate is zero."""
-        start = problem.start(memory, phi)
-        theta, outer = tree.leaves(start.params), tree.leaves(phi)
-        with torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
-            value = problem.outer_loss(theta, outer, episode.outer, memory.buffers)
-            if not value.requires_grad:
-                self.flat = (
-                    "it is cut off from the parameters. Look for `argmax`, `round`, a comparison, `detach`, `.item()` "
-                    "or `no_grad` in `outer_loss`; only `ZerothOrder` can do without a gradient."
-                )
-            if problem.solver is None:
-                inner, _ = problem.inner_loss(theta, outer, episode.inner[0], memory.buffers)
-                self.once = once_differentiable(inner)
-        return Hypergradient(torch.zeros(()), tree.zeros_like(phi), start, {})
+    once: tuple[tuple[str, str], ...] = ()
+    flat: str = ""
 
 
-class Saved(Probe):
-    """Records one inner step, and two, and adds up what the graphs keep.
-
-    Attributes:
-        sizes: bytes of the storages that are saved for the backward pass.
-    """
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
-        return self
-
-    def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Take the steps; the estimate is zero."""
-        outer = tree.leaves(phi)
-        for steps in (1, 2):
-            storages: dict[int, int] = {}
-
-            def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            short = replace(problem, inner_steps=steps)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                final, _ = run(short, short.start(memory, outer), outer, short.batches(episode), create_graph=True)
-            self.sizes.append(sum(storages.values()))
-        return Hypergradient(torch.zeros(()), tree.zeros_like(phi), final.detach(), {})
+def graphs(at: Surroundings) -> Graphs:
+    """Evaluate both losses once, and name the user's lines in their graphs."""
+    problem, episode = at.problem, at.episodes[0]
+    start = problem.start(at.carried[0], at.phi)
+    theta, outer = tree.leaves(start.params), tree.leaves(at.phi)
+    once, flat = [], ""
+    with torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
+        value = problem.outer_loss(theta, outer, episode.outer, start.buffers)
+        if not value.requires_grad:
+            flat = (
+                "it is cut off from the parameters. Look for `argmax`, `round`, a comparison, `detach`, `.item()` "
+                "or `no_grad` in `outer_loss`; only `ZerothOrder` can do without a gradient."
+            )
+        if problem.solver is None:
+            inner, _ = problem.inner_loss(theta, outer, episode.inner[0], start.buffers)
+            once = once_differentiable(inner)
+    return Graphs(tuple(once), flat)
 
 
-class Stacked(Probe):
-    """First-order on an episode twice at once, as the episodes of a batch are estimated where they are stacked."""
+def saved_bytes(at: Surroundings) -> int:
+    """Return what autograd saves of a further inner step: bytes of storages for the backward pass."""
+    problem, sizes = at.problem, []
+    step, batch = inner_step(problem), problem.batches(at.episodes[0])[0]
+    start = problem.start(at.carried[0], at.phi)
+    for steps in (1, 2):
+        storages: dict[int, int] = {}
 
-    def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Estimate on the stack."""
-        both = InnerState(tree.expand(memory.params, 2), tree.expand(memory.buffers, 2))
-        return FirstOrder().estimate(problem.stack(2), both, phi, stack_episodes([episode, episode]), call)
+        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step.vjp(start, at.phi, [batch] * steps)
+        sizes.append(sum(storages.values()))
+    return sizes[1] - sizes[0]
+
+
+def stacked(at: Surroundings, call: Call) -> Hypergradient:
+    """Return the first-order estimate of an episode taken twice at once, as several episodes are where they stack."""
+    twice = at._replace(carried=at.carried[:1] * 2, episodes=[at.episodes[0]] * 2)
+    return estimate(twice.problem, FirstOrder(), twice.carried, twice.phi, twice.episodes, call, chunk_size=2)

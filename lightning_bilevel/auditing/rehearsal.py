@@ -8,19 +8,22 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.auditing.diagnosis import diagnose, explained
-from lightning_bilevel.auditing.probes import Graphs, Probe, Saved, Short, Stacked
+from lightning_bilevel.auditing.probes import Graphs, graphs, saved_bytes, stacked
+from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError, report
 from lightning_bilevel.linear_solvers import LinearSolver
 from lightning_bilevel.problem import Episode, Hypergradient, stackable
+from lightning_bilevel.randomness import Call, Key
 from lightning_bilevel.strategies import (
     FirstOrder,
     ForwardGradient,
@@ -29,8 +32,11 @@ from lightning_bilevel.strategies import (
     ReverseUnroll,
     ZerothOrder,
 )
-from lightning_bilevel.training.module import BilevelModule, hypergradient
+from lightning_bilevel.training.estimating import Surroundings, estimated, estimating
+from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.tree import Params
+
+T = TypeVar("T")
 
 Verdict = Literal["yes", "zero", "doubtful", "not finite", "refused", "no"]
 """Works; gives exactly zero for an outer parameter; disagrees with finite differences; gave nan or infinity; cannot be
@@ -104,13 +110,12 @@ class Rehearsal:
 
     def __init__(self, module: BilevelModule, episodes: Sequence[Episode], steps: int, seed: int) -> None:
         self.module, self.episodes, self.seed = module, episodes, seed
-        functional = module.functional()
+        self._functional = functional = module.functional()
         self.problem, self.phi, self.device = functional.problem, functional.phi(), functional.device
         self.steps = min(steps, module.inner_steps)
         self._compiled = compiled(module)
-        self._graphs = Graphs()
         self._first_order = self.attempt(FirstOrder(), timed=False)
-        self.attempt(self._graphs, timed=False)
+        self._graphs: Graphs = self._probe(graphs).result or Graphs()
         self._exact = self.attempt(ReverseUnroll(), timed=False).result
         self._slope = self._finite_difference() if self._exact is not None else None
         if self._graphs.once or self._agrees(ReverseUnroll(), self._exact) is False:
@@ -147,20 +152,19 @@ class Rehearsal:
             return "", None
         if not stackable(first, first):
             return "The episodes of a batch are looped: their batches have entries that are no tensors.", False
-        error = self.attempt(Stacked(), transforms=True, timed=False).error
+        probe = partial(stacked, call=self._call)
+        error = self._probe(probe, transforms=True).error
         if error is not None and not isinstance(error, FloatingPointError):
-            found = diagnose(error, lambda: self._estimate(Stacked()))
+            found = diagnose(error, lambda: self._look(probe))
             because = located(found.reason, found.where)
             return f"The losses cannot be vectorized over episodes, so these are looped: {because}.", False
-        looped = self.problem.vectorizable == 1
+        looped = self.problem.max_copies == 1
         tail = "; on a CPU they are looped all the same, which is faster for this net" if looped else ""
         return f"The losses can be vectorized over episodes{tail}.", True
 
     def step_bytes(self) -> int | None:
         """Return what reverse mode saves per inner step; ``None`` where there are no steps, or they fail."""
-        probe = Saved()
-        ran = self.problem.solver is None and self.attempt(probe, timed=False).error is None
-        return probe.sizes[1] - probe.sizes[0] if ran else None
+        return self._probe(saved_bytes).result if self.problem.solver is None else None
 
     def attempt(self, strategy: HypergradientStrategy, transforms: bool = False, timed: bool = True) -> _Outcome:
         """Estimate, and once more where that is quick: the first call sets things up, the second one is timed."""
@@ -184,9 +188,41 @@ class Rehearsal:
                 torch.compiler.reset()
         return _Outcome(result, None, seconds)
 
+    @property
+    def _call(self) -> Call:
+        return Call(Key((self.seed, self.module.fit_context.memory.estimates, 0, 0)))
+
     def _estimate(self, strategy: HypergradientStrategy) -> Hypergradient:
-        episodes = self.episodes[:1] if isinstance(strategy, Probe) else self.episodes
-        return hypergradient(self.module, Short(strategy, self.steps), episodes, seed=self.seed)
+        """Return the estimate over few steps; a second one where the strategy carries something on to it."""
+        functional, memory = self._functional, self.module.fit_context.memory
+        episodes = check_episodes(self.episodes, type(self.module).__name__)
+        again = partial(estimated, functional, memory, strategy, episodes, self._call, inner_steps=self.steps)
+        with torch.inference_mode(False), torch.enable_grad():
+            result = again()
+            return again(carry=result.carry) if result.kept else result
+
+    def _look(self, probe: Callable[[Surroundings], T]) -> T:
+        """Return what a probe finds in the surroundings of an estimate of the first episode."""
+        functional, memory = self._functional, self.module.fit_context.memory
+        episodes = check_episodes(self.episodes[:1], type(self.module).__name__)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            estimating(functional, memory, episodes, self._call.key, twice=False, inner_steps=self.steps) as at,
+        ):
+            return probe(at)
+
+    def _probe(self, probe: Callable[[Surroundings], Any], transforms: bool = False) -> _Found:
+        """Return what a probe found, or what it raised."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _Found(self._look(probe))
+        except Exception as error:  # whatever a user's losses raise is a finding
+            return _Found(None, error)
+        finally:
+            if self._compiled and transforms:
+                torch.compiler.reset()
 
     def _row(self, strategy: HypergradientStrategy) -> AuditRow:
         row = AuditRow(written(strategy), "yes", memory=strategy.memory, cost=strategy.cost)
@@ -322,6 +358,13 @@ class _Outcome(NamedTuple):
     result: Hypergradient | None
     error: Exception | None = None
     seconds: float = 0.0
+
+
+class _Found(NamedTuple):
+    """What a probe found, or what it raised."""
+
+    result: Any
+    error: Exception | None = None
 
 
 class _Doubt(NamedTuple):

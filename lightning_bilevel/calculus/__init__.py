@@ -1,5 +1,25 @@
-"""The inner step and its derivatives, and runs of inner steps.
+"""The inner step and its derivatives, runs of inner steps, and the outer loss at their end.
 
 Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer and no strategy. Read
-:mod:`~lightning_bilevel.calculus.inner_loop` first.
+:mod:`~lightning_bilevel.calculus.step` first: every derivative of Ω is there.
 """
+
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value, outer_value_and_grads
+from lightning_bilevel.calculus.runs import Run, directional_derivatives, run, run_checkpointed, vector_jacobian
+from lightning_bilevel.calculus.step import InnerStep, Mode, Pullback, Pulled, inner_step
+
+__all__ = [
+    "InnerStep",
+    "Mode",
+    "OuterEvaluation",
+    "Pullback",
+    "Pulled",
+    "Run",
+    "directional_derivatives",
+    "inner_step",
+    "outer_value",
+    "outer_value_and_grads",
+    "run",
+    "run_checkpointed",
+    "vector_jacobian",
+]

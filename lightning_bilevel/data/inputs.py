@@ -1,4 +1,4 @@
-"""What users hand in, episodes and their batches: the right form, and a word where the wrong one would run."""
+"""Checks of episodes and batches, with warnings for forms that run but mean something else."""
 
 from __future__ import annotations
 
@@ -7,17 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
 
 
-def some(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Return the inner batches; raise unless they are a list of one or more.
+def check_episodes(episodes: Sequence[Episode], owner: str) -> list[Episode]:
+    """Return the episodes of a batch as an estimate takes them; the one check of all that users hand in.
 
-    >>> some(["batch"])
+    Args:
+        episodes: what ``episodes(batch)`` of a module returned.
+        owner: name of the module's class.
+
+    Raises:
+        ValueError: no episode, or one without a list of inner batches.
+    """
+    if not episodes:
+        raise value_error(f"{owner}.episodes(batch)", "at least one episode", [], "Look at the loader.")
+    return [Episode(check_inner_batches(episode.inner), _usable(episode.outer)) for episode in episodes]
+
+
+def check_inner_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the inner batches as a list; raise unless they are a list of one or more.
+
+    Warns where ``(x, y)`` stands in the place of ``[(x, y)]``: x would be one inner batch, and y the next.
+
+    >>> check_inner_batches(["batch"])
     ['batch']
     """
     if not isinstance(batches, Sequence) or not len(batches):
@@ -28,24 +45,12 @@ def some(batches: Sequence[Batch]) -> Sequence[Batch]:
             got,
             "Write a single batch as `[batch]`, and `[None]` where the inner problem has no data.",
         )
-    return batches
-
-
-def outside_inference(value: Any) -> Any:
-    """Return a leaf of a batch as autograd takes it: a tensor made under inference mode is copied."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def warn_of_a_bare_batch(batches: Sequence[Batch]) -> None:
-    """Warn where ``(x, y)`` stands in the place of ``[(x, y)]``: x would be one inner batch, and y the next.
-
-    >>> warn_of_a_bare_batch([torch.zeros(2), torch.zeros(2)])
-    """
     if type(batches) is tuple and len(batches) > 1 and all(isinstance(batch, Tensor) for batch in batches):
         rank_zero_warn(
             f"A tuple of {len(batches)} tensors came as inner batches, and is taken for {len(batches)} of them. Write "
             "one batch as `[(x, y)]`, and batches that are tensors as a list."
         )
+    return [_usable(batch) for batch in batches]
 
 
 def nonfinite(episodes: Sequence[Episode]) -> str | None:
@@ -63,3 +68,9 @@ def nonfinite(episodes: Sequence[Episode]) -> str | None:
                 if isinstance(part, Tensor) and part.is_floating_point() and not torch.isfinite(part).all():
                     return name
     return None
+
+
+def _usable(batch: Batch) -> Batch:
+    """Return a batch as autograd takes it: tensors made under inference mode are copied."""
+    inference = any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(batch))
+    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch) if inference else batch

@@ -20,7 +20,7 @@ class Adagrad(ElementwiseOptimizer):
     Where s_t is exactly 0 the derivative of √s_t is taken to be 0; that of θ_t by g_t is then large
     (it has the factor 1 / ``eps``), but finite. A positive ``initial_accumulator_value`` avoids it.
 
-    Slots: ``"sum"`` s, from ``initial_accumulator_value``.
+    OptState: ``"sum"`` s, from ``initial_accumulator_value``.
     Cost: five tensor operations a parameter, one more for weight decay.
 
     Args:
@@ -39,7 +39,7 @@ class Adagrad(ElementwiseOptimizer):
         Duchi et al., Adaptive subgradient methods for online learning and stochastic optimization (2011).
 
     >>> optimizer, theta = Adagrad(lr=0.1), {"w": torch.tensor([1.0, 1.0])}
-    >>> theta, slots = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
+    >>> theta, opt_state = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
     >>> theta
     {'w': tensor([0.9000, 1.0000])}
     """

@@ -41,9 +41,9 @@ class AdamFamily(ElementwiseOptimizer):
         """Return the multiple of θ that is added to the gradient, and the factor by which θ shrinks."""
 
     def initial(self, values: Values) -> dict[str, Value]:
-        """Return the slots of one parameter: two or three moments."""
-        slots: dict[str, Value] = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-        return slots | {"max_exp_avg_sq": 0.0} if self.amsgrad else slots
+        """Return the opt_state of one parameter: two or three moments."""
+        opt_state: dict[str, Value] = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+        return opt_state | {"max_exp_avg_sq": 0.0} if self.amsgrad else opt_state
 
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of update number ``step``."""
@@ -79,7 +79,7 @@ class Adam(AdamFamily):
     with max_{s ≤ t} v_s for v_t under ``amsgrad``. Where v_t is exactly 0 the derivative of √v_t
     is taken to be 0; that of θ_t by g_t is then large (it has the factor 1 / ``eps``), but finite.
 
-    Slots: ``"exp_avg"`` m, ``"exp_avg_sq"`` v and, with ``amsgrad``, ``"max_exp_avg_sq"``.
+    OptState: ``"exp_avg"`` m, ``"exp_avg_sq"`` v and, with ``amsgrad``, ``"max_exp_avg_sq"``.
     Cost: seven tensor operations a parameter, one more each for weight decay and ``amsgrad``.
     Reverse mode holds g, m and √v + eps of each step; two more tensors where β2 or ``eps`` is one.
     Prefer a larger ``eps``, or :class:`SGD`, when vanishing gradients blow hypergradients up by 1 / ``eps``.
@@ -101,7 +101,7 @@ class Adam(AdamFamily):
         Reddi et al., On the convergence of Adam and beyond (2018), for ``amsgrad``.
 
     >>> optimizer, theta = Adam(lr=0.1), {"w": torch.tensor([1.0, 1.0])}
-    >>> theta, slots = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
+    >>> theta, opt_state = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
     >>> theta
     {'w': tensor([0.9000, 1.0000])}
     """

@@ -16,7 +16,7 @@ class AdamW(AdamFamily):
 
         θ_t = (1 - lr · weight_decay) θ_{t-1} - lr · m̂_t / (√v̂_t + eps).
 
-    Derivatives at zero gradients, slots and cost are those of :class:`Adam`.
+    Derivatives at zero gradients, opt_state and cost are those of :class:`Adam`.
 
     Args:
         lr: learning rate.
@@ -35,7 +35,7 @@ class AdamW(AdamFamily):
 
     >>> import torch
     >>> optimizer, theta = AdamW(lr=0.1, weight_decay=0.5), {"w": torch.tensor([1.0, 1.0])}
-    >>> theta, slots = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
+    >>> theta, opt_state = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
     >>> theta
     {'w': tensor([0.8500, 0.9500])}
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bilevel.tree import Params
 
-Slots = dict[str, Params]
+OptState = dict[str, Params]
 """Optimizer state: slot name (such as ``"momentum"``) to tensors keyed by parameter name."""
 
 Hyperparameter = float | Tensor | Mapping[str, float | Tensor]
@@ -29,7 +29,7 @@ class InnerOptimizer(ABC):
 
     >>> import torch
     >>> class Signs(InnerOptimizer):
-    ...     def update(self, params, grads, slots, step):
+    ...     def update(self, params, grads, opt_state, step):
     ...         return {name: value - 0.1 * grads[name].sign() for name, value in params.items()}, {}
     >>> Signs().update({"w": torch.ones(1)}, {"w": torch.full((1,), 3.0)}, {}, step=1)
     ({'w': tensor([0.9000])}, {})
@@ -37,17 +37,17 @@ class InnerOptimizer(ABC):
 
     elementwise: bool = True
 
-    def init(self, params: Params) -> Slots:
+    def init(self, params: Params) -> OptState:
         """Return the state before the first step; none by default."""
         return {}
 
     @abstractmethod
-    def update(self, params: Params, grads: Params, slots: Slots, step: int) -> tuple[Params, Slots]:
+    def update(self, params: Params, grads: Params, opt_state: OptState, step: int) -> tuple[Params, OptState]:
         """Return the new parameters and the new state.
 
         Args:
             params: current inner parameters, possibly with a leading dimension of stacked episodes.
             grads: inner gradients, shaped as ``params``.
-            slots: state from :meth:`init` or the previous update.
+            opt_state: state from :meth:`init` or the previous update.
             step: number of this update, from 1.
         """

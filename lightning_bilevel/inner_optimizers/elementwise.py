@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter, InnerOptimizer, Slots
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, InnerOptimizer, OptState
 from lightning_bilevel.inner_optimizers.hyper import Value, check, resolve
 from lightning_bilevel.tree import Params
 
@@ -17,7 +17,7 @@ Values = tuple[Value, ...]
 """The hyperparameters at one parameter, in the order in which the constructor declared them."""
 
 State = dict[str, Tensor]
-"""The slots of one parameter, keyed by slot name."""
+"""The opt_state of one parameter, keyed by slot name."""
 
 Rule = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
 """Maps a parameter, its gradient and its state to the new parameter and the new state."""
@@ -54,22 +54,22 @@ class ElementwiseOptimizer(InnerOptimizer):
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of update number ``step`` for parameters with these hyperparameters."""
 
-    def init(self, params: Params) -> Slots:
+    def init(self, params: Params) -> OptState:
         """Return the state before the first step, shaped as ``params``; a slot no parameter needs does not exist."""
-        slots: Slots = {}
+        opt_state: OptState = {}
         for (name, param), fills in zip(params.items(), self._per_parameter(self.initial, params), strict=True):
             for slot, fill in fills.items():
-                slots.setdefault(slot, {})[name] = torch.zeros_like(param) + fill
-        return slots
+                opt_state.setdefault(slot, {})[name] = torch.zeros_like(param) + fill
+        return opt_state
 
-    def update(self, params: Params, grads: Params, slots: Slots, step: int) -> tuple[Params, Slots]:
+    def update(self, params: Params, grads: Params, opt_state: OptState, step: int) -> tuple[Params, OptState]:
         """Return the new parameters and the new state; see :meth:`InnerOptimizer.update`."""
         rules = self._per_parameter(lambda values: self.rule(values, step), params)
         new_params: Params = {}
-        new_slots: Slots = {slot: {} for slot in slots}
+        new_slots: OptState = {slot: {} for slot in opt_state}
         for (name, param), rule in zip(params.items(), rules, strict=True):
             grad = -grads[name] if self.maximize else grads[name]
-            state = {slot: tensors[name] for slot, tensors in slots.items() if name in tensors}
+            state = {slot: tensors[name] for slot, tensors in opt_state.items() if name in tensors}
             new_params[name], state = rule(param, grad, state)
             for slot, tensor in state.items():
                 new_slots[slot][name] = tensor

@@ -22,7 +22,7 @@ class RMSprop(ElementwiseOptimizer):
     (it has the factor 1 / ``eps``), but finite. Where rounding makes the variance negative it is
     taken to be 0; ``torch.optim`` returns nan.
 
-    Slots: ``"square_avg"`` v; with ``centered`` ``"grad_avg"`` a; ``"momentum"`` b unless μ is the number 0.
+    OptState: ``"square_avg"`` v; with ``centered`` ``"grad_avg"`` a; ``"momentum"`` b unless μ is the number 0.
     Cost: six tensor operations a parameter, one more for weight decay,
     two more each for momentum and ``centered``.
 
@@ -44,7 +44,7 @@ class RMSprop(ElementwiseOptimizer):
         Graves, Generating sequences with recurrent neural networks (2013), eq. 38–41, for ``centered``.
 
     >>> optimizer, theta = RMSprop(lr=0.1, alpha=0.75), {"w": torch.tensor([1.0, 1.0])}
-    >>> theta, slots = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
+    >>> theta, opt_state = optimizer.update(theta, {"w": torch.tensor([3.0, 0.0])}, optimizer.init(theta), step=1)
     >>> theta
     {'w': tensor([0.8000, 1.0000])}
     """
@@ -65,13 +65,13 @@ class RMSprop(ElementwiseOptimizer):
         self.centered = centered
 
     def initial(self, values: Values) -> dict[str, Value]:
-        """Return the slots of one parameter: the squares, the mean if centered, the momentum if there is one."""
-        slots: dict[str, Value] = {"square_avg": 0.0}
+        """Return the opt_state of one parameter: the squares, the mean if centered, the momentum if there is one."""
+        opt_state: dict[str, Value] = {"square_avg": 0.0}
         if self.centered:
-            slots["grad_avg"] = 0.0
+            opt_state["grad_avg"] = 0.0
         if not is_number(values[4], 0):
-            slots["momentum"] = 0.0
-        return slots
+            opt_state["momentum"] = 0.0
+        return opt_state
 
     def rule(self, values: Values, step: int) -> Rule:
         """Return the rule of every update."""

@@ -19,7 +19,7 @@ class SGD(ElementwiseOptimizer):
 
     where d_t is b_t, g_t + μ b_t with ``nesterov``, and g_t if μ is the number 0.
 
-    Slots: ``"momentum"``; none for parameters whose momentum is the number 0.
+    OptState: ``"momentum"``; none for parameters whose momentum is the number 0.
     Cost: one tensor operation a parameter, one more each for weight decay, momentum, dampening and ``nesterov``.
 
     Args:
@@ -69,7 +69,7 @@ class SGD(ElementwiseOptimizer):
             )
 
     def initial(self, values: Values) -> dict[str, Value]:
-        """Return the slots of one parameter: the momentum if there is one."""
+        """Return the opt_state of one parameter: the momentum if there is one."""
         return {} if is_number(values[1], 0) else {"momentum": 0.0}
 
     def rule(self, values: Values, step: int) -> Rule:

@@ -53,17 +53,18 @@ _TWICE: list[tuple[Any, str, Any]] = [
 
 
 @contextmanager
-def differentiable_kernels(module: nn.Module, twice: bool = True) -> Iterator[None]:
+def differentiable_kernels(module: nn.Module | None, twice: bool = True) -> Iterator[None]:
     """Use kernels with a correct double backward, and faster ones where there are.
 
     Args:
-        module: decides whether cuDNN has to go (it does where there are RNNs).
+        module: decides whether cuDNN has to go (it does where there are RNNs); ``None`` is a problem without one.
         twice: whether losses are differentiated twice; a faster double backward makes a single one slower.
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
+        recurrent = module is not None and any(isinstance(child, nn.RNNBase) for child in module.modules())
+        if torch.backends.cudnn.enabled and recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_attention)
         torch.backends.mha.set_fastpath_enabled(False)

@@ -1,9 +1,10 @@
-"""The first look at a module's losses: what their graphs say before anything is estimated."""
+"""The first look at a module's losses: one evaluation of each, and what their graphs say before an estimate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,85 @@ import torch
 from torch import Tensor
 from torch.autograd import function as autograd_function
 
+from lightning_bilevel import tree
+from lightning_bilevel.errors import missing_error
+from lightning_bilevel.host import rank_zero_warn
+from lightning_bilevel.modules.functional import FunctionalModule, names_reached
+from lightning_bilevel.problem import Episode
+from lightning_bilevel.randomness import RngState
+from lightning_bilevel.tree import Params
+
 PACKAGE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What one evaluation of both losses told.
+
+    Attributes:
+        buffers: names of the buffers that they change.
+        unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
+        once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
+        outer_has_gradient: whether the outer loss has a gradient at all.
+    """
+
+    buffers: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    once_differentiable: tuple[tuple[str, str], ...] = ()
+    outer_has_gradient: bool = True
+
+
+def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
+    """Evaluate both losses once, in the module's present mode, and leave no trace.
+
+    Args:
+        functional: the module.
+        carried: the inner parameters that are not shared.
+        episode: its first inner batch and its outer batch; without an outer batch only the buffers are looked at.
+
+    Raises:
+        MisconfigurationError: the inner loss does not depend on the inner parameters.
+    """
+    levels = functional.levels
+    for argument in functional.negative():
+        rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
+    phi = tree.leaves(functional.phi())
+    with torch.enable_grad(), RngState(functional.device).fork():
+        start = functional.problem.initial(carried, phi)
+        theta = tree.leaves(start)
+        losses, buffers = functional.evaluate(theta, phi, episode)
+        if episode.outer is None:
+            return Examination(tuple(buffers))
+        inner = losses.get("inner_loss")
+        if inner is not None and not names_reached([inner], theta):
+            raise missing_error(
+                type(functional.module).__name__,
+                "inner loss that depends on the inner parameters",
+                f"Use {', '.join(levels.inner[:3])} in `inner_loss(batch)`, not detached",
+            )
+        unreached: list[str] = []
+        if inner is not None:  # what a user's solver reads, no graph tells
+            own = {name: value for name, value in phi.items() if name not in levels.shared}
+            reached = names_reached(list(start.values()), own)
+            for loss in losses.values():
+                reached |= names_reached([loss], phi) | names_reached([loss], theta)
+            unreached = [name for name in levels.outer if name not in reached]
+            if unreached:
+                unreached = [name for name in unreached if name not in functional.learned()]
+        once = once_differentiable(inner) if inner is not None else []
+        return Examination(tuple(buffers), tuple(unreached), tuple(once), losses["outer_loss"].requires_grad)
+
+
+def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
+    """Return the examination of a module in its present mode, made at the first call and kept with ``functional``."""
+    if episode.outer is None and not any(True for _ in functional.module.buffers()):
+        return Examination()
+    mode = (episode.outer is not None, *(child.training for child in functional.module.modules()))
+    if mode not in functional.examinations:
+        functional.examinations[mode] = examine(functional, carried, episode)
+    found: Examination = functional.examinations[mode]
+    return found
 
 
 def once_differentiable(loss: Tensor) -> list[tuple[str, str]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +13,14 @@ from torch import Tensor, nn
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
-from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
-from lightning_bilevel.modules.examine import once_differentiable
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
-from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState
-from lightning_bilevel.randomness import RngState
+from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -33,7 +30,7 @@ FEWEST_COPIES = 8
 """Copies of θ below which a CPU is faster in a loop; both are measured in ``benchmarks/chunk_choice.py``."""
 
 _ONE_AT_A_TIME = threading.RLock()
-"""Kernels and generators are those of the process: a thread that estimates makes the others wait."""
+"""Kernel patches and RNG state are process-global, so estimates of several threads run one at a time."""
 
 
 class FunctionalModule:
@@ -43,49 +40,60 @@ class FunctionalModule:
     buffers, so that they read as if no bilevel problem were there.
 
     Args:
-        module: the module; its levels, optimizer and solver are looked up once.
+        module: the module; its levels and whether it has a solver are looked up once.
+        findings: see :attr:`BilevelProblem.findings`.
 
     Attributes:
         levels: which parameter names are inner and outer.
         swapper: puts tensors in place.
-        problem: the pure functions.
         recorder: what the losses logged.
-        episode_chunk_size: episodes vectorized together; ``None`` until the first estimate has chosen.
+        examinations: what a first look at the losses told, by the module's mode.
+        vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
     """
 
-    def __init__(self, module: BilevelHooks) -> None:
+    def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
         self.module = module
         self.levels = Levels.of(module, module.inner_parameters(), module.outer_parameters())
         self.swapper = Swapper(module)
         self.recorder = LogRecorder()
-        self.episode_chunk_size: int | None = None
+        self.findings: dict[Any, Any] = {} if findings is None else findings
+        self.examinations: dict[Any, Any] = {}
+        self.vectorizes: bool | None = None
         self._autocast_dtype: torch.dtype | None = None
         self._placed: Params = {}
-        self._owners = [child for child in module.modules() if child._buffers]
-        self._mutable: dict[tuple[bool, ...], tuple[str, ...]] = {}
         self._solves = module.has_solver
         self._converted: InnerOptimizer | None = None
+        self._learned: dict[tuple[int, bool], frozenset[str]] = {}
         configured = None if self._solves else self._configured()
-        self.problem = BilevelProblem(
+        self._elementwise = configured is None or configured.elementwise
+        self._max_copies = _max_copies(module, self.theta())
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """The pure functions, with the options that the module has now."""
+        module = self.module
+        traits = Traits(
+            warm=module.inner_start == "warm",
+            learned=self.learned,
+            stateful=self._stateful,
+            differentiable_solve=module.differentiable_solve,
+        )
+        problem = BilevelProblem(
             inner_loss=self._inner_loss,
             outer_loss=self._outer_loss,
-            initial=self._initial,
-            init_slots=self._init_slots,
             update=self._update,
             inner_steps=module.inner_steps,
+            initial=self._initial,
+            init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
-            differentiable_solve=module.differentiable_solve,
-            elementwise=configured is None or configured.elementwise,
-            proximal=module.proximal,
-            warm=module.inner_start == "warm",
+            elementwise=self._elementwise,
+            max_copies=self._max_copies,
+            traits=traits,
+            observer=self.recorder,
+            findings=self.findings,
         )
-        self.problem = replace(
-            self.problem,
-            update_uses_phi=bool(self._phi_in_update()),
-            stateful=bool(self._init_slots(self.theta(), self.phi())),
-            vectorizable=_vectorizable(module, self.theta()),
-        )
+        return with_proximal(problem, module.proximal) if module.proximal else problem
 
     @property
     def device(self) -> torch.device:
@@ -100,33 +108,75 @@ class FunctionalModule:
         """Return the inner parameters as they stand in the module, detached."""
         return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
 
-    def buffers(self, episode: Episode) -> Params:
-        """Return clones of the buffers that the losses change in the module's present mode.
+    def buffers(self, names: Iterable[str]) -> Params:
+        """Return clones of buffers as they stand in the module."""
+        return {name: _usable(self.swapper.current(name)).clone() for name in names}
 
-        Which ones they change is found by evaluating both once on ``episode``, and remembered.
+    def evaluate(self, theta: Params, phi: Params, episode: Episode) -> tuple[dict[str, Tensor], list[str]]:
+        """Evaluate both losses once, for a first look.
+
+        Args:
+            theta: inner parameters.
+            phi: outer parameters.
+            episode: its first inner batch and its outer batch; there is none where a module is only adapted.
+
+        Returns:
+            The losses by hook, and the names of the buffers that they changed.
         """
-        if not self._owners:
-            return {}
-        mode = (episode.outer is not None, *(owner.training for owner in self._owners))
-        if mode not in self._mutable:
-            present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
-            clones = tree.map(torch.clone, present)
-            # Leaves, for a loss may take gradients itself: of a net with respect to its input, say.
-            in_place = self._in_place({**tree.leaves({**self.phi(), **self.theta()}), **clones})
-            with torch.enable_grad(), RngState(self.device).fork(), in_place:
-                if not self._solves:
-                    self.module.inner_loss(episode.inner[0])
-                if episode.outer is not None:  # there is none where a module is only adapted
-                    self.module.outer_loss(episode.outer)
-                # BatchNorm's kernels write without counting a version, so values are compared too.
-                self._mutable[mode] = tuple(
-                    name
-                    for name, clone in clones.items()
-                    if self.swapper.current(name) is not clone
-                    or clone._version
-                    or not torch.equal(clone, present[name])
-                )
-        return {name: _usable(self.swapper.current(name)).clone() for name in self._mutable[mode]}
+        present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
+        clones = tree.map(torch.clone, present)
+        losses: dict[str, Tensor] = {}
+        with torch.enable_grad(), self.in_place({**phi, **theta, **clones}):
+            if not self._solves:
+                losses["inner_loss"] = _scalar(self.module, "inner_loss", self.module.inner_loss(episode.inner[0]))
+            if episode.outer is not None:
+                losses["outer_loss"] = _scalar(self.module, "outer_loss", self.module.outer_loss(episode.outer))
+            # BatchNorm's kernels write without counting a version, so values are compared too.
+            changed = [
+                name
+                for name, clone in clones.items()
+                if self.swapper.current(name) is not clone or clone._version or not torch.equal(clone, present[name])
+            ]
+        return losses, changed
+
+    def learned(self) -> frozenset[str]:
+        """Return the outer parameters that the inner optimizer's updates read, by all T of them on equal gradients.
+
+        A rate may be learned for one step only, or enter late; where the inner level goes on from step to step, an
+        update after these is not looked at.
+        """
+        if self._solves:
+            return frozenset()
+        steps, warm = self.module.inner_steps, self.module.inner_start == "warm"
+        if (steps, warm) not in self._learned:
+            found: set[str] = set()
+            with torch.enable_grad():
+                phi, theta = tree.leaves(self.phi()), tree.map(torch.clone, self.theta())
+                opt_state = self._init_opt_state(theta, phi)
+                grads = tree.map(torch.ones_like, theta)
+                for step in range(1, max(steps, 2 if warm else 1) + 1):
+                    theta, opt_state = self._update(theta, grads, opt_state, phi, step)
+                    state = InnerState(theta, opt_state=opt_state)
+                    found |= names_reached(list(state.flat().values()), phi)
+                    state = state.detach()
+                    theta, opt_state = state.params, state.opt_state
+            self._learned[steps, warm] = frozenset(found)
+        return self._learned[steps, warm]
+
+    def _stateful(self) -> bool:
+        return bool(self._init_opt_state(self.theta(), self.phi()))
+
+    @contextmanager
+    def knowing_levels(self) -> Iterator[None]:
+        """Let the module's default ``inner_parameters`` or ``outer_parameters`` answer by name.
+
+        What stands in the parameters' places while losses are evaluated has no flags to go by.
+        """
+        before, self.module._levels = self.module._levels, self.levels
+        try:
+            yield
+        finally:
+            self.module._levels = before
 
     @contextmanager
     def session(self, twice: bool = True) -> Iterator[None]:
@@ -138,7 +188,7 @@ class FunctionalModule:
             twice: whether losses are differentiated twice.
         """
         kind = self.device.type
-        with _ONE_AT_A_TIME, ExitStack() as stack:
+        with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
@@ -150,26 +200,6 @@ class FunctionalModule:
             finally:
                 self._autocast_dtype = None
 
-    def untouched(self, episode: Episode, memory: InnerState) -> list[str]:
-        """Return the outer parameters that no loss, start or update reads, by one evaluation of each."""
-        phi = tree.leaves(self.phi())
-        start = self.problem.start(memory, phi)
-        theta = tree.leaves(start.params)
-        names = set(self._phi_in_update()) | _names_reached(list(start.params.values()), self._not_shared(phi))
-        losses = [self._outer_loss(theta, phi, episode.outer, memory.buffers)]
-        if not self._solves:
-            losses.append(self._inner_loss(theta, phi, episode.inner[0], memory.buffers)[0])
-            if not _names_reached(losses[1:], theta):
-                raise missing_error(
-                    type(self.module).__name__,
-                    "inner loss that depends on the inner parameters",
-                    f"Use {', '.join(self.levels.inner[:3])} in `inner_loss(batch)`, not detached",
-                )
-        for loss in losses:
-            names |= _names_reached([loss], phi) | _names_reached([loss], theta)
-        opaque = self._solves
-        return [name for name in self.levels.outer if name not in names and not opaque]
-
     def negative(self) -> list[str]:
         """Return the hyperparameters of the inner optimizer that are tensors of negative numbers only."""
         optimizer = None if self._solves else self._configured()
@@ -180,18 +210,8 @@ class FunctionalModule:
             if isinstance(value, Tensor) and bool((value < 0).all())
         ]
 
-    def without_second_derivative(self, episode: Episode, memory: InnerState) -> list[str]:
-        """Return the ``autograd.Function`` classes in the inner loss that are marked ``once_differentiable``."""
-        phi = tree.leaves(self.phi())
-        theta = tree.leaves(self.problem.start(memory, phi).params)
-        loss, _ = self._inner_loss(theta, phi, episode.inner[0], memory.buffers)
-        return [name for name, _ in once_differentiable(loss)]
-
-    def _not_shared(self, phi: Params) -> Params:
-        return {name: value for name, value in phi.items() if name not in self.levels.shared}
-
     @contextmanager
-    def _in_place(self, tensors: Params) -> Iterator[None]:
+    def in_place(self, tensors: Params) -> Iterator[None]:
         """Swap tensors in and run under the user's autocast.
 
         The cast cache is off: it would keep one cast copy of θ per inner step.
@@ -212,44 +232,43 @@ class FunctionalModule:
 
         def again() -> AbstractContextManager[None]:
             parameters = {*self.levels.inner, *self.levels.outer}
-            return self._in_place({name: t if name in parameters else t.clone() for name, t in placed.items()})
+            return self.in_place({name: t if name in parameters else t.clone() for name, t in placed.items()})
 
         return again
 
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self._in_place({**phi, **theta, **own}):
+        with self.in_place({**phi, **theta, **own}):
             loss = _scalar(self.module, "inner_loss", self.module.inner_loss(batch))
             after = {name: self.swapper.current(name).detach() for name in own}
-        if self.module.proximal:
-            for name in self.levels.shared:
-                loss = loss + 0.5 * self.module.proximal * (theta[name] - phi[name]).square().sum()
         return loss, after
 
     def _outer_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self._in_place({**phi, **theta, **own}):
+        with self.in_place({**phi, **theta, **own}):
             return _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
 
-    def _initial(self, memory: Params, phi: Params) -> Params:
-        own = {name: value for name, value in memory.items() if name not in self.levels.shared}
-        with self._in_place({**phi, **own}):
+    def _initial(self, carried: Params, phi: Params) -> Params:
+        own = {name: value for name, value in carried.items() if name not in self.levels.shared}
+        with self.in_place({**phi, **own}):
             default = {name: self.swapper.current(name) for name in self.levels.inner}
             chosen = self.module.initial_inner_parameters()
         return _named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
 
-    def _init_slots(self, params: Params, phi: Params) -> Slots:
+    def _init_opt_state(self, params: Params, phi: Params) -> OptState:
         if self._solves:
             return {}
         with self.swapper.swapped(phi):
             return self._configured().init(params)
 
-    def _update(self, params: Params, grads: Params, slots: Slots, phi: Params, step: int) -> tuple[Params, Slots]:
+    def _update(
+        self, params: Params, grads: Params, slots: OptState, phi: Params, step: int
+    ) -> tuple[Params, OptState]:
         with self.swapper.swapped(phi):
             return self._configured().update(params, grads, slots, step)
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
-        with self._in_place({**phi, **params}):
+        with self.in_place({**phi, **params}):
             solution = self.module.solve_inner(batches)
         solved = _named(self.module, "solve_inner(batches)", params, solution)
         wanted = self.module.differentiable_solve and torch.is_grad_enabled()
@@ -280,18 +299,6 @@ class FunctionalModule:
             )
         return optimizer
 
-    def _phi_in_update(self) -> set[str]:
-        """Return the outer parameters that the inner optimizer's update reads, found by two updates."""
-        if self._solves:
-            return set()
-        with torch.enable_grad():
-            phi, theta = tree.leaves(self.phi()), tree.map(torch.clone, self.theta())
-            slots = self._init_slots(theta, phi)
-            grads = tree.map(torch.ones_like, theta)
-            for step in (1,) if self.module.inner_steps == 1 and self.module.inner_start != "warm" else (1, 2):
-                theta, slots = self._update(theta, grads, slots, phi, step)
-            return _names_reached([*theta.values(), *(v for slot in slots.values() for v in slot.values())], phi)
-
 
 def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a hyperparameter with a gradient: the instance is taken once, and would not follow φ."""
@@ -321,7 +328,7 @@ def _entries(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
-def _vectorizable(module: nn.Module, theta: Params) -> int:
+def _max_copies(module: nn.Module, theta: Params) -> int:
     """Return how many copies of θ to vectorize: a fixed rule, so that a run and its repetition agree bit for bit.
 
     Small nets gain several times from one vectorized call. Large ones and convolutions lose on a CPU, where
@@ -335,7 +342,7 @@ def _vectorizable(module: nn.Module, theta: Params) -> int:
     return copies if copies >= FEWEST_COPIES else 1
 
 
-def _names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
+def names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
     """Return the names of the inputs that any output depends on."""
     outputs = [output.sum() for output in outputs if output.requires_grad]
     if not outputs or not inputs:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, number, one_of, value_error
-from lightning_bilevel.host import LightningModule, notice_other_namespace
+from lightning_bilevel.errors import MisconfigurationError, missing_error, value_error
+from lightning_bilevel.host import LightningModule
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.levels import Levels, rest
 from lightning_bilevel.problem import Batch, Episode
@@ -41,24 +41,10 @@ class BilevelHooks(LightningModule):
     inner_start: InnerStart
     on_nonfinite: OnNonfinite
 
-    def __init__(
-        self,
-        inner_steps: int = 1,
-        inner_start: InnerStart = "warm",
-        proximal: float = 0.0,
-        episode_chunk_size: int | None = None,
-        on_nonfinite: OnNonfinite = "raise",
-    ) -> None:
-        super().__init__()
-        notice_other_namespace()
-        self.inner_steps = integer("BilevelModule(inner_steps=...)", inner_steps)
-        self.proximal = number("BilevelModule(proximal=...)", proximal, at_least=0)
-        if episode_chunk_size is not None:
-            integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
-        self.episode_chunk_size = episode_chunk_size
-        self.inner_start = one_of("BilevelModule(inner_start=...)", InnerStart, inner_start)
-        self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
-        self._levels: Levels | None = None  # known while a fit runs
+    inner_steps: int
+    proximal: float
+    episode_chunk_size: int | None
+    _levels: Levels | None = None  # known while a fit runs
 
     def inner_parameters(self) -> Any:
         """Return θ: parameters, submodules, or a list of both. Default: all that :meth:`outer_parameters` leaves.

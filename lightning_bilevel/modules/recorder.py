@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_bilevel.host import LightningModule
-from lightning_bilevel.problem import Batch, BilevelProblem
-from lightning_bilevel.tree import Params
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -24,17 +21,15 @@ class LogRecorder:
     """Shadows ``log`` and ``log_dict`` of a module, and replays each name once.
 
     A loss runs many times per training step: at every inner step, again where a strategy recomputes or perturbs, and
-    inside function transforms, where Lightning's own ``log`` raises. What counts is what stood last when the outer loss
-    was evaluated that the estimate gives as its value: at θ_T, unperturbed. A run lasts from :meth:`begin` to
-    :meth:`end`; what is logged outside of runs is dropped. Metrics that a loss updates count likewise, once per run,
-    if they are replayed.
+    inside function transforms, where Lightning's own ``log`` raises. Replayed is what had been logged when the outer
+    loss was evaluated that the estimate reports, at θ_T. A run lasts from :meth:`begin` to :meth:`end`; what is logged
+    outside of runs is dropped. Metrics that a loss updates count likewise, once per run, if they are replayed.
     """
 
     def __init__(self) -> None:
         self._runs: list[tuple[int, dict[str, _Call]]] = []
         self._running = False
         self._latest: dict[str, _Call] = {}
-        self._evaluations: list[_Evaluation] = []
         self._metrics: list[_RecordedMetric] = []
 
     @contextmanager
@@ -64,34 +59,21 @@ class LogRecorder:
 
     def begin(self) -> None:
         """Begin a run."""
-        self._running, self._latest, self._evaluations = True, {}, []
+        self._running, self._latest = True, {}
         for metric in self._metrics:
             metric.begin()
 
-    def watched(self, problem: BilevelProblem) -> BilevelProblem:
-        """Return ``problem``, with what stood at each evaluation of its outer loss kept."""
+    def observe(self) -> Observed:
+        """Return what has been logged in this run, and the metrics' states."""
+        return Observed(dict(self._latest), [metric.present() for metric in self._metrics])
 
-        def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
-            loss = problem.outer_loss(theta, phi, batch, buffers)
-            if self._running and (self._latest or self._metrics):
-                states = [metric.present() for metric in self._metrics]
-                self._evaluations.append(_Evaluation(_primal(loss), dict(self._latest), states))
-            return loss
-
-        return replace(problem, outer_loss=outer_loss)
-
-    def end(self, value: Tensor, count: int) -> None:
-        """End the run of ``count`` episodes, whose outer loss at θ_T is ``value``."""
+    def end(self, observed: Any, count: int) -> None:
+        """End the run of ``count`` episodes; what stood at ``observed`` counts."""
         self._running = False
-        if self._evaluations:
-            chosen = self._evaluations[0]
-            if len(self._evaluations) > 1:
-                values = torch.stack([evaluation.value.to(value) for evaluation in self._evaluations])
-                chosen = self._evaluations[int((values - value).abs().argmin())]
-            self._runs.append((count, chosen.calls))
-            for metric, state in zip(self._metrics, chosen.metrics, strict=True):
+        if isinstance(observed, Observed):
+            self._runs.append((count, observed.calls))
+            for metric, state in zip(self._metrics, observed.metrics, strict=True):
                 metric.end(state)
-        self._evaluations = []
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""
@@ -121,10 +103,9 @@ class LogRecorder:
         self._runs, self._metrics = [], []
 
 
-class _Evaluation(NamedTuple):
-    """What stood when an outer loss had been evaluated: its value, the calls to log, and the metrics' states."""
+class Observed(NamedTuple):
+    """What stood when an outer loss had been evaluated: the calls to log, and the metrics' states."""
 
-    value: Tensor
     calls: dict[str, _Call]
     metrics: list[dict[str, Any]]
 

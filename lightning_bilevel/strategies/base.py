@@ -4,109 +4,142 @@ from __future__ import annotations
 
 import traceback
 from abc import abstractmethod
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.tree import Params
+
+Differentiates = Literal["run", "inner_gradient"]
+
+
+@runtime_checkable
+class FitContext(Protocol):
+    """What a bilevel module's ``fit_context`` offers to the callbacks of this package."""
+
+    def begin(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
+        """Tie ``strategy`` to the module; refuse what cannot work."""
+
+    def end(self) -> None:
+        """Give the module back as it was."""
+
+    def before_optimizer_step(self) -> None:
+        """Take back the gradient of a step whose estimates were all skipped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes on from step to step, for a checkpoint."""
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Restore :meth:`state_dict`; ``None`` begins anew from the weights of the checkpoint."""
 
 
 class HypergradientStrategy(Callback):
     """Estimates ∇h(φ) for a :class:`~lightning_bilevel.BilevelModule`; one goes into ``Trainer(callbacks=[...])``.
 
-    A subclass implements :meth:`estimate` and states facts about itself as class attributes, which the
-    documentation and the tests read. As a callback it only ties itself to the module; everything else
-    stays Lightning's.
+    A subclass implements :meth:`estimate` and states facts about itself as class attributes, which refusals, the
+    documentation and the tests read. It holds settings only: what goes on from step to step is a value that
+    :meth:`estimate` takes and returns. As a callback it only ties itself to the module; everything else stays
+    Lightning's.
 
     Attributes:
         exact: whether the estimate equals ∇h up to rounding.
         unbiased: whether its expectation does.
-        requires: what it calls: the whole ``"solve"``, every ``"step"``, or also second derivatives of
-            the ``"inner_loss"``. A user's ``solve_inner`` has no steps.
-        second_order: whether the user's losses are differentiated twice.
+        differentiates: what it takes derivatives of that are derivatives themselves: the ``"run"`` of inner steps,
+            the ``"inner_gradient"``, both or neither.
+        needs_steps: whether it needs steps of an inner optimizer; a user's ``solve_inner`` has none.
         memory: order of the memory beyond θ and φ, in T, M = dim θ, N = dim φ.
         cost: work per outer step, in inner steps and products.
         direction_parallel: whether directions can be shared out over processes.
-        stacks: whether several episodes can be estimated as one stacked problem.
+        supports_stacking: whether several episodes can be estimated as one stacked problem.
 
     >>> from lightning_bilevel import FirstOrder
-    >>> FirstOrder().exact, FirstOrder().requires, FirstOrder().carried()
-    (False, 'solve', [])
+    >>> FirstOrder().exact, FirstOrder().differentiates, FirstOrder().needs_steps
+    (False, frozenset(), False)
     """
 
     exact: bool
     unbiased: bool
-    requires: Literal["solve", "step", "inner_loss"]
-    second_order: bool
+    differentiates: frozenset[Differentiates]
+    needs_steps: bool = False
     memory: str
     cost: str
     direction_parallel: bool = False
-    stacks: bool = True
+    supports_stacking: bool = True
 
     @abstractmethod
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return an estimate of ∇h(φ) on one episode (or several, stacked).
 
         Args:
-            problem: pure functions of named tensors; ``problem.start(memory, phi)`` is θ_0.
-            memory: what the inner level carries over from before.
+            problem: pure functions of named tensors; ``problem.start(carry.inner, phi)`` is θ_0.
+            carry: what goes on from the last estimate: the inner level's, and what this strategy returned as
+                :attr:`Hypergradient.kept`.
             phi: outer parameters, detached.
             episode: inner and outer batches.
             call: names the estimate, so that random directions are repeatable.
         """
 
+    def members(self) -> Mapping[str, HypergradientStrategy]:
+        """Return the strategies that this one is made of, by name; none by default.
+
+        What concerns them too, refusals, checks of the Trainer and what is carried, is done for each.
+        """
+        return {}
+
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what this strategy in particular cannot work with in ``problem``; nothing by default."""
         return []
 
-    def check_trainer(self, trainer: Trainer) -> None:
-        """Raise if this strategy cannot work in ``trainer``; nothing by default."""
-
-    def carried(self) -> list[Tensor]:
-        """Return the tensors that this strategy carries from step to step; none by default.
-
-        With ``Trainer(strategy="ddp")`` they are averaged over processes after each step, in place.
-        """
+    def trainer_refusals(self, trainer: Trainer) -> list[MisconfigurationError]:
+        """Return what this strategy cannot work with in ``trainer``; nothing by default."""
         return []
 
+    @property
+    def second_order(self) -> bool:
+        """Whether the user's losses are differentiated twice."""
+        return bool(self.differentiates)
+
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
-        """Return what follows from the facts about this class, and :meth:`refusals`."""
-        found = self.refusals(problem)
-        name = f"`{type(self).__name__}` with `solve_inner`"
-        if problem.solver is not None and self.requires == "step":
-            found.append(
-                combination_error(
-                    name, "your solver has no inner steps", "Use `ImplicitGradient`, `PZOBO` or `ZerothOrder`"
-                )
-            )
-        elif problem.solver is not None and not problem.differentiable_solve and self._differentiates_solve:
-            found.append(
-                combination_error(
-                    f"{name} and `differentiable_solve = False`",
-                    "it differentiates through the inner solution",
-                    "Use `ZerothOrder`, `PZOBO` or `ImplicitGradient`",
-                )
-            )
+        """Return what follows from the facts, :meth:`refusals`, and those of all members."""
+        found = [*self._refused_solver(problem), *self.refusals(problem)]
+        for member in self.members().values():
+            found += member.all_refusals(problem)
+        return found
+
+    def all_trainer_refusals(self, trainer: Trainer) -> list[MisconfigurationError]:
+        """Return :meth:`trainer_refusals`, and those of all members."""
+        found = list(self.trainer_refusals(trainer))
+        for member in self.members().values():
+            found += member.all_trainer_refusals(trainer)
         return found
 
     def check(self, problem: BilevelProblem) -> None:
-        """Raise one report of everything this strategy cannot work with; called before the first batch."""
+        """Raise one report of everything this strategy cannot work with."""
         refuse(self.all_refusals(problem))
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts methods of the module here, and a copy would copy the module with them.
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
-    @property
-    def _differentiates_solve(self) -> bool:
-        return self.requires == "solve" and self.second_order
+    def _refused_solver(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        name = f"`{type(self).__name__}` with `solve_inner`"
+        if problem.solver is None:
+            return []
+        if self.needs_steps:
+            instead = alternatives(lambda kind: not kind.needs_steps and "run" not in kind.differentiates)
+            return [combination_error(name, "your solver has no inner steps", instead)]
+        if not problem.traits.differentiable_solve and "run" in self.differentiates:
+            instead = alternatives(lambda kind: not kind.needs_steps and "run" not in kind.differentiates)
+            what = f"{name} and `differentiable_solve = False`"
+            return [combination_error(what, "it differentiates through the inner solution", instead)]
+        return []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
@@ -114,24 +147,26 @@ class HypergradientStrategy(Callback):
             raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
         if stage != "fit":  # a Trainer that has fitted may evaluate any module
             return
-        if not hasattr(pl_module, "attach_strategy"):
+        context = _context(pl_module)
+        if context is None:
             raise missing_error(
                 type(pl_module).__name__,
                 "inner and outer level",
                 f"`{type(self).__name__}` works on a `lightning_bilevel.BilevelModule`: derive from it, "
                 "or use `bilevel(module, ...)`",
             )
-        self.check_trainer(trainer)
-        pl_module.attach_strategy(self, trainer)
+        refuse(self.all_trainer_refusals(trainer))
+        context.begin(self, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Give the module back as it was."""
-        if hasattr(pl_module, "detach_strategy"):
-            pl_module.detach_strategy()
+        if (context := _context(pl_module)) is not None:
+            context.end()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Take back the gradient of a step whose estimates were all skipped."""
-        pl_module.drop_skipped()
+        if (context := _context(pl_module)) is not None:
+            context.before_optimizer_step()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the module back as it was; Lightning calls no ``teardown`` after an error."""
@@ -140,17 +175,17 @@ class HypergradientStrategy(Callback):
                 f"Cannot read the checkpoint {trainer.ckpt_path}: it is cut off, or no checkpoint. A process that is "
                 f"killed while it writes leaves such a file. Resume from an earlier one. ({exception})",
             )
-        if hasattr(pl_module, "detach_strategy"):
-            pl_module.detach_strategy()
+        if (context := _context(pl_module)) is not None:
+            context.end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save what the inner level carries from step to step."""
-        if hasattr(pl_module, "inner_state_dict"):
-            checkpoint["lightning_bilevel"] = pl_module.inner_state_dict()
+        """Save what goes on from step to step."""
+        if (context := _context(pl_module)) is not None:
+            checkpoint["lightning_bilevel"] = context.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; weights trained otherwise start a fresh inner level."""
-        if not hasattr(pl_module, "load_inner_state_dict"):
+        if (context := _context(pl_module)) is None:
             return
         saved = checkpoint.get("lightning_bilevel")
         if saved is None and trainer.state.fn == "fit":
@@ -158,7 +193,34 @@ class HypergradientStrategy(Callback):
                 "This checkpoint has no inner state, for no hypergradient strategy was there when it was written: "
                 "the inner level begins anew, from the checkpoint's weights."
             )
-        pl_module.load_inner_state_dict(saved)
+        context.restore(saved)
+
+
+def kept_of(member: str, result: Hypergradient) -> dict[str, Params]:
+    """Return what a member carries, under the names by which :meth:`Carry.of` finds it."""
+    return {f"{member}/{name}": values for name, values in result.kept.items()}
+
+
+def every_strategy() -> list[type[HypergradientStrategy]]:
+    """Return this package's strategies that estimate by themselves, by name."""
+    package = __package__ or ""
+    own = [kind for kind in HypergradientStrategy.__subclasses__() if kind.__module__.startswith(package)]
+    return sorted(own, key=lambda kind: kind.__name__)
+
+
+def alternatives(where: Any) -> str:
+    """Return the advice to use one of the strategies whose facts satisfy ``where``.
+
+    >>> alternatives(lambda kind: kind.unbiased and not kind.exact)
+    'Use `ForwardGradient`'
+    """
+    names = [f"`{kind.__name__}`" for kind in every_strategy() if isinstance(kind.exact, bool) and where(kind)]
+    return f"Use {', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else f"Use {names[0]}"
+
+
+def _context(module: Any) -> FitContext | None:
+    context = getattr(module, "fit_context", None)
+    return context if isinstance(context, FitContext) else None
 
 
 def _is_of_an_unreadable_checkpoint(exception: BaseException) -> bool:

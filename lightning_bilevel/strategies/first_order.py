@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.truncated_reverse import truncated
@@ -22,19 +22,18 @@ class FirstOrder(HypergradientStrategy):
 
     Source: Finn et al., ICML 2017, section 5.2; γ-greedy, section 5.1 (FO).
 
-    >>> FirstOrder().second_order
-    False
+    >>> FirstOrder().differentiates
+    frozenset()
     """
 
     exact = False
     unbiased = False
-    requires = "solve"
-    second_order = False
+    differentiates = frozenset()
     memory = "O(1)"
     cost = "T steps + 1 gradient"
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the first-order estimate; see :meth:`HypergradientStrategy.estimate`."""
-        return truncated(problem, memory, phi, episode, steps=0)
+        return truncated(problem, carry.inner, phi, episode, last=0)

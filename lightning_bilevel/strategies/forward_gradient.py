@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import Mode
+from lightning_bilevel.calculus.step import Mode
 from lightning_bilevel.directions import DirectionSampler, Rademacher
-from lightning_bilevel.errors import MisconfigurationError, integer, one_of, value_error
-from lightning_bilevel.host import Trainer, rank_zero_warn
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.errors import integer, one_of, value_error
+from lightning_bilevel.host import rank_zero_warn
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
-from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import DirectionalRun, checked_chunk_size
+from lightning_bilevel.strategies.base import HypergradientStrategy, kept_of
+from lightning_bilevel.strategies.slopes import checked_chunk_size, projected_mean
+from lightning_bilevel.strategies.tangent_slopes import TangentSlopes
 from lightning_bilevel.tree import Params
 
 
@@ -50,7 +50,7 @@ class ForwardGradient(HypergradientStrategy):
         chunk_size: directions pushed at once; the inner run is repeated per chunk. ``None`` picks the largest
             that fits a memory budget.
         guide: a strategy whose estimate becomes the first direction; needs ``num_directions >= 2``.
-        mode: engine, see :mod:`lightning_bilevel.calculus.autodiff`.
+        mode: engine, see :mod:`lightning_bilevel.calculus.tangents`.
 
     Raises:
         ValueError: a bad ``num_directions``, ``chunk_size`` or ``mode``.
@@ -61,8 +61,7 @@ class ForwardGradient(HypergradientStrategy):
 
     exact = False
     unbiased = True
-    requires = "solve"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "O(M · chunk)"
     cost = "T steps + T · b tangents"
     direction_parallel = True
@@ -83,70 +82,44 @@ class ForwardGradient(HypergradientStrategy):
         self.guide = guide
         self.mode = one_of("ForwardGradient(mode=...)", Mode, mode)
         # A stack would have one u, that of the mean, where a loop has one per episode.
-        self.stacks = guide is None
-        self._warned = False
+        self.supports_stacking = guide is None
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the forward gradient; see :meth:`HypergradientStrategy.estimate`."""
-        runs = DirectionalRun(problem, memory, phi, episode, self.mode)
-        u = self._guiding_direction(problem, memory, phi, episode, call)
-        guided = int(u is not None)
-        total = tree.zeros_like(phi)
-        # Direction 0 is the guide's, if there is one; the others are random.
-        for first, last in runs.chunks(*call.bounds(self.num_directions), self.chunk_size):
-            v = self.directions.draw(call.key, max(first - guided, 0), last - guided, phi)
-            share = call.shard[1] / (self.num_directions - guided)
-            weights = torch.full((last - first,), share, dtype=torch.float64)
-            if u is not None and last > 1:  # else no random direction is in this chunk
-                v = tree.add(v, tree.outer(tree.inner_products(v, u), u), alpha=-1)
-            if u is not None and first == 0:
-                v = {name: torch.cat([u[name][None], values]) for name, values in v.items()}
-                weights[0] = call.shard[1]
-            derivatives = runs.derivatives(v)
-            total = tree.add(total, tree.combine(weights.to(derivatives) * derivatives, v))
-        return runs.hypergradient(total)
+        # Before the guide draws anything: θ_T is that of a run without one.
+        slopes = TangentSlopes(problem, carry.inner, phi, episode, self.mode, self.chunk_size)
+        u, kept = self._guided(problem, carry, phi, episode, call)
+        grads = projected_mean(slopes, self.directions, self.num_directions, phi, call, known=u)
+        return slopes.result(grads)._replace(kept=kept)
 
-    def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
-        """Return what the guide cannot work with."""
-        return [] if self.guide is None else self.guide.all_refusals(problem)
+    def members(self) -> Mapping[str, HypergradientStrategy]:
+        """Return the guide."""
+        return {} if self.guide is None else {"guide": self.guide}
 
-    def check_trainer(self, trainer: Trainer) -> None:
-        """Let the guide look at the Trainer."""
-        if self.guide is not None:
-            self.guide.check_trainer(trainer)
-
-    def carried(self) -> list[Tensor]:
-        """Return what the guide carries."""
-        return [] if self.guide is None else self.guide.carried()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the guide's state."""
-        return {} if self.guide is None else {"guide": self.guide.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the guide's state."""
-        if self.guide is not None and "guide" in state_dict:
-            self.guide.load_state_dict(state_dict["guide"])
-
-    def _guiding_direction(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
-    ) -> Params | None:
-        """Return the guide's estimate at length 1, or ``None`` where it has no direction."""
+    def _guided(
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
+    ) -> tuple[Params | None, dict[str, Params]]:
+        """Return the guide's estimate at length 1, ``None`` where it has no direction, and what the guide carries."""
         if self.guide is None:
-            return None
-        # Every process needs the same u, so the guide's own directions are not shared out. They are none of ours:
-        # u has to be independent of them.
+            return None, {}
+        # Every process needs the same u, so the guide's own directions are not sharded. They are none of ours: u has
+        # to be independent of them.
         own = Call(call.key.fold_in("guide"), step=call.step)
-        guess = self.guide.estimate(problem, memory, phi, episode, own).grads
-        length = tree.norm(guess)
+        guess = self.guide.estimate(problem, carry.of("guide"), phi, episode, own)
+        kept = kept_of("guide", guess)
+        length = tree.norm(guess.grads)
         if torch.isfinite(length) and length > 0:
-            return tree.scale(guess, 1 / length)
-        if not self._warned:
-            self._warned = True
+            return tree.expand(tree.scale(guess.grads, 1 / length), 1), kept
+        if not problem.findings.get(_NO_DIRECTION):
+            problem.findings[_NO_DIRECTION] = True
             rank_zero_warn(
                 f"The guide `{type(self.guide).__name__}` gave an estimate of norm {length.item()}; "
                 "`ForwardGradient` goes on without it where that happens."
             )
-        return None
+        return None, kept
+
+
+_NO_DIRECTION = "the guide of a forward gradient gave no direction"
+"""Key of :attr:`BilevelProblem.findings`."""

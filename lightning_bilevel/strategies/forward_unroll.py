@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import Mode
+from lightning_bilevel.calculus.step import Mode
 from lightning_bilevel.errors import one_of
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import DirectionalRun, checked_chunk_size
+from lightning_bilevel.strategies.slopes import checked_chunk_size
+from lightning_bilevel.strategies.tangent_slopes import TangentSlopes
 from lightning_bilevel.tree import Params
 
 
@@ -28,7 +29,7 @@ class ForwardUnroll(HypergradientStrategy):
     Args:
         chunk_size: columns pushed at once; the inner run is repeated per chunk. ``None`` picks the largest that
             fits a memory budget.
-        mode: engine, see :mod:`lightning_bilevel.calculus.autodiff`.
+        mode: engine, see :mod:`lightning_bilevel.calculus.tangents`.
 
     Raises:
         ValueError: a bad ``chunk_size`` or ``mode``.
@@ -39,8 +40,7 @@ class ForwardUnroll(HypergradientStrategy):
 
     exact = True
     unbiased = True
-    requires = "solve"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "O(M · chunk)"
     cost = "T steps + T · N tangents"
 
@@ -49,15 +49,15 @@ class ForwardUnroll(HypergradientStrategy):
         self.mode = one_of("ForwardUnroll(mode=...)", Mode, mode)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
         size = tree.numel(phi)
-        runs = DirectionalRun(problem, memory, phi, episode, self.mode)
+        slopes = TangentSlopes(problem, carry.inner, phi, episode, self.mode, self.chunk_size)
         flat = tree.flatten(phi)
         grad = torch.empty_like(flat)
-        for first, last in runs.chunks(0, size, self.chunk_size):
+        for first, last in slopes.chunks(0, size):
             rows = torch.zeros(last - first, size, dtype=flat.dtype, device=flat.device)
             rows[torch.arange(last - first), torch.arange(first, last)] = 1
-            grad[first:last] = runs.derivatives(tree.unflatten(rows, phi)).to(grad.dtype)
-        return runs.hypergradient(tree.unflatten(grad, phi))
+            grad[first:last] = slopes.along(tree.unflatten(rows, phi)).to(grad.dtype)
+        return slopes.result(tree.unflatten(grad, phi))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import outer_gradients
-from lightning_bilevel.calculus.inner_loop import last_loss, note, vector_jacobian
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
+from lightning_bilevel.calculus.step import append_loss, inner_step
 from lightning_bilevel.errors import number
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -27,7 +28,7 @@ class GammaGreedy(HypergradientStrategy):
 
     Memory: O(M + N), flat in T. Cost: T inner steps, T outer gradients, T mixed products.
 
-    Not with a user's ``solve_inner``, which has no steps.
+    A user's ``solve_inner`` is one step: there the estimate is exact for a differentiable one.
 
     Source: generalised greedy (γ-greedy), eq. 6–7, Theorem 4.6.
 
@@ -43,8 +44,7 @@ class GammaGreedy(HypergradientStrategy):
 
     exact = False
     unbiased = False
-    requires = "step"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "O(M + N)"
     cost = "T steps + T outer gradients + T mixed products"
 
@@ -52,23 +52,23 @@ class GammaGreedy(HypergradientStrategy):
         self.gamma = number("GammaGreedy(gamma=...)", gamma, at_least=0, at_most=1)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
-        outer = tree.leaves(phi)
-        losses: list[Tensor] = []
-        start = problem.start(memory, outer)
+        step, outer, device = inner_step(problem), tree.leaves(phi), next(iter(phi.values())).device
+        start = problem.start(carry.inner, outer)
         state, total = start.detach(), tree.zeros_like(phi)
-        device = next(iter(phi.values())).device
-        randomness = RngState(device)
+        losses: list[Tensor] = []
+        rng = RngState(device)
         if any(value.requires_grad for value in start.params.values()):
-            _, d, _ = outer_gradients(problem, state, phi, episode)
-            total = vector_jacobian(start.params, outer, d)
+            total = vector_jacobian(start.params, outer, outer_value_and_grads(problem, state, phi, episode).d)
         for batch in problem.batches(episode):
-            randomness.restore()  # the masks of earlier outer losses leave no trace: θ_T is that of a plain run
-            stepped, loss = problem.step(state, outer, batch, create_graph=True)
-            randomness, state = RngState(device), stepped.detach()
-            value, d, c = outer_gradients(problem, state, phi, episode)
-            total = tree.add(vector_jacobian(stepped.params, outer, d), total, alpha=self.gamma)
-            note(losses, loss)
-        return Hypergradient(value, tree.add(c, total), state, last_loss(problem, losses))
+            rng.restore()  # the masks of earlier outer losses leave no trace: θ_T is that of a plain run
+            state, loss, pull = step.vjp(state, phi, [batch])
+            rng = RngState(device)
+            value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
+            _, through = pull(d, ())
+            total = tree.add(through, total, alpha=self.gamma)
+            for each in loss:
+                append_loss(losses, each)
+        return Hypergradient(value, tree.add(c, total), state, last_loss(problem, losses), observed=observed)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import hessian_product, outer_gradients
-from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.runs import run, vector_jacobian
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
-from lightning_bilevel.linear_solvers import Identity, LinearSolver
-from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.linear_solvers import LinearSolver, LinearSystem
+from lightning_bilevel.linear_solvers.base import MatVec
+from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -40,14 +42,14 @@ class ImplicitGradient(HypergradientStrategy):
     Raises:
         ValueError: ``solver`` is not a linear solver.
 
+    >>> from lightning_bilevel.linear_solvers import Identity
     >>> ImplicitGradient(solver=Identity(scale=0.1)).solver.scale
     0.1
     """
 
     exact = False
     unbiased = False
-    requires = "inner_loss"
-    second_order = True
+    differentiates = frozenset({"inner_gradient"})
     memory = "O(M + N)"
     cost = "T steps + K Hessian products + 1 mixed product"
 
@@ -57,29 +59,32 @@ class ImplicitGradient(HypergradientStrategy):
                 "ImplicitGradient(solver=...)", "a linear solver such as `Neumann(10, step_size=lr)`", solver
             )
         self.solver = solver
-        self.stacks = self.solver.blockwise
+        self.supports_stacking = solver.supports_stacking
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the implicit hypergradient; see :meth:`HypergradientStrategy.estimate`."""
-        state, metrics = run(problem, problem.start(memory, phi), phi, problem.batches(episode))
-        value, d, c = outer_gradients(problem, state, phi, episode)
+        state, metrics = run(problem, problem.start(carry.inner, phi), phi, problem.batches(episode))
+        value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
+        step = inner_step(problem)
         for_hessian, for_mixed = _spare(problem, episode)
-        hessian, mixed = hessian_product(problem, state, phi, for_hessian)
+        hessian, mixed = step.products(state, phi, for_hessian)
         if for_mixed is not for_hessian:
-            _, mixed = hessian_product(problem, state, phi, for_mixed)
-        if isinstance(self.solver, Identity) and self.solver.adapt:
-            d = _preconditioned(problem, state, phi, for_hessian, d)
-        solution = self.solver.solve(hessian, d)
+            _, mixed = step.products(state, phi, for_mixed)
+        precondition = None
+        if self.solver.wants_preconditioner:
+            precondition = _preconditioner(problem, state, phi, for_hessian)
+        solution = self.solver.solve(LinearSystem(hessian, d, precondition=precondition))
         if solution.residual is not None:
             metrics = {**metrics, "linear_residual": solution.residual}
-        return Hypergradient(value, tree.sub(c, mixed(solution.value)), state, metrics)
+        grads = tree.sub(c, mixed(solution.value))
+        return Hypergradient(value, grads, state, metrics, observed=observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the implicit function theorem cannot see in ``problem``."""
         found = []
-        if problem.shared and not problem.proximal:
+        if problem.shared and not problem.traits.proximal:
             found.append(
                 combination_error(
                     "`ImplicitGradient` with parameters shared by both levels and `proximal=0`",
@@ -87,7 +92,7 @@ class ImplicitGradient(HypergradientStrategy):
                     "Set `BilevelModule(proximal=...)`, or use `ReverseUnroll` or `ForwardGradient`",
                 )
             )
-        if problem.solver is None and problem.update_uses_phi:
+        if problem.traits.learned():
             found.append(
                 combination_error(
                     "`ImplicitGradient` with an inner optimizer that depends on the outer parameters",
@@ -95,10 +100,10 @@ class ImplicitGradient(HypergradientStrategy):
                     "Use `ReverseUnroll` or `ForwardGradient`",
                 )
             )
-        if problem.solver is not None and isinstance(self.solver, Identity) and self.solver.adapt:
+        if problem.solver is not None and self.solver.wants_preconditioner:
             found.append(
                 combination_error(
-                    "`Identity(adapt=True)` with `solve_inner`",
+                    f"`{type(self.solver).__name__}(adapt=True)` with `solve_inner`",
                     "there is no inner optimizer whose preconditioner could be taken",
                     "Use `Identity(scale=...)` or `ConjugateGradient()`",
                 )
@@ -108,15 +113,16 @@ class ImplicitGradient(HypergradientStrategy):
 
 def _spare(problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
     """Return the batches for the Hessian and for the mixed product."""
-    spare = list(episode.inner[problem.inner_steps :]) or [problem.batches(episode)[-1]]
+    taken = len(episode.inner) if problem.solver is not None else problem.inner_steps
+    spare = list(episode.inner[taken:]) or [episode.inner[(taken - 1) % len(episode.inner)]]
     return spare[0], spare[min(1, len(spare) - 1)]
 
 
-def _preconditioned(problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, d: Params) -> Params:
-    """Return P d with P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient."""
+def _preconditioner(problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> MatVec:
+    """Return v ↦ P v with P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient."""
     theta = tree.leaves(state.params)
     with torch.enable_grad():
         loss, _ = problem.inner_loss(theta, phi, batch, state.buffers)
         gradient = tree.leaves(tree.grad(loss, theta))
-        params, _ = problem.update(tree.detach(theta), gradient, state.slots, phi, state.steps + 1)
-        return tree.scale(vector_jacobian(params, gradient, d), -1.0)
+        params, _ = problem.update(tree.detach(theta), gradient, state.opt_state, phi, state.steps + 1)
+    return lambda v: tree.scale(vector_jacobian(params, gradient, v), -1.0)

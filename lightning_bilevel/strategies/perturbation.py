@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.inner_loop import Run, run
+from lightning_bilevel.calculus.outer import outer_value
+from lightning_bilevel.calculus.runs import Run, run
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from lightning_bilevel.randomness import RngState
-from lightning_bilevel.strategies.chunks import even
 from lightning_bilevel.tree import Params
 
 _Read = Callable[[BilevelProblem, InnerState, Params], Params]
@@ -25,7 +25,7 @@ class PerturbedRuns:
 
     Args:
         problem: the problem.
-        memory: the inner state that every run starts from.
+        carried: the inner state that every run starts from.
         phi: outer parameters.
         episode: inner and outer batches.
         chunk_size: values of φ run at once, vectorized; 1 repeats the base run's own path, ``None`` takes as many as
@@ -34,26 +34,22 @@ class PerturbedRuns:
     Attributes:
         start: θ_0 at φ itself.
         base: the run at φ itself.
-        looped: whether vectorizing failed, so that the runs of a chunk are looped.
     """
 
     def __init__(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, chunk_size: int | None
+        self, problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, chunk_size: int | None
     ) -> None:
-        self.problem, self.memory, self.phi, self.episode = problem, memory, phi, episode
-        limit = max(1, problem.vectorizable // problem.count)
-        self._chunk_size = 1 if problem.solver is not None else chunk_size or limit
+        self.problem, self.carried, self.phi, self.episode = problem, carried, phi, episode
+        self._chunk_size = 1 if problem.solver is not None else chunk_size or problem.max_copies
         self._device = next(iter(phi.values())).device
-        self._randomness = RngState(self._device)
-        self.start = problem.start(memory, phi)
+        self._rng = RngState(self._device)
+        self.start = problem.start(carried, phi)
         self.base: Run = run(problem, self.start, phi, problem.batches(episode))
-        self.looped = False
 
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut ``range(start, stop)`` into chunks."""
-        step = even(stop - start, self._chunk_size)
-        for first in range(start, stop, step):
-            yield first, min(first + step, stop)
+    @property
+    def chunk_size(self) -> int:
+        """Runs that are vectorized together; 1 where that has failed."""
+        return 1 if self.problem.findings.get(_LOOPED) else self._chunk_size
 
     def solutions(self, directions: Params, mu: float) -> Params:
         """Return θ_T at φ + μ v_i: ``(n, *shape)`` per inner parameter."""
@@ -63,35 +59,41 @@ class PerturbedRuns:
         """Return h at φ + μ v_i, shape ``(n,)``."""
 
         def judged(problem: BilevelProblem, final: InnerState, phi: Params) -> Params:
-            return {"h": problem.outer_loss(final.params, phi, self.episode.outer, final.buffers).detach()}
+            return {"h": outer_value(problem, final, phi, self.episode)[0]}
 
         return self._each(directions, mu, judged)["h"]
 
     def _each(self, directions: Params, mu: float, read: _Read) -> Params:
         count = next(iter(directions.values())).shape[0]
         with RngState(self._device).fork():
-            if count > 1 and not self.looped:
+            if count > 1 and not self.problem.findings.get(_LOOPED):
                 try:
                     return self._vectorized(directions, mu, count, read)
                 except MisconfigurationError:
                     raise
                 except (RuntimeError, NotImplementedError, TypeError) as error:
-                    self.looped = True
+                    self.problem.findings[_LOOPED] = True
                     rank_zero_warn(
                         "The losses cannot be vectorized over directions, so the perturbed runs are looped: "
                         f"{str(error).splitlines()[0]} Set `chunk_size=1` to choose this without a warning."
                     )
             moved = (tree.add(self.phi, tree.index(directions, number), alpha=mu) for number in range(count))
-            return tree.stack([self._run(self.problem, self.memory, phi, read) for phi in moved])
+            return tree.stack([self._run(self.problem, self.carried, phi, read) for phi in moved])
 
     def _vectorized(self, directions: Params, mu: float, count: int, read: _Read) -> Params:
         phi = {name: value + mu * directions[name] for name, value in self.phi.items()}
-        buffers = tree.expand(self.memory.buffers, count)
-        slots = {slot: tree.expand(values, count) for slot, values in self.memory.slots.items()}
-        memory = replace(self.memory, buffers=buffers, slots=slots)
-        return self._run(self.problem.perturbed(count), memory, phi, read)
+        carried = replace(
+            self.carried,
+            buffers=tree.expand(self.carried.buffers, count),
+            opt_state={slot: tree.expand(values, count) for slot, values in self.carried.opt_state.items()},
+        )
+        return self._run(self.problem.vmapped(count, over="phi"), carried, phi, read)
 
-    def _run(self, problem: BilevelProblem, memory: InnerState, phi: Params, read: _Read) -> Params:
-        self._randomness.restore()
-        final = run(problem, problem.start(memory, phi), phi, problem.batches(self.episode)).state
+    def _run(self, problem: BilevelProblem, carried: InnerState, phi: Params, read: _Read) -> Params:
+        self._rng.restore()
+        final = run(problem, problem.start(carried, phi), phi, problem.batches(self.episode)).state
         return read(problem, final, phi)
+
+
+_LOOPED = "the losses do not vectorize over phi"
+"""Key of :attr:`BilevelProblem.findings`."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import outer_gradients
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value_and_grads
 from lightning_bilevel.directions import DirectionSampler, Gaussian
 from lightning_bilevel.errors import integer, number
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import checked_chunk_size
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
-from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, rounding_error, warn_of_rounding
+from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, rounding_error, warn_of_rounding
+from lightning_bilevel.strategies.slopes import Slopes, checked_chunk_size, projected_mean
 from lightning_bilevel.tree import Params
 
 _ENOUGH = 10.0
@@ -51,14 +51,13 @@ class PZOBO(HypergradientStrategy):
     Raises:
         ValueError: a bad argument.
 
-    >>> PZOBO(num_directions=4).second_order
-    False
+    >>> PZOBO(num_directions=4).differentiates
+    frozenset()
     """
 
     exact = False
     unbiased = False
-    requires = "solve"
-    second_order = False
+    differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "Q + 1 inner runs"
     direction_parallel = True
@@ -74,49 +73,58 @@ class PZOBO(HypergradientStrategy):
         self.mu = number("PZOBO(mu=...)", mu, above=0)
         self.directions = directions if directions is not None else Gaussian()
         self.chunk_size = checked_chunk_size("PZOBO", chunk_size)
-        self._looked = False
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the partial zeroth-order estimate; see :meth:`HypergradientStrategy.estimate`."""
-        with CoarsestDtype() if not self._looked else nullcontext() as seen:
-            runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
-        value, d, c = outer_gradients(problem, runs.base.state, phi, episode)
-        response = tree.zeros_like(phi)
-        for first, last in runs.chunks(*call.bounds(self.num_directions)):
-            u = self.directions.draw(call.key, first, last, phi)
-            along = tree.combine(self._slopes(runs, u, d, seen), u)
-            response = tree.add(response, along, alpha=call.shard[1] / self.num_directions)
-        if runs.looped:
-            self.chunk_size = 1  # one look is enough
-        return Hypergradient(value, tree.add(c, response), runs.base.state, runs.base.metrics)
+        look = first_look(problem, "PZOBO", self.mu)
+        with CoarsestDtype() if look else nullcontext() as seen:
+            runs = PerturbedRuns(problem, carry.inner, phi, episode, self.chunk_size)
+        end = outer_value_and_grads(problem, runs.base.state, phi, episode)
+        slopes = _Responses(runs, end, self.mu, seen)
+        return slopes.result(projected_mean(slopes, self.directions, self.num_directions, phi, call))
 
-    def _slopes(self, runs: PerturbedRuns, u: Params, d: Params, seen: CoarsestDtype | None) -> Tensor:
-        """Return ⟨(θ_T(φ + μ u_j) − θ_T(φ)) / μ, d⟩, shape ``(n,)``."""
-        moved = runs.solutions(u, self.mu)
-        differences = {name: moved[name] - value for name, value in runs.base.state.params.items()}
-        if not self._looked:
-            self._looked = True  # one look: each would wait for the device
-            self._look_at_rounding(runs, differences, seen)
-        return tree.inner_products(tree.scale(differences, 1 / self.mu), d)
 
-    def _look_at_rounding(self, runs: PerturbedRuns, differences: Params, seen: CoarsestDtype | None) -> None:
+class _Responses(Slopes):
+    """Slopes of f along the response of θ_T, by differences over μ: ⟨(θ_T(φ + μ u) − θ_T(φ)) / μ, d⟩."""
+
+    def __init__(self, runs: PerturbedRuns, end: OuterEvaluation, mu: float, seen: CoarsestDtype | None) -> None:
+        self._runs, self._end, self._mu = runs, end, mu
+        self._seen = seen  # until the first difference has been compared with its rounding
+
+    def chunk_size(self) -> int:
+        return self._runs.chunk_size
+
+    def along(self, directions: Params) -> Tensor:
+        moved = self._runs.solutions(directions, self._mu)
+        differences = {name: moved[name] - value for name, value in self._runs.base.state.params.items()}
+        if self._seen is not None:
+            self._look_at_rounding(differences, self._seen.dtype)
+            self._seen = None
+        return tree.rows_dot(tree.scale(differences, 1 / self._mu), self._end.d)
+
+    def result(self, grads: Params) -> Hypergradient:
+        state, metrics = self._runs.base
+        total = tree.add(self._end.c, grads)
+        return Hypergradient(self._end.value, total, state, metrics, observed=self._end.observed)
+
+    def _look_at_rounding(self, differences: Params, computed: torch.dtype | None) -> None:
         """Compare how far θ_T moves with μ, on average, with what rounding alone moves it.
 
         θ is rounded where it is stored. What the steps add to it has the rounding of the gradients, which may be
         computed in another dtype; a user's solver has no steps.
         """
-        theta = runs.base.state.params
+        theta = self._runs.base.state.params
         dtype = reduce(coarser, (value.dtype for value in theta.values()))
         rounding = rounding_error(dtype) * tree.norm(theta)
-        if runs.problem.solver is None and seen is not None and seen.dtype is not None:
-            path = tree.norm(tree.sub(theta, runs.start.params))
-            rounding = torch.hypot(rounding, rounding_error(seen.dtype) * path)
-            dtype = coarser(dtype, seen.dtype)
+        if self._runs.problem.solver is None and computed is not None:
+            path = tree.norm(tree.sub(theta, self._runs.start.params))
+            rounding = torch.hypot(rounding, rounding_error(computed) * path)
+            dtype = coarser(dtype, computed)
         count = next(iter(differences.values())).shape[0]
         moves = (tree.norm(differences) / (rounding * count**0.5)).item()
         if moves < _ENOUGH:
             reason = f"with it, the inner solution moves by {moves:.2g} times its rounding"
-            enough = f"about {2 * self.mu * _ENOUGH / moves:.1g}" if moves > 2 else "much more"  # below, it is noise
-            warn_of_rounding("PZOBO", self.mu, dtype, reason, enough)
+            enough = f"about {2 * self._mu * _ENOUGH / moves:.1g}" if moves > 2 else "much more"  # below, it is noise
+            warn_of_rounding("PZOBO", self._mu, dtype, reason, enough)

@@ -6,14 +6,13 @@ import math
 from itertools import accumulate, pairwise
 from typing import Literal
 
-import torch
-
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import outer_gradients
-from lightning_bilevel.calculus.inner_loop import pull_back, record, run, vector_jacobian
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.runs import last_loss, run_checkpointed, vector_jacobian
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import value_error
-from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
-from lightning_bilevel.randomness import Call, RngState
+from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient
+from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
 
@@ -47,53 +46,40 @@ class ReverseUnroll(HypergradientStrategy):
 
     exact = True
     unbiased = True
-    requires = "solve"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "O(T) activations, or O(√T)"
     cost = "T steps + T second-order backward steps"
 
     def __init__(self, checkpoint: int | Literal["sqrt"] | None = None) -> None:
         whole = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
-        if checkpoint not in (None, "sqrt") and not whole:
+        if checkpoint is not None and checkpoint != "sqrt" and not whole:
             raise value_error("ReverseUnroll(checkpoint=...)", "None, a positive integer or 'sqrt'", checkpoint)
         self.checkpoint = checkpoint
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
-        if self.checkpoint is None or problem.solver is not None:
-            return unrolled(problem, memory, phi, episode)
-        outer, stretches = tree.leaves(phi), _stretches(problem.batches(episode), self.checkpoint)
-        start = problem.start(memory, outer)
-        (final, metrics), segments = record(problem, start.detach(), phi, stretches)
-        value, d, c = outer_gradients(problem, final, phi, episode)
-        with RngState(value.device).fork():
-            through_steps, d_0 = pull_back(problem, segments, phi, _cotangent(final, d))
-        through_start = vector_jacobian(start.flat(), outer, d_0)
-        grads = tree.add(tree.add(c, through_steps), through_start)
-        return Hypergradient(value, grads, final, metrics)
+        step, batches = inner_step(problem), problem.batches(episode)
+        outer = tree.leaves(phi)
+        start = problem.start(carry.inner, outer)
+        final, losses, pull = run_checkpointed(step, start.detach(), phi, _segments(batches, self.checkpoint))
+        metrics = last_loss(problem, losses)
+        value, d, c, observed = outer_value_and_grads(problem, final, phi, episode)
+        moving = {name: tensor for name, tensor in start.flat().items() if tensor.requires_grad}
+        d_0, through = pull(d, moving)
+        grads = tree.add(tree.add(c, through), vector_jacobian(moving, outer, d_0))
+        return Hypergradient(value, grads, final, metrics, observed=observed)
 
 
-def unrolled(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode) -> Hypergradient:
-    """Return ∇h by one backward pass over the graph of the whole run."""
-    outer = tree.leaves(phi)
-    final, metrics = run(problem, problem.start(memory, outer), outer, problem.batches(episode), create_graph=True)
-    value = problem.outer_loss(final.params, outer, episode.outer, final.buffers)
-    return Hypergradient(value.detach(), tree.grad(value, outer), final.detach(), metrics)
+def _segments(batches: list[Batch], checkpoint: int | Literal["sqrt"] | None) -> list[list[Batch]]:
+    """Cut a run where its states are kept, shorter segments last: while they run backward, most states are held.
 
-
-def _cotangent(final: InnerState, d: Params) -> Params:
-    """Return d with zeros for the optimizer's state; ``d`` is emptied, so that nothing holds it longer than needed."""
-    return {name: d.pop(name) if name in d else torch.zeros_like(value) for name, value in final.flat().items()}
-
-
-def _stretches(batches: list[Batch], checkpoint: int | Literal["sqrt"]) -> list[list[Batch]]:
-    """Cut a run where its states are kept, shorter stretches last: while they run backward, most states are held.
-
-    >>> [len(stretch) for stretch in _stretches([None] * 20, "sqrt")]
+    >>> [len(segment) for segment in _segments([None] * 20, "sqrt")]
     [3, 3, 3, 3, 2, 2, 2, 2]
     """
+    if checkpoint is None:
+        return [batches]
     if checkpoint == "sqrt":
         count = max(1, math.ceil(math.sqrt(3 * len(batches))))
         least, longer = divmod(len(batches), count)

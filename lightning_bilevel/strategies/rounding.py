@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lightning_bilevel.problem import BilevelProblem
+
 
 class CoarsestDtype(TorchDispatchMode):
     """Finds the floating dtype of least precision that anything is computed in while this context is active.
@@ -56,6 +58,18 @@ def rounding_error(dtype: torch.dtype) -> float:
     0.0023
     """
     return torch.finfo(dtype).eps / math.sqrt(12)
+
+
+def first_look(problem: BilevelProblem, strategy: str, mu: float) -> bool:
+    """Return whether this strategy's differences on this problem have not been compared with rounding yet.
+
+    Checked once per problem: the comparison synchronizes with the device.
+    """
+    look = (strategy, mu, problem.inner_steps)
+    seen = problem.findings.setdefault("rounding", set())
+    first = look not in seen
+    seen.add(look)
+    return first
 
 
 def warn_of_rounding(strategy: str, mu: float, dtype: torch.dtype, reason: str, enough: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, value_error
-from lightning_bilevel.host import Trainer
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.errors import combination_error, integer, value_error
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
-from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.base import HypergradientStrategy, kept_of
 from lightning_bilevel.tree import Params
 
 
@@ -39,8 +37,7 @@ class HypergradientSchedule(HypergradientStrategy):
 
     exact = False
     unbiased = False
-    requires = "solve"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "that of the phase"
     cost = "that of the phase"
 
@@ -57,9 +54,9 @@ class HypergradientSchedule(HypergradientStrategy):
         members = [strategy for strategy, _ in phases]
         self.exact = all(member.exact for member in members)
         self.unbiased = all(member.unbiased for member in members)
-        self.second_order = any(member.second_order for member in members)
+        self.differentiates = frozenset().union(*(member.differentiates for member in members))
         self.direction_parallel = all(member.direction_parallel for member in members)
-        self.stacks = all(member.stacks for member in members)
+        self.supports_stacking = all(member.supports_stacking for member in members)
 
     def phase(self, step: int) -> int:
         """Return the number of the phase that takes optimizer step ``step``, both from 0."""
@@ -70,41 +67,33 @@ class HypergradientSchedule(HypergradientStrategy):
         raise AssertionError("the last phase has no end")
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the estimate of the present phase's strategy."""
         number = self.phase(call.step)
-        result = self.phases[number][0].estimate(problem, memory, phi, episode, call)
-        return result._replace(metrics={**result.metrics, "hypergradient_phase": torch.tensor(float(number))})
+        name = f"phase {number}"
+        result = self.phases[number][0].estimate(problem, carry.of(name), phi, episode, call)
+        others = {key: kept for key, kept in carry.strategy.items() if not key.startswith(f"{name}/")}
+        phase = {"hypergradient_phase": torch.tensor(float(number))}
+        return result._replace(metrics={**result.metrics, **phase}, kept={**others, **kept_of(name, result)})
 
-    def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
-        """Return what any phase cannot work with; a schedule as such works with everything."""
-        return [refusal for strategy, _ in self.phases for refusal in strategy.all_refusals(problem)]
-
-    def check_trainer(self, trainer: Trainer) -> None:
-        """Let every phase look at the Trainer."""
-        for strategy, _ in self.phases:
-            strategy.check_trainer(trainer)
-
-    def carried(self) -> list[Tensor]:
-        """Return what every phase carries."""
-        return [value for strategy, _ in self.phases for value in strategy.carried()]
+    def members(self) -> Mapping[str, HypergradientStrategy]:
+        """Return the strategy of every phase."""
+        return {f"phase {number}": strategy for number, (strategy, _) in enumerate(self.phases)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every phase's state."""
-        return {"phases": [strategy.state_dict() for strategy, _ in self.phases]}
+        """Return the number of phases, which a resumed run has to have."""
+        return {"phases": len(self.phases)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore every phase's state.
+        """Compare the number of phases.
 
         Raises:
-            MisconfigurationError: it is that of another number of phases.
+            MisconfigurationError: it is another.
         """
-        if len(state_dict["phases"]) != len(self.phases):
+        if state_dict["phases"] != len(self.phases):
             raise combination_error(
                 f"a `HypergradientSchedule` of {len(self.phases)} phases with this checkpoint",
-                f"it was written with {len(state_dict['phases'])}",
+                f"it was written with {state_dict['phases']}",
                 "Resume with the schedule of that run; the steps of a phase may change",
             )
-        for (strategy, _), state in zip(self.phases, state_dict["phases"], strict=True):
-            strategy.load_state_dict(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.base import every_strategy
 
 
 class Facts(NamedTuple):
@@ -13,8 +13,8 @@ class Facts(NamedTuple):
     name: str
     exact: bool
     unbiased: bool
-    requires: str
-    second_order: bool
+    differentiates: frozenset[str]
+    needs_steps: bool
     direction_parallel: bool
     memory: str
     cost: str
@@ -26,16 +26,14 @@ def facts() -> list[Facts]:
     >>> [row.name for row in facts() if row.exact]
     ['ForwardUnroll', 'ReverseUnroll']
     """
-    classes = sorted(HypergradientStrategy.__subclasses__(), key=lambda cls: cls.__name__)
-    own = [cls for cls in classes if cls.__module__.startswith(__package__)]
-    return [Facts(cls.__name__, *(getattr(cls, field) for field in Facts._fields[1:])) for cls in own]
+    return [Facts(cls.__name__, *(getattr(cls, field) for field in Facts._fields[1:])) for cls in every_strategy()]
 
 
 def markdown() -> str:
     """Return the table in Markdown, for the documentation.
 
     >>> print(markdown().splitlines()[0])
-    | strategy | exact | unbiased | requires | second order | direction parallel | memory | cost |
+    | strategy | exact | unbiased | differentiates | needs steps | direction parallel | memory | cost |
     """
     heads = ["strategy", *(field.replace("_", " ") for field in Facts._fields[1:])]
     rows = [[f"`{row.name}`", *(_cell(value) for value in row[1:])] for row in facts()]
@@ -43,5 +41,7 @@ def markdown() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cell(value: bool | str) -> str:
+def _cell(value: bool | str | frozenset[str]) -> str:
+    if isinstance(value, frozenset):
+        return " and ".join(f"the {each.replace('_', ' ')}" for each in sorted(value, reverse=True)) or "nothing"
     return value if isinstance(value, str) else "yes" if value else "no"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.autodiff import gradients
-from lightning_bilevel.calculus.inner_loop import run, vector_jacobian
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.runs import last_loss, steps, vector_jacobian
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import integer
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.reverse_unroll import unrolled
 from lightning_bilevel.tree import Params
 
 
@@ -41,8 +39,7 @@ class TruncatedReverse(HypergradientStrategy):
 
     exact = False
     unbiased = False
-    requires = "step"
-    second_order = True
+    differentiates = frozenset({"run"})
     memory = "O(K) activations"
     cost = "T steps + K second-order backward steps"
 
@@ -50,27 +47,32 @@ class TruncatedReverse(HypergradientStrategy):
         self.steps = integer("TruncatedReverse(steps=...)", steps)
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the truncated hypergradient; see :meth:`HypergradientStrategy.estimate`."""
-        if self.steps >= problem.inner_steps:
-            return unrolled(problem, memory, phi, episode)
-        return truncated(problem, memory, phi, episode, self.steps)
+        return truncated(problem, carry.inner, phi, episode, self.steps)
 
 
-def truncated(problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, steps: int) -> Hypergradient:
-    """Run T - ``steps`` inner steps without a graph and the rest with one; differentiate the rest."""
-    batches = problem.batches(episode)
-    cut = len(batches) - steps
+def truncated(problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, last: int) -> Hypergradient:
+    """Run T - ``last`` inner steps without a graph and the rest with one; differentiate the rest.
+
+    ``last`` of at least T is the whole run. What depends on φ at the start is differentiated in any case.
+    """
+    step, batches = inner_step(problem), problem.batches(episode)
+    cut = max(0, len(batches) - last)
     outer = tree.leaves(phi)
-    start = problem.start(memory, outer)
-    through_start = {name: value for name, value in start.params.items() if value.requires_grad}
-    state, metrics = run(problem, start.detach(), phi, batches[:cut])
-    theta = tree.leaves(state.params)
-    state = replace(state, params=theta)
-    if steps:
-        state, metrics = run(problem, state, outer, batches[cut:], create_graph=True, taken=cut)
-    value = problem.outer_loss(state.params, outer, episode.outer, state.buffers)
-    d, c = gradients(value, {name: theta[name] for name in through_start}, outer)
-    grads = tree.add(c, vector_jacobian(through_start, outer, d))
-    return Hypergradient(value.detach(), grads, state.detach(), metrics)
+    start = problem.start(carried, outer)
+    state, losses = steps(step, start.detach(), phi, batches[:cut])
+    metrics = last_loss(problem, losses)
+    through = tree.zeros_like(phi)
+    moving = {name: value for name, value in start.flat().items() if value.requires_grad}
+    if cut:  # parameters only: the optimizer's state at the cut is no function of the start
+        moving = {name: value for name, value in moving.items() if name in start.params}
+    pulled = step.vjp(state, phi, batches[cut:]) if last else None
+    if pulled is not None:
+        state, metrics = pulled.state, last_loss(problem, pulled.losses, taken=cut)
+    value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
+    if pulled is not None:
+        d, through = pulled.pull(d, moving)
+    grads = tree.add(tree.add(c, through), vector_jacobian(moving, outer, d))
+    return Hypergradient(value, grads, state, metrics, observed=observed)

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_bilevel import tree
+from lightning_bilevel.calculus.outer import outer_value
 from lightning_bilevel.directions import DirectionSampler, Gaussian
 from lightning_bilevel.errors import integer, number, one_of
-from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.chunks import checked_chunk_size
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
-from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, warn_of_rounding
+from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, warn_of_rounding
+from lightning_bilevel.strategies.slopes import Slopes, checked_chunk_size, projected_mean
 from lightning_bilevel.tree import Params
 
 Scheme = Literal["forward", "central"]
@@ -54,8 +54,7 @@ class ZerothOrder(HypergradientStrategy):
 
     exact = False
     unbiased = False
-    requires = "solve"
-    second_order = False
+    differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "b + 1 inner runs"
     direction_parallel = True
@@ -73,35 +72,45 @@ class ZerothOrder(HypergradientStrategy):
         self.scheme = one_of("ZerothOrder(scheme=...)", Scheme, scheme)
         self.directions = directions if directions is not None else Gaussian()
         self.chunk_size = checked_chunk_size("ZerothOrder", chunk_size)
-        self._looked = False
 
     def estimate(
-        self, problem: BilevelProblem, memory: InnerState, phi: Params, episode: Episode, call: Call
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the finite-difference estimate; see :meth:`HypergradientStrategy.estimate`."""
-        with CoarsestDtype() if not self._looked else nullcontext() as seen:
-            runs = PerturbedRuns(problem, memory, phi, episode, self.chunk_size)
-            state = runs.base.state
-            value = problem.outer_loss(state.params, phi, episode.outer, state.buffers).detach()
+        look = first_look(problem, "ZerothOrder", self.mu)
+        with CoarsestDtype() if look else nullcontext() as seen:
+            slopes = _Differences(problem, carry.inner, phi, episode, self)
         if seen is not None:
-            self._look_at_rounding(value, seen.dtype)
-        total = tree.zeros_like(phi)
-        for first, last in runs.chunks(*call.bounds(self.num_directions)):
-            v = self.directions.draw(call.key, first, last, phi)
-            ahead = runs.values(v, self.mu)
-            if self.scheme == "central":
-                slopes = (ahead - runs.values(v, -self.mu)) / (2 * self.mu)
-            else:
-                slopes = (ahead - value) / self.mu
-            total = tree.add(total, tree.combine(slopes, v), alpha=call.shard[1] / self.num_directions)
-        if runs.looped:
-            self.chunk_size = 1  # one look is enough
-        return Hypergradient(value, total, state, runs.base.metrics)
+            self._look_at_rounding(slopes.value, seen.dtype)
+        return slopes.result(projected_mean(slopes, self.directions, self.num_directions, phi, call))
 
     def _look_at_rounding(self, value: Tensor, computed: torch.dtype | None) -> None:
-        self._looked = True  # one look: each would wait for the device
         dtype = value.dtype if computed is None else coarser(value.dtype, computed)
         rounding = torch.finfo(dtype).eps * abs(value.item())
         if self.mu**2 < rounding:
             reason = f"differences of an outer loss of {value.item():.3g} are mostly rounding"
             warn_of_rounding("ZerothOrder", self.mu, dtype, reason, f"about {math.sqrt(rounding):.1g}")
+
+
+class _Differences(Slopes):
+    """Slopes of h by differences over μ."""
+
+    def __init__(
+        self, problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, by: ZerothOrder
+    ) -> None:
+        self._runs, self._by = PerturbedRuns(problem, carried, phi, episode, by.chunk_size), by
+        self.value, self._observed = outer_value(problem, self._runs.base.state, phi, episode)
+
+    def chunk_size(self) -> int:
+        return self._runs.chunk_size
+
+    def along(self, directions: Params) -> Tensor:
+        mu = self._by.mu
+        ahead = self._runs.values(directions, mu)
+        if self._by.scheme == "central":
+            return (ahead - self._runs.values(directions, -mu)) / (2 * mu)
+        return (ahead - self.value) / mu
+
+    def result(self, grads: Params) -> Hypergradient:
+        state, metrics = self._runs.base
+        return Hypergradient(self.value, grads, state, metrics, observed=self._observed)

@@ -1,9 +1,9 @@
-"""What the inner level carries from one training step to the next."""
+"""What goes on from one training step to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error
-from lightning_bilevel.inner_optimizers.base import Slots
+from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import InnerStart
-from lightning_bilevel.problem import Episode, InnerState
+from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState, seed_of
 from lightning_bilevel.tree import Params
 
-FORMAT = 1
-"""Number of the layout of :meth:`InnerMemory.state_dict`; goes up when that changes."""
+FORMAT = 2
+"""Number of the layout of :meth:`FitMemory.state_dict`; goes up when that changes."""
 
 _INSTEAD = (
     "Resume with what the checkpoint was written with, or begin anew from its weights: "
@@ -28,92 +28,106 @@ _INSTEAD = (
 
 
 @dataclass
-class InnerMemory:
-    """Where θ that is not shared with the outer level starts, and what is kept for the next start.
+class FitMemory:
+    """What goes on from one outer step to the next: of the inner level, and of the hypergradient strategy.
+
+    Where θ that is not shared with the outer level starts, the module's ``inner_start`` says: ``"warm"`` continues θ
+    and the inner optimizer's state, ``"reset"`` returns to the values at the start of the fit, ``"reinit"`` draws fresh
+    values with every submodule's ``reset_parameters()``.
 
     Attributes:
-        start: ``"warm"`` continues θ and the inner optimizer's state; ``"reset"`` returns to the values at the
-            start of the fit; ``"reinit"`` draws fresh values with every submodule's ``reset_parameters()``.
-        slots: the inner optimizer's state, when warm.
+        opt_state: the inner optimizer's state, when warm.
         steps: inner steps taken so far, when warm.
         initial: values at the start of the fit, for ``"reset"``.
+        strategy: what the hypergradient strategy carries, see :attr:`Hypergradient.kept`.
         estimates: hypergradients estimated so far; numbers the random draws.
         seed: of all random draws.
         skipped: outer steps without an estimate, for something in them was not finite.
     """
 
-    start: InnerStart
-    slots: Slots = field(default_factory=dict)
+    opt_state: OptState = field(default_factory=dict)
     steps: int = 0
     initial: Params = field(default_factory=dict)
+    strategy: dict[str, Params] = field(default_factory=dict)
     estimates: int = 0
     seed: int = 0
     skipped: int = 0
 
     def begin(self, functional: FunctionalModule, seed: int) -> None:
         """Start a fit: remember the present values where they will be needed again."""
-        self.slots, self.steps, self.estimates, self.seed, self.skipped = {}, 0, 0, seed, 0
-        if self.start == "reset":
+        self.opt_state, self.steps, self.strategy = {}, 0, {}
+        self.estimates, self.seed, self.skipped = 0, seed, 0
+        if functional.module.inner_start == "reset":
             present = functional.theta()
             self.initial = {name: present[name].clone() for name in functional.levels.inner_only}
-        if self.start == "reinit":
+        if functional.module.inner_start == "reinit":
             reinitialized(functional, seed)  # what raises shall do so before the first batch
 
-    def recall(self, functional: FunctionalModule, episode: Episode, count: int = 0, first: int = 0) -> InnerState:
-        """Return the state to start from: of one episode (``count=0``) or of ``count`` stacked ones.
+    def values(self, functional: FunctionalModule, episode: int = 0) -> Params:
+        """Return the values that the inner-only parameters of an episode start from, by its place in the batch."""
+        names, start = functional.levels.inner_only, functional.module.inner_start
+        if not names:
+            return {}
+        if start == "reinit":
+            return reinitialized(functional, seed_of(self.seed, self.estimates, episode, 0, 0))
+        present = functional.theta()
+        if start == "reset" and self.initial:
+            return {name: value.to(present[name]) for name, value in self.initial.items()}
+        return {name: present[name] for name in names}
+
+    def recall(self, functional: FunctionalModule, buffers: Iterable[str], episodes: int = 1) -> list[InnerState]:
+        """Return the state that each of so many episodes starts from.
 
         Args:
             functional: the module.
-            episode: one episode, to find the buffers that the losses change.
-            count: stacked episodes.
-            first: position of the first one within the batch.
+            buffers: names of those that the losses change.
+            episodes: their number; what is warm goes on with one only.
         """
-        buffers = functional.buffers(episode)
-        if not count:
-            return InnerState(self._values(functional, first), buffers, self._warm_slots(functional), self.steps)
-        if self.start == "reinit":
-            values = tree.stack([self._values(functional, member) for member in range(first, first + count)])
-        else:
-            values = _repeated(self._values(functional, first), count)
-        return InnerState(values, _repeated(buffers, count))
+        kept = functional.buffers(buffers)
+        if episodes == 1:
+            # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
+            opt_state = {slot: tree.to(values, functional.device) for slot, values in self.opt_state.items()}
+            return [InnerState(self.values(functional), kept, opt_state, self.steps)]
+        if functional.module.inner_start == "reinit":
+            return [InnerState(self.values(functional, number), kept) for number in range(episodes)]
+        return [InnerState(self.values(functional), kept)] * episodes
 
-    def keep(self, functional: FunctionalModule, state: InnerState, count: int) -> list[Tensor]:
-        """Write the end of the inner run back into the module, in place.
+    def recall_strategy(self, device: torch.device) -> dict[str, Params]:
+        """Return what the strategy carries."""
+        return {name: _moved(values, device) for name, values in self.strategy.items()}
+
+    def keep(self, functional: FunctionalModule, result: Hypergradient, count: int) -> list[Tensor]:
+        """Write the end of the inner run back into the module, in place, and keep what the strategy carries.
 
         Args:
             functional: the module.
-            state: θ_T and buffers, stacked where ``count > 1``.
+            result: its state is stacked where ``count > 1``.
             count: episodes. With several, θ of the episodes has no common value and is dropped; buffers are
                 averaged.
 
         Returns:
-            The tensors that now hold what is kept: buffers, inner parameters, the inner optimizer's state.
+            The tensors that now hold what is kept: buffers, inner parameters, the inner optimizer's state, the
+            strategy's.
         """
+        state, own = result.state, functional.levels.inner_only
         with torch.no_grad():
             for name, value in state.buffers.items():
                 functional.swapper.current(name).copy_(_average(value) if count > 1 else value)
             if count == 1:
-                for name in functional.levels.inner_only:
+                for name in own:
                     functional.swapper.current(name).copy_(state.params[name])
-        if self.start == "warm" and functional.levels.inner_only:
-            own = functional.levels.inner_only
-            self.slots = {slot: {k: v for k, v in values.items() if k in own} for slot, values in state.slots.items()}
+        if functional.module.inner_start == "warm" and own:
+            self.opt_state = {
+                slot: {k: v for k, v in values.items() if k in own} for slot, values in state.opt_state.items()
+            }
             self.steps = state.steps
-        kept = [functional.swapper.current(name) for name in (*state.buffers, *functional.levels.inner_only)]
-        return kept + [value for values in self.slots.values() for value in values.values()]
+        self.strategy = result.kept
+        kept = [functional.swapper.current(name) for name in (*state.buffers, *own)]
+        return kept + [v for values in (*self.opt_state.values(), *self.strategy.values()) for v in values.values()]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs."""
-        return {
-            "format": FORMAT,
-            "start": self.start,
-            "slots": self.slots,
-            "steps": self.steps,
-            "initial": self.initial,
-            "estimates": self.estimates,
-            "seed": self.seed,
-            "skipped": self.skipped,
-        }
+    def state_dict(self, start: InnerStart) -> dict[str, Any]:
+        """Return everything that an exact resume needs; ``start`` is the module's."""
+        return {"format": FORMAT, "start": start, **{each.name: getattr(self, each.name) for each in fields(self)}}
 
     def load_state_dict(
         self, state: dict[str, Any], device: torch.device, functional: FunctionalModule | None = None
@@ -132,45 +146,37 @@ class InnerMemory:
         if number != FORMAT:
             because = f"its inner state has the format {number}, and this version of lightning_bilevel reads {FORMAT}"
             raise combination_error("this checkpoint", because, _INSTEAD)
-        if missing := sorted(set(self.state_dict()) - set(state)):
+        if missing := sorted({"start", *(each.name for each in fields(self))} - set(state)):
             raise combination_error("this checkpoint", f"its inner state lacks {missing}", _INSTEAD)
         if functional is not None:
-            self._refuse_another_level(state, functional)
-        self.slots = {slot: tree.to(values, device) for slot, values in state["slots"].items()}
+            _refuse_another_level(state, functional)
+        self.opt_state = {slot: tree.to(values, device) for slot, values in state["opt_state"].items()}
         self.initial = tree.to(state["initial"], device)
+        self.strategy = {name: _moved(values, device) for name, values in state["strategy"].items()}
         self.steps, self.estimates, self.seed = state["steps"], state["estimates"], state["seed"]
         self.skipped = state["skipped"]
 
-    def _refuse_another_level(self, state: dict[str, Any], functional: FunctionalModule) -> None:
-        if state["start"] != self.start:
-            raise combination_error(
-                f"`inner_start={self.start!r}` with this checkpoint",
-                f"its fit ran with {state['start']!r}",
-                _INSTEAD,
-            )
-        expected = functional.problem.init_slots(functional.theta(), functional.phi())
-        kept, wanted = _shapes(state["slots"]), _shapes(expected, functional.levels.inner_only)
-        if kept and kept != wanted:
-            raise combination_error(
-                "this inner optimizer with this checkpoint",
-                f"the one of its fit kept {_described(kept)}, and this one keeps {_described(wanted)}",
-                _INSTEAD,
-            )
 
-    def _warm_slots(self, functional: FunctionalModule) -> Slots:
-        # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
-        return {slot: tree.to(values, functional.device) for slot, values in self.slots.items()}
+def _refuse_another_level(state: dict[str, Any], functional: FunctionalModule) -> None:
+    start = functional.module.inner_start
+    if state["start"] != start:
+        raise combination_error(
+            f"`inner_start={start!r}` with this checkpoint", f"its fit ran with {state['start']!r}", _INSTEAD
+        )
+    expected = functional.problem.init_opt_state(functional.theta(), functional.phi())
+    kept, wanted = _shapes(state["opt_state"]), _shapes(expected, functional.levels.inner_only)
+    if kept and kept != wanted:
+        raise combination_error(
+            "this inner optimizer with this checkpoint",
+            f"the one of its fit kept {_described(kept)}, and this one keeps {_described(wanted)}",
+            _INSTEAD,
+        )
 
-    def _values(self, functional: FunctionalModule, episode: int) -> Params:
-        names = functional.levels.inner_only
-        if not names:
-            return {}
-        if self.start == "reinit":
-            return reinitialized(functional, seed_of(self.seed, self.estimates, episode, 0, 0))
-        present = functional.theta()
-        if self.start == "reset" and self.initial:
-            return {name: value.to(present[name]) for name, value in self.initial.items()}
-        return {name: present[name] for name in names}
+
+def _moved(values: Params, device: torch.device) -> Params:
+    """Move all but counters, which Python reads."""
+    exact = (torch.int64, torch.int32, torch.bool)
+    return {name: value if value.dtype in exact else value.to(device) for name, value in values.items()}
 
 
 def reinitialized(functional: FunctionalModule, seed: int) -> Params:
@@ -202,19 +208,14 @@ def _reset(reset: Any, child: nn.Module) -> None:
         child._buffers.update(buffers)
 
 
-def _repeated(values: Params, count: int) -> Params:
-    """Repeat every tensor along a new first dimension, as copies: functions of the user may write to them."""
-    return tree.map(torch.clone, tree.expand(values, count))
-
-
 def _average(stacked: Tensor) -> Tensor:
     return stacked.mean(0) if stacked.is_floating_point() else stacked[0]
 
 
-def _shapes(slots: Slots, names: Sequence[str] | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
+def _shapes(opt_state: OptState, names: Sequence[str] | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
     return {
         slot: {name: tuple(values[name].shape) for name in (values if names is None else names)}
-        for slot, values in slots.items()
+        for slot, values in opt_state.items()
     }
 
 

@@ -65,24 +65,24 @@ class HypergradientMonitor(Callback):
             raise combination_error(*mixing(f"`{type(self).__name__}` in a `{type(trainer).__name__}`"))
         if stage != "fit":
             return
-        if not hasattr(pl_module, "attach_monitor"):
+        if not hasattr(pl_module, "fit_context"):
             raise missing_error(
                 type(pl_module).__name__,
                 "hypergradient to monitor",
                 "`HypergradientMonitor` works on a `lightning_bilevel.BilevelModule`: derive from it, "
                 "or use `bilevel(module, ...)`",
             )
-        pl_module.attach_monitor(self)
+        pl_module.fit_context.watch(self)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Let go of the module."""
-        if hasattr(pl_module, "detach_monitors"):
-            pl_module.detach_monitors()
+        if hasattr(pl_module, "fit_context"):
+            pl_module.fit_context.forget(self)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Let go of the module; Lightning calls no ``teardown`` after an error."""
-        if hasattr(pl_module, "detach_monitors"):
-            pl_module.detach_monitors()
+        if hasattr(pl_module, "fit_context"):
+            pl_module.fit_context.forget(self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse a reference that cannot work on the problem, before the first batch."""

@@ -36,7 +36,7 @@ T = TypeVar("T")
 class DirectionParallelStrategy(DDPStrategy):
     """Shares the random directions of one estimate out over processes: ``Trainer(strategy="ddp_directions")``.
 
-    Every process sees the same episodes and evaluates its share of ``num_directions``; the mean over processes is
+    Every process sees the same episodes and evaluates its shard of ``num_directions``; the mean over processes is
     the estimate of one process with all of them. So more processes are faster, and train the same. With
     ``strategy="ddp"``, every process has episodes and directions of its own instead.
 
@@ -128,7 +128,7 @@ class Ranks:
 
     Attributes:
         rank: for directions of this process's own; 0 where the processes share directions out.
-        share: (i, n): this process evaluates the i-th of n shares.
+        shard: (i, n): this process evaluates the i-th of n shards of the directions.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -136,10 +136,10 @@ class Ranks:
         self._global_rank, self._world = trainer.global_rank, trainer.world_size
         self._shares = isinstance(trainer.strategy, DirectionParallelStrategy)
         self.rank = 0 if self._shares else self._global_rank
-        self.share = (self._global_rank, self._world) if self._shares else (0, 1)
+        self.shard = (self._global_rank, self._world) if self._shares else (0, 1)
         self._rounded = False  # ranks that share directions differ by rounding
 
-    def estimated(self, estimate: Callable[[], Hypergradient]) -> tuple[Hypergradient, Tensor]:
+    def reduce_estimate(self, estimate: Callable[[], Hypergradient]) -> tuple[Hypergradient, Tensor]:
         """Return this process's estimate, and the mean of h over processes.
 
         Where the processes share directions out, the estimate is that of all of them, the same everywhere.
@@ -151,7 +151,7 @@ class Ranks:
             Exception: on every process, if any process raised.
             MisconfigurationError: the processes should have seen the same data and did not.
         """
-        result, values = self._together(estimate, lambda made: made.value)
+        result, values = self._gathered(estimate, lambda made: made.value)
         if values is None:
             return result, result.value
         if self._shares:
@@ -160,11 +160,11 @@ class Ranks:
             result = result._replace(grads=dict(zip(result.grads, grads, strict=True)))
         return result, values.mean().to(result.value)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def raise_on_all(self, action: Callable[[], T]) -> T:
         """Return what this process's ``action`` returns; if any process raised, raise on every one."""
-        return self._together(action, lambda made: torch.zeros(()))[0]
+        return self._gathered(action, lambda made: torch.zeros(()))[0]
 
-    def settle(self, carried: Sequence[Tensor]) -> None:
+    def average_(self, carried: Sequence[Tensor]) -> None:
         """Make what is carried to the next step equal on all processes, in place, with one collective per dtype.
 
         Processes with episodes of their own average; of integers, all take those of rank 0. Where processes share
@@ -181,7 +181,7 @@ class Ranks:
         if self._world > 1:
             _copy(values, self._first(values))
 
-    def _together(self, action: Callable[[], T], value: Callable[[T], Tensor]) -> tuple[T, Tensor | None]:
+    def _gathered(self, action: Callable[[], T], value: Callable[[T], Tensor]) -> tuple[T, Tensor | None]:
         """Return what ``action`` returns, and of every process the value of it (none with one process)."""
         if self._world == 1:
             return action(), None

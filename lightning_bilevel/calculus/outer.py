@@ -1,0 +1,53 @@
+"""The outer loss at the end of an inner run: the one place that evaluates f for an estimate."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
+from lightning_bilevel.tree import Params
+
+
+class OuterEvaluation(NamedTuple):
+    """The outer loss at a state, detached.
+
+    Attributes:
+        value: f(θ, φ).
+        d: ∂f/∂θ.
+        c: ∂f/∂φ.
+        observed: what the evaluation left behind, see :class:`~lightning_bilevel.problem.Observer`.
+    """
+
+    value: Tensor
+    d: Params
+    c: Params
+    observed: Any
+
+
+def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> OuterEvaluation:
+    """Return f, d = ∂f/∂θ and c = ∂f/∂φ at ``state``."""
+    theta, outer = tree.leaves(state.params), tree.leaves(phi)
+    with torch.enable_grad():
+        value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
+        observed = problem.observer.observe() if problem.observer is not None else None
+        d, c = gradients(value, theta, outer)
+    return OuterEvaluation(value.detach(), d, c, observed)
+
+
+def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
+    """Return f at ``state`` and what the evaluation left behind; the loss itself may take gradients."""
+    with torch.enable_grad():
+        theta, outer = tree.leaves(state.params), tree.leaves(phi)
+        value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
+    return value.detach(), problem.observer.observe() if problem.observer is not None else None
+
+
+def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params]:
+    """Return d = ∂value/∂θ and c = ∂value/∂φ from one pass, also where names of θ and φ coincide."""
+    inputs = [*theta.values(), *phi.values()]
+    grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else [None] * len(inputs)
+    return tree.like(theta, grads[: len(theta)]), tree.like(phi, grads[len(theta) :])

@@ -1,0 +1,185 @@
+"""Runs of inner steps: forward alone, backward in segments, and forward with tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.step import InnerStep, Mode, Pulled, append_loss, inner_step
+from lightning_bilevel.errors import nonfinite_error
+from lightning_bilevel.kernels.safe import forward_mode_kernels
+from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import RngState
+from lightning_bilevel.tree import Params
+
+
+class Run(NamedTuple):
+    """The end of an inner run, without a graph.
+
+    Attributes:
+        state: the state after the last step.
+        metrics: ``inner_loss`` of the last step, the sum over stacked episodes; empty for a user's own solver.
+    """
+
+    state: InnerState
+    metrics: dict[str, Tensor]
+
+
+def run(problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Run:
+    """Take one inner step per batch; memory is flat in their number.
+
+    Args:
+        problem: the problem.
+        state: the state to start from.
+        phi: outer parameters.
+        batches: one batch per step, see :meth:`BilevelProblem.batches`.
+
+    Raises:
+        FloatingPointError: an inner loss is nan or infinite; the message names the step.
+
+    >>> from lightning_bilevel import SGD, BilevelModule, Episode
+    >>> class Scale(BilevelModule):
+    ...     def __init__(self):
+    ...         super().__init__(inner_steps=2)
+    ...         self.theta, self.phi = (torch.nn.Parameter(torch.tensor(value)) for value in (0.0, 1.0))
+    ...     def outer_parameters(self): return [self.phi]
+    ...     def inner_loss(self, x): return (self.theta - self.phi * x).square() / 2
+    ...     def outer_loss(self, x): return (self.theta - x).square() / 2
+    ...     def configure_inner_optimizer(self): return SGD(lr=0.5)
+    >>> functional, episode = Scale().functional(), Episode([torch.tensor(2.0)], torch.tensor(2.0))
+    >>> problem, phi = functional.problem, functional.phi()
+    >>> state = problem.start(InnerState(functional.theta()), phi)
+    >>> run(problem, state, phi, problem.batches(episode)).state.params
+    {'theta': tensor(1.5000)}
+    """
+    state, losses = steps(inner_step(problem), state, phi, batches)
+    return Run(state, last_loss(problem, losses))
+
+
+def steps(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+    """Take the steps; return the state after the last one and the inner losses before each."""
+    losses: list[Tensor] = []
+    for batch in batches:
+        state, loss = step(state, phi, batch)
+        append_loss(losses, loss)
+    return state, losses
+
+
+def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
+    """Return the metrics of a run from its inner losses, after a check that all are finite (one synchronization).
+
+    Args:
+        problem: the problem.
+        losses: in the order of the steps.
+        taken: steps of this run that were taken before; only counts in messages.
+    """
+    if not losses:
+        return {}
+    found = torch.cat([loss.reshape(-1) for loss in losses])
+    finite = torch.isfinite(found)
+    if not finite.all():
+        step = int(finite.logical_not().nonzero()[0])
+        raise nonfinite_error(
+            f"inner loss at step {taken + step + 1} of {problem.inner_steps}",
+            found[step].item(),
+            "Lower the inner learning rate, or take fewer inner steps.",
+        )
+    return {"inner_loss": found[-1]}
+
+
+def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: Sequence[Sequence[Batch]]) -> Pulled:
+    """Take steps that can be run backward, with the graph of one segment at a time.
+
+    Running backward is c ← c + d B, d ← d A from the last segment to the first; each but the last is run again from
+    the state it started with, with the same random draws.
+
+    Memory: one inner state per segment, and the graph of the longest. Cost: all steps but the last segment's twice.
+    """
+    device = next(iter(phi.values())).device
+    checkpoints: list[tuple[InnerState, RngState, Sequence[Batch]]] = []
+    losses: list[Tensor] = []
+    for batches in segments[:-1]:
+        checkpoints.append((state, RngState(device), batches))
+        for batch in batches:
+            state, loss = step(state, phi, batch)
+            append_loss(losses, loss)
+    last = [step.vjp(state, phi, segments[-1])]
+    for loss in last[0].losses:
+        append_loss(losses, loss)
+    end = last[0].state
+    names = list(end.flat())
+
+    def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+        total = tree.zeros_like(phi)
+        with RngState(device).fork():
+            while last or checkpoints:
+                segment = last.pop() if last else _again(step, phi, *checkpoints.pop())
+                cotangent, through = segment.pull(cotangent, names if checkpoints else wanted)
+                total = tree.add(total, through)
+                del segment  # and its graph, before the next
+        return cotangent, total
+
+    return Pulled(end, losses, pull)
+
+
+def _again(step: InnerStep, phi: Params, state: InnerState, rng: RngState, batches: Sequence[Batch]) -> Pulled:
+    rng.restore()
+    return step.vjp(state, phi, batches)
+
+
+def vector_jacobian(outputs: Params, inputs: Params, cotangent: Params) -> Params:
+    """Return Σ ⟨cotangent, ∂outputs/∂inputs⟩, zeros where nothing depends; frees the graph."""
+    pairs = [(value, cotangent[name]) for name, value in outputs.items() if value.requires_grad and name in cotangent]
+    if not pairs:
+        return tree.zeros_like(inputs)
+    ends, vectors = zip(*pairs, strict=True)
+    return tree.like(inputs, torch.autograd.grad(ends, list(inputs.values()), vectors, allow_unused=True))
+
+
+def directional_derivatives(
+    problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, directions: Params, mode: Mode = "auto"
+) -> tuple[Tensor, Hypergradient]:
+    """Return D with D_i = ⟨∇h(φ), v_i⟩ = d Z_T v_i + c v_i, without ever holding ∇h.
+
+    Args:
+        problem: the problem.
+        carried: the inner state to start from, see :meth:`BilevelProblem.start`.
+        phi: outer parameters.
+        episode: inner and outer batches.
+        directions: v, stacked: ``(n, *shape)`` per outer parameter.
+        mode: how tangents are pushed.
+
+    Returns:
+        D of shape ``(n,)`` and the run it belongs to, whose ``grads`` are c = ∂f/∂φ, not ∇h.
+    """
+    step = inner_step(problem, mode)
+    with forward_mode_kernels() if mode == "forward" else nullcontext():
+        state, tangents = _start_tangents(problem, carried, phi, directions)
+        losses: list[Tensor] = []
+        for batch in problem.batches(episode):
+            state, loss, tangents = step.jvp(state, phi, batch, tangents, directions)
+            append_loss(losses, loss)
+    end = outer_value_and_grads(problem, state, phi, episode)
+    derivatives = tree.rows_dot(tangents, end.d) + tree.rows_dot(directions, end.c)
+    return derivatives, Hypergradient(end.value, end.c, state, last_loss(problem, losses), observed=end.observed)
+
+
+def _start_tangents(
+    problem: BilevelProblem, carried: InnerState, phi: Params, directions: Params
+) -> tuple[InnerState, Params]:
+    """Push every direction through Ω_0: the tangent of a shared parameter is its part of v."""
+    shape = problem.start(carried, phi)
+
+    def start(outer: Params) -> Params:
+        return problem.start(carried, outer).flat()
+
+    with torch.no_grad():
+        tangents = vmap(lambda v: jvp(start, (phi,), (v,))[1])(directions)
+    return shape.detach(), tangents

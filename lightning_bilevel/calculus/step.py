@@ -1,0 +1,250 @@
+"""The inner step Ω_t as an object: what it does to a state, and its derivatives. No other place differentiates Ω.
+
+With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for parameters and optimizer state together:
+
+- calling it takes the step;
+- ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
+- ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
+- ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward
+from lightning_bilevel.kernels.safe import forward_mode_kernels
+from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
+from lightning_bilevel.tree import Params
+
+_PRIMAL_AND_TANGENT: Any = (None, 0)
+
+Mode = Literal["auto", "double_backward", "forward"]
+Product = Callable[[Params], Params]
+Pullback = Callable[[Params, Collection[str]], tuple[Params, Params]]
+"""(d, names of the start's tensors that are wanted) to (d A for these names, d B); frees the graph and empties d.
+
+d and d A are named as :meth:`InnerState.flat`; what d lacks is zero.
+"""
+
+
+class Pulled(NamedTuple):
+    """A stretch of steps that can be run backward.
+
+    Attributes:
+        state: its end, detached.
+        losses: the inner losses at the start of each step.
+        pull: see :data:`Pullback`.
+    """
+
+    state: InnerState
+    losses: list[Tensor]
+    pull: Pullback
+
+
+class InnerStep(ABC):
+    """(θ, optimizer state) ↦ Ω_t, and its derivatives.
+
+    Args:
+        problem: whose functions the step is made of. That of a stacked problem is the step of the stack.
+
+    Attributes:
+        problem: as given.
+    """
+
+    def __init__(self, problem: BilevelProblem) -> None:
+        self.problem = problem
+
+    @abstractmethod
+    def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor | None]:
+        """Return the state after one step, and the inner loss before it, both without a graph."""
+
+    @abstractmethod
+    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take one step per batch, with one graph for all of them; its memory grows with their number."""
+
+    @abstractmethod
+    def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
+        """Take one step and push tangents through it.
+
+        Args:
+            state: before the step; its trees, and ``tangents``, may be emptied on the way.
+            phi: outer parameters.
+            batch: the inner batch.
+            tangents: Z v_i, stacked: ``(n, *shape)`` for every tensor of ``state.flat()``.
+            directions: v_i, stacked: ``(n, *shape)`` per outer parameter.
+
+        Returns:
+            The state after the step, the inner loss, and A Z v_i + B v_i.
+        """
+
+    @abstractmethod
+    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
+        """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, both on one graph of the inner gradient.
+
+        Memory: the graph lives as long as the returned functions do.
+        """
+
+
+class GradientStep(InnerStep):
+    """One step of the inner optimizer on the inner loss.
+
+    Args:
+        problem: the problem.
+        mode: how tangents are pushed, see :mod:`lightning_bilevel.calculus.tangents`.
+    """
+
+    def __init__(self, problem: BilevelProblem, mode: Mode = "auto") -> None:
+        super().__init__(problem)
+        self._push = push_forward if mode == "forward" else push_double_backward
+
+    def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor]:
+        """Take the step; its graph goes with the inner gradient."""
+        return self._taken(state, phi, batch, tree.leaves(state.params), create_graph=False)
+
+    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take the steps and keep their graphs: ``len(batches)`` times the activations of a step."""
+        begin, outer = tree.leaves(state.flat()), tree.leaves(phi)
+        state = state.unflat(begin)
+        losses: list[Tensor] = []
+        for batch in batches:
+            theta = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in state.params.items()}
+            state, loss = self._taken(state, outer, batch, theta, create_graph=True)
+            append_loss(losses, loss)
+        return Pulled(state.detach(), losses, pullback(state.flat(), begin, outer))
+
+    def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
+        """Push tangents by the chosen engine."""
+        return self._push(self.problem, state, phi, batch, tangents, directions)
+
+    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
+        """Return both products; each call is one backward pass over the graph of the inner gradient."""
+        return second_derivatives(self.problem, state, phi, batch)
+
+    def _taken(
+        self, state: InnerState, phi: Params, batch: Batch, theta: Params, create_graph: bool
+    ) -> tuple[InnerState, Tensor]:
+        problem = self.problem
+        with torch.enable_grad():
+            loss, buffers = problem.inner_loss(theta, phi, batch, state.buffers)
+            grads = tree.grad(loss, theta, create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            before = theta if create_graph else tree.detach(theta)
+            params, opt_state = problem.update(before, grads, state.opt_state, phi, state.steps + 1)
+        return InnerState(params, buffers, opt_state, state.steps + 1), loss.detach()
+
+
+class SolverStep(InnerStep):
+    """A user's own solver: one step, whose batch is all inner batches."""
+
+    def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, None]:
+        """Call the solver."""
+        with torch.no_grad():
+            return self._solved(state, self._solve(state, phi, batch), batch), None
+
+    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Call the solver with a graph."""
+        (batch,) = batches
+        begin, outer = tree.leaves(state.params), tree.leaves(phi)
+        with torch.enable_grad():
+            params = self._solve(InnerState(begin, state.buffers), outer, batch)
+        return Pulled(self._solved(state, params, batch).detach(), [], pullback(params, begin, outer))
+
+    def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
+        """Push tangents through the solver by forward AD."""
+
+        def solve(params: Params, outer: Params) -> Params:
+            return self._solve(InnerState(params, state.buffers), outer, batch)
+
+        def push(tangent: Params, v: Params) -> Any:
+            return jvp(solve, (state.params, phi), (tangent, v))
+
+        with torch.no_grad(), forward_mode_kernels():
+            params, pushed = vmap(push, out_dims=_PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
+        return Pushed(self._solved(state, params, batch), None, pushed)
+
+    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
+        """Return the products of the inner loss at the solution."""
+        return second_derivatives(self.problem, state, phi, batch)
+
+    def _solve(self, state: InnerState, phi: Params, batch: Batch) -> Params:
+        assert self.problem.solver is not None
+        return self.problem.solver(state.params, phi, batch, state.buffers)
+
+    @staticmethod
+    def _solved(state: InnerState, params: Params, batch: Batch) -> InnerState:
+        return InnerState(params, state.buffers, steps=state.steps + len(batch))
+
+
+def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
+    """Return the step of ``problem`` as its functions are now.
+
+    Args:
+        problem: the problem.
+        mode: how tangents are pushed; ``"auto"`` is double backward.
+    """
+    return GradientStep(problem, mode) if problem.solver is None else SolverStep(problem)
+
+
+def pullback(end: Params, begin: Params, outer: Params) -> Pullback:
+    """Return the pullback of a graph that leads from the leaves ``begin`` and ``outer`` to ``end``."""
+
+    def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+        inputs = {name: begin[name] for name in begin if name in wanted}
+        pairs = [(end.pop(name), cotangent.pop(name)) for name in list(cotangent) if end[name].requires_grad]
+        end.clear()
+        if not pairs:
+            return tree.zeros_like(inputs), tree.zeros_like(outer)
+        outputs, vectors = zip(*pairs, strict=True)
+        leaves = [*inputs.values(), *outer.values()]
+        values = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True)
+        return tree.like(inputs, values[: len(inputs)]), tree.like(outer, values[len(inputs) :])
+
+    return pull
+
+
+def second_derivatives(
+    problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch
+) -> tuple[Product, Product]:
+    """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ, see :meth:`InnerStep.products`."""
+    theta, outer = tree.leaves(state.params), tree.leaves(phi)
+    with torch.enable_grad():
+        loss, _ = problem.inner_loss(theta, outer, batch, state.buffers)
+        gradient = tree.grad(loss, theta, create_graph=True)
+
+    def product(vector: Params, inputs: Params) -> Params:
+        pairs = [(gradient[name], vector[name]) for name in theta if gradient[name].requires_grad]
+        if not pairs:
+            return tree.zeros_like(inputs)
+        outputs, vectors = zip(*pairs, strict=True)
+        values = torch.autograd.grad(outputs, list(inputs.values()), vectors, retain_graph=True, allow_unused=True)
+        return tree.like(inputs, values)
+
+    return lambda v: product(v, theta), lambda v: product(v, outer)
+
+
+_JOINED_AT = 100
+
+
+def append_loss(losses: list[Tensor], loss: Tensor | None) -> None:
+    """Append a loss to those of a run.
+
+    Every 100 losses are concatenated: a 0-dim tensor costs about 1 kB of Python objects.
+
+    >>> losses = []
+    >>> append_loss(losses, torch.tensor(2.0))
+    >>> losses
+    [tensor([2.])]
+    """
+    if loss is None:
+        return
+    losses.append(loss.reshape(1))
+    if len(losses) == _JOINED_AT:
+        losses[:] = [torch.cat(losses)]

@@ -1,0 +1,162 @@
+"""The surroundings in which a module's losses are evaluated for an estimate, and one estimate in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.estimation import estimate, vectorizes
+from lightning_bilevel.modules.examine import Examination, examination_of
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
+from lightning_bilevel.randomness import Call, Key, RngState
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.training.memory import FitMemory
+from lightning_bilevel.tree import Params
+
+
+class Surroundings(NamedTuple):
+    """What an estimate on a module is made from.
+
+    Attributes:
+        problem: the module as pure functions.
+        carried: the inner state that each episode starts from.
+        kept: what the strategy carries.
+        phi: outer parameters.
+        episodes: at least one.
+        examination: what a first look at the losses told.
+    """
+
+    problem: BilevelProblem
+    carried: list[InnerState]
+    kept: dict[str, Params]
+    phi: Params
+    episodes: Sequence[Episode]
+    examination: Examination
+
+
+@contextmanager
+def estimating(
+    functional: FunctionalModule,
+    memory: FitMemory,
+    episodes: Sequence[Episode],
+    masks: Key,
+    *,
+    twice: bool = True,
+    carry: Carry | None = None,
+    inner_steps: int | None = None,
+) -> Iterator[Surroundings]:
+    """Enter safe kernels, record logs, seed what the losses draw, and look at the losses once.
+
+    Args:
+        functional: the module.
+        memory: what goes on from step to step.
+        episodes: checked ones, at least one.
+        masks: names what the losses draw (dropout). The global generators are left as they are, so that a resumed fit
+            goes on with the masks of the one that was cut off.
+        twice: whether losses are differentiated twice.
+        carry: goes before ``memory``: what the strategy carries, buffers, and θ where it is warm.
+        inner_steps: other than the module's.
+
+    Raises:
+        MisconfigurationError: a level that the losses do not see, or a warm start of several episodes.
+    """
+    several, inner_only = len(episodes) > 1, functional.levels.inner_only
+    if several and functional.module.inner_start == "warm" and inner_only:
+        raise combination_error(
+            f"`inner_start='warm'` with {len(episodes)} episodes in a batch",
+            f"{inner_only[0]} would continue from several ends at once",
+            "Use `inner_start='reset'`, or one episode per batch",
+        )
+    with functional.session(twice), RngState(functional.device).fork(masks.fold_in(-1).seed):
+        examination = examination_of(functional, memory.values(functional), episodes[0])
+        if examination.unreached:
+            raise missing_error(
+                type(functional.module).__name__,
+                f"loss that depends on the outer parameters {list(examination.unreached)}",
+                "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
+                "every call, or do not select them in `outer_parameters()`",
+            )
+        carried = memory.recall(functional, examination.buffers, len(episodes))
+        kept = memory.recall_strategy(functional.device)
+        if carry is not None:
+            carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
+            kept = carry.strategy
+        problem = functional.problem
+        if inner_steps is not None:
+            problem = replace(problem, inner_steps=inner_steps)
+        yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination)
+
+
+def estimated(
+    functional: FunctionalModule,
+    memory: FitMemory,
+    strategy: HypergradientStrategy,
+    episodes: Sequence[Episode],
+    call: Call,
+    masks: Key | None = None,
+    carry: Carry | None = None,
+    inner_steps: int | None = None,
+) -> Hypergradient:
+    """Return the mean estimate over episodes of a module.
+
+    Args:
+        functional: the module.
+        memory: what goes on from step to step; it is read only.
+        strategy: the estimator.
+        episodes: checked ones, at least one.
+        call: names the estimate.
+        masks: see :func:`estimating`; default the key of ``call``.
+        carry: see :func:`estimating`.
+        inner_steps: see :func:`estimating`.
+    """
+    options: dict[str, Any] = {"twice": strategy.second_order, "carry": carry, "inner_steps": inner_steps}
+    with estimating(functional, memory, episodes, masks or call.key, **options) as at:
+        refuse(_refusals(functional, strategy, at.examination))
+        size = _chunk_size(functional, at) if len(episodes) > 1 else 1
+        return estimate(at.problem, strategy, at.carried, at.phi, episodes, call, size, at.kept)
+
+
+def _refusals(
+    functional: FunctionalModule, strategy: HypergradientStrategy, examination: Examination
+) -> list[MisconfigurationError]:
+    """Return what a strategy cannot work with in these losses."""
+    # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient.
+    through = strategy.second_order and not functional.module.has_solver
+    if not examination.once_differentiable or not (through or "inner_gradient" in strategy.differentiates):
+        return []
+    name, _ = examination.once_differentiable[0]
+    return [
+        combination_error(
+            f"`{type(strategy).__name__}` with `{name}` in `{type(functional.module).__name__}.inner_loss`",
+            f"`{name}` is marked `once_differentiable`, so that autograd would leave its second derivative out "
+            "without a word",
+            "Write its `backward` with differentiable operations and drop the mark, or use `PZOBO`",
+        )
+    ]
+
+
+def _chunk_size(functional: FunctionalModule, at: Surroundings) -> int:
+    """Return how many episodes to vectorize together; whether that works is tried once per fit."""
+    first = at.episodes[0]
+    size = functional.module.episode_chunk_size or at.problem.max_copies
+    if size == 1 or functional.module.has_solver or not stackable(first, first):
+        return 1
+    if functional.vectorizes is None:
+        functional.vectorizes = vectorizes(at.problem, at.carried[0], at.phi, first)
+    return size if functional.vectorizes else 1
+
+
+def _gone_on(functional: FunctionalModule, state: InnerState, last: InnerState, episodes: int) -> InnerState:
+    """Return the state to start from after an estimate that ended in ``last``."""
+    own = functional.levels.inner_only
+    if episodes > 1:
+        return state
+    buffers = {name: last.buffers.get(name, value) for name, value in state.buffers.items()}
+    if functional.module.inner_start != "warm" or not own:
+        return InnerState(state.params, buffers, state.opt_state, state.steps)
+    opt_state = {slot: {name: values[name] for name in own} for slot, values in last.opt_state.items()}
+    return InnerState({name: last.params[name] for name in own}, buffers, opt_state, last.steps)

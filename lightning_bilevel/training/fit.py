@@ -1,0 +1,303 @@
+"""A fit: what ties a bilevel module to its strategy and its Trainer, and one estimate in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.data.inputs import check_episodes
+from lightning_bilevel.data.loaders import prepare_episodes
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.hooks import BilevelHooks
+from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.problem import Episode, Hypergradient
+from lightning_bilevel.randomness import Call, Key, seed_of
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.training.estimating import estimated
+from lightning_bilevel.training.memory import FitMemory
+from lightning_bilevel.training.monitor import HypergradientMonitor
+from lightning_bilevel.training.parallel import Ranks, parallel_refusals
+from lightning_bilevel.training.precision import warn_of_precision
+from lightning_bilevel.training.surrogate import surrogate_loss
+from lightning_bilevel.tree import Params
+
+
+class FitContext:
+    """The tie between a bilevel module and the callbacks of this package: a module's attribute ``fit_context``.
+
+    It is there from the module's construction on, and holds what goes on from step to step. While a fit runs it has a
+    :class:`Fit`.
+
+    Args:
+        module: the module.
+        training_step: the one function that its class may have for a training step.
+
+    Attributes:
+        memory: what goes on from step to step.
+    """
+
+    def __init__(self, module: BilevelHooks, training_step: object) -> None:
+        self._module, self._training_step = module, training_step
+        self.memory = FitMemory()
+        self._findings: dict[Any, Any] = {}
+        self._monitors: list[HypergradientMonitor] = []
+        self._strategy: HypergradientStrategy | None = None
+        self._fit: Fit | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FitContext:
+        # A copy of the module (SWA, EMA) is not in the fit.
+        copied = FitContext(copy.deepcopy(self._module, memo), self._training_step)
+        copied.memory = copy.deepcopy(self.memory, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}}
+
+    @property
+    def fit(self) -> Fit:
+        """The running fit.
+
+        Raises:
+            MisconfigurationError: no strategy is among the callbacks.
+        """
+        if self._fit is None:
+            raise missing_error(
+                type(self._module).__name__,
+                "hypergradient strategy",
+                "Add one to the Trainer: `pl.Trainer(callbacks=[ReverseUnroll()])`",
+            )
+        return self._fit
+
+    def functional(self) -> FunctionalModule:
+        """Return the module's pure functions: those of the running fit, or fresh ones."""
+        if self._fit is not None:
+            return self._fit.functional
+        refuse(self._module.missing_hooks())
+        # What the hooks log meanwhile has nowhere to go yet.
+        with LogRecorder().recording(self._module):
+            return FunctionalModule(self._module, self._findings)
+
+    def begin(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
+        """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.
+
+        Freezing waits until ``setup`` and ``configure_model`` have run, for the module may build its layers there.
+        """
+        if self._strategy is not None and self._strategy is not strategy:
+            raise combination_error(
+                f"`{type(self._strategy).__name__}` and `{type(strategy).__name__}` in one Trainer",
+                "a training step takes one hypergradient",
+                "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
+            )
+        refuse(self._refusals(strategy, trainer))
+        warn_of_precision(trainer)
+        self._strategy = strategy
+        seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**63
+        start = partial(self._start, strategy, trainer, seed)
+        self._once_after("setup", partial(self._after_layers, start))
+        self._once_after("on_train_start", lambda: prepare_episodes(trainer))
+
+    def end(self) -> None:
+        """Give the module back as it was."""
+        for hook in ("setup", "configure_model", "on_train_start"):
+            self._module.__dict__.pop(hook, None)
+        if self._fit is not None:
+            self._fit.undo()
+        self._strategy = self._fit = None
+
+    def watch(self, monitor: HypergradientMonitor) -> None:
+        """Let a monitor see the estimates of the coming fit."""
+        self._monitors.append(monitor)
+
+    def forget(self, monitor: HypergradientMonitor) -> None:
+        """Undo :meth:`watch`."""
+        self._monitors = [each for each in self._monitors if each is not monitor]
+
+    def before_optimizer_step(self) -> None:
+        """Take back the gradient of a step whose estimates were all skipped."""
+        self.fit.drop_skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes on from step to step, for a checkpoint."""
+        return self.memory.state_dict(self._module.inner_start)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Restore :meth:`state_dict`; ``None`` begins anew from weights that were loaded since the fit was prepared."""
+        if state is not None:
+            functional = self._fit.functional if self._fit is not None else None
+            self.memory.load_state_dict(state, self._module.device, functional)
+        elif self._fit is not None:
+            self.memory.begin(self._fit.functional, self._fit.seed)
+
+    def _refusals(self, strategy: HypergradientStrategy, trainer: Trainer) -> list[MisconfigurationError]:
+        """Return what is wrong with a fit before the module's layers need to exist."""
+        module = self._module
+        found = [*module.missing_hooks(), *parallel_refusals(strategy, trainer)]
+        if type(module).training_step is not self._training_step:
+            found.append(
+                combination_error(
+                    f"an overridden `{type(module).__name__}.training_step`",
+                    "the training step of a `BilevelModule` is the hypergradient estimate",
+                    "Write `inner_loss(batch)` and `outer_loss(batch)` instead",
+                )
+            )
+        if not module.automatic_optimization:
+            found.append(
+                combination_error(
+                    "manual optimization with a `BilevelModule`",
+                    "the hypergradient reaches the optimizer through automatic optimization",
+                    "Remove `self.automatic_optimization = False`",
+                )
+            )
+        return found
+
+    def _once_after(self, hook: str, action: Callable[[], None]) -> None:
+        """Shadow a hook on the instance: at its next call, ``action`` follows and the shadow goes."""
+        original = getattr(self._module, hook)
+
+        def shadow(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            self._module.__dict__.pop(hook, None)
+            action()
+
+        self._module.__dict__[hook] = shadow
+
+    def _after_layers(self, start: Callable[[], None]) -> None:
+        # Not shadowed before: other callbacks ask in their own ``setup`` whether the hook is overridden.
+        if getattr(self._module.configure_model, "__func__", None) is LightningModule.configure_model:
+            start()
+        else:
+            self._once_after("configure_model", start)
+
+    def _start(self, strategy: HypergradientStrategy, trainer: Trainer, seed: int) -> None:
+        functional = self.functional()
+        strategy.check(functional.problem)
+        self.memory.begin(functional, seed)
+        ranks = Ranks(trainer)
+        # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
+        ranks.begin(list(self.memory.initial.values()))
+        self._fit = Fit(functional, self.memory, strategy, ranks, seed, self._monitors)
+
+
+class Fit:
+    """A running fit, from the moment on when the module's layers exist.
+
+    Args:
+        functional: the module's pure functions; its inner-only parameters are frozen.
+        memory: what goes on from step to step.
+        strategy: estimates the hypergradients.
+        ranks: the processes.
+        seed: of all random draws.
+        monitors: see some of the estimates.
+    """
+
+    def __init__(
+        self,
+        functional: FunctionalModule,
+        memory: FitMemory,
+        strategy: HypergradientStrategy,
+        ranks: Ranks,
+        seed: int,
+        monitors: list[HypergradientMonitor],
+    ) -> None:
+        self.functional, self.memory, self.strategy = functional, memory, strategy
+        self.ranks, self.seed, self._monitors = ranks, seed, monitors
+        self.module = functional.module
+        self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
+        self.module._levels = functional.levels
+        for name in functional.levels.inner_only:
+            self.module.get_parameter(name).requires_grad_(False)
+
+    def undo(self) -> None:
+        """Restore the flags: by name, for a move to a device may make new parameters."""
+        self.module._levels = None
+        for name in self.functional.levels.inner_only:
+            self.module.get_parameter(name).requires_grad_(True)
+
+    def estimate(self, batch: Any) -> Hypergradient | None:
+        """Return the estimate on a batch, or ``None`` where it is skipped; what goes on is kept, the rest is logged."""
+        module, memory, ranks = self.module, self.memory, self.ranks
+        key = Key((memory.seed, memory.estimates, 0, ranks.rank))
+        call = Call(key, ranks.shard, module.global_step)
+        episodes: list[Episode] = []
+
+        def own() -> Hypergradient:
+            episodes.extend(check_episodes(module.episodes(batch), type(module).__name__))
+            return estimated(self.functional, memory, self.strategy, episodes, call)
+
+        try:
+            result, value = ranks.reduce_estimate(own)
+        except FloatingPointError as error:
+            if module.on_nonfinite == "raise" or tree.first_nonfinite(self.functional.phi()) is not None:
+                raise
+            self._skip(error)
+            return None
+        self.functional.recorder.replay(module, batch_size=len(episodes))
+        metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
+        if memory.estimates == 0 and not result.kept and not metrics["hypergradient_norm"]:
+            rank_zero_warn(
+                "The first hypergradient is exactly zero, so that nothing is learned from it. `audit(module, batch)` "
+                "says which strategies see how the outer parameters act; finite differences may be lost in rounding."
+            )
+        for monitor in self._monitors:
+            if memory.estimates % monitor.every_n_steps == 0:
+                again = partial(self._again, episodes, key)
+                metrics |= ranks.raise_on_all(partial(monitor.compare, self.strategy, result, again))
+        ranks.average_(memory.keep(self.functional, result, len(episodes)))
+        memory.estimates += 1
+        self._usable = True
+        if not module.trainer.barebones:  # there, logging does nothing but warn
+            module.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
+            module.log_dict(metrics, batch_size=len(episodes))
+        self._log_skipped()
+        return result
+
+    def surrogate(self, result: Hypergradient | None) -> Tensor:
+        """Return the outer loss with the estimate as its gradient; nan with zeros where it was skipped."""
+        if result is None:
+            # Lightning refuses ``None`` in more than one process; :meth:`drop_skipped` undoes the zeros.
+            phi = self.functional.phi()
+            return self._surrogate(next(iter(phi.values())).new_tensor(float("nan")), tree.zeros_like(phi))
+        return self._surrogate(result.value, result.grads)
+
+    def drop_skipped(self) -> None:
+        """Let the outer optimizer leave its parameters alone if every estimate for this step was skipped.
+
+        A gradient of zeros would still move them: by momentum, or weight decay.
+        """
+        if self.module.on_nonfinite == "skip" and not self._usable:
+            for name in self.functional.levels.outer:
+                self.module.get_parameter(name).grad = None
+        self._usable = False
+
+    def _surrogate(self, value: Tensor, grads: Params) -> Tensor:
+        names = self.functional.levels.outer
+        parameters = [self.functional.swapper.current(name) for name in names]
+        return surrogate_loss(value, [grads[name] for name in names], parameters)
+
+    def _skip(self, error: FloatingPointError) -> None:
+        """Count a step without an estimate; what goes on is as it was before."""
+        self.memory.estimates += 1  # the next one draws anew
+        self.memory.skipped += 1
+        if self.memory.skipped == 1:
+            rank_zero_warn(f"Skipped an outer step, and will skip others like it (see `skipped_steps`): {error}")
+        self._log_skipped()
+
+    def _log_skipped(self) -> None:
+        if self.module.on_nonfinite == "skip" and not self.module.trainer.barebones:
+            self.module.log("skipped_steps", float(self.memory.skipped), prog_bar=True, batch_size=1)
+
+    def _again(
+        self, episodes: list[Episode], masks: Key, strategy: HypergradientStrategy, number: int
+    ) -> Hypergradient:
+        """Return one more estimate at the present step: the same masks, directions of its own."""
+        key = Key((seed_of(self.memory.seed, 0, number, 0, 0), self.memory.estimates, 0, 0))
+        call = Call(key, step=self.module.global_step)
+        return estimated(self.functional, self.memory, strategy, episodes, call, masks)
