@@ -167,19 +167,19 @@ def combine(weights: Tensor, stacked: Params) -> Params:
     return {name: torch.tensordot(weights.to(value.dtype), value, 1) for name, value in stacked.items()}
 
 
-def outer(weights: Tensor, a: Params) -> Params:
+def outer_product(weights: Tensor, a: Params) -> Params:
     """Return ``weights_i · a`` stacked over i: ``(len(weights), *shape)`` per tensor.
 
-    >>> outer(torch.tensor([1.0, 2.0]), {"w": torch.tensor([10.0])})
+    >>> outer_product(torch.tensor([1.0, 2.0]), {"w": torch.tensor([10.0])})
     {'w': tensor([[10.], [20.]])}
     """
     return {name: torch.tensordot(weights.to(value.dtype), value, 0) for name, value in a.items()}
 
 
-def inner_products(stacked: Params, vector: Params) -> Tensor:
+def rows_dot(stacked: Params, vector: Params) -> Tensor:
     """Return the inner product of every row of ``stacked`` with ``vector``, shape ``(n,)``, at least in float32.
 
-    >>> inner_products({"w": torch.tensor([[1.0], [10.0]])}, {"w": torch.tensor([2.0])})
+    >>> rows_dot({"w": torch.tensor([[1.0], [10.0]])}, {"w": torch.tensor([2.0])})
     tensor([ 2., 20.])
     """
     count = next(iter(stacked.values())).shape[0]
