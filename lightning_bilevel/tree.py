@@ -3,6 +3,9 @@
 Inner parameters, outer parameters, hypergradients, tangents and directions are all
 ``dict[str, Tensor]`` keyed by the parameter's name in the module. Every function here is
 out of place, differentiable, and visits the keys in the order of its first argument.
+
+A complex entry is a pair of real numbers, as it is for autograd, whose gradients are ∂/∂Re + i ∂/∂Im: products of
+trees are real, Re(ā b), and a slope is the product of a gradient and a direction.
 """
 
 from __future__ import annotations
@@ -64,18 +67,22 @@ def zeros_like(a: Params) -> Params:
 
 
 def dot(a: Params, b: Params) -> Tensor:
-    """Return the inner product over all entries jointly, a 0-dim tensor.
+    """Return the inner product Σ Re(ā b) over all entries jointly, a real 0-dim tensor.
 
     >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.ones(1)})
     tensor(3.)
+    >>> dot({"z": torch.tensor([1 + 2j])}, {"z": torch.tensor([3 + 4j])})  # 1 · 3 + 2 · 4
+    tensor(11.)
     """
-    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+    return torch.stack([(value.conj() * b[name]).real.sum() for name, value in a.items()]).sum()
 
 
 def norm(a: Params) -> Tensor:
-    """Return the Euclidean norm over all entries jointly, a 0-dim tensor.
+    """Return the Euclidean norm over all entries jointly, a real 0-dim tensor.
 
     >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    >>> norm({"z": torch.tensor([3 + 4j])})
     tensor(5.)
     """
     norms = [torch.linalg.vector_norm(value) for value in a.values()]
@@ -159,32 +166,41 @@ def index(a: Params, position: int) -> Params:
 
 
 def combine(weights: Tensor, stacked: Params) -> Params:
-    """Return Σ_i weights_i · stacked_i over the first dimension of every tensor.
+    """Return Σ_i weights_i · stacked_i over the first dimension of every tensor, for real weights.
 
     >>> combine(torch.tensor([1.0, 2.0]), {"w": torch.tensor([[1.0], [10.0]])})
     {'w': tensor([21.])}
+    >>> combine(torch.tensor([1.0, 2.0]), {"z": torch.tensor([[1j], [10j]])})
+    {'z': tensor([0.+21.j])}
     """
     return {name: torch.tensordot(weights.to(value.dtype), value, 1) for name, value in stacked.items()}
 
 
-def outer(weights: Tensor, a: Params) -> Params:
-    """Return ``weights_i · a`` stacked over i: ``(len(weights), *shape)`` per tensor.
+def outer_product(weights: Tensor, a: Params) -> Params:
+    """Return ``weights_i · a`` stacked over i, ``(len(weights), *shape)`` per tensor, for real weights.
 
-    >>> outer(torch.tensor([1.0, 2.0]), {"w": torch.tensor([10.0])})
+    >>> outer_product(torch.tensor([1.0, 2.0]), {"w": torch.tensor([10.0])})
     {'w': tensor([[10.], [20.]])}
+    >>> outer_product(torch.tensor([1.0, 2.0]), {"z": torch.tensor([1j])})
+    {'z': tensor([[0.+1.j],
+            [0.+2.j]])}
     """
     return {name: torch.tensordot(weights.to(value.dtype), value, 0) for name, value in a.items()}
 
 
-def inner_products(stacked: Params, vector: Params) -> Tensor:
-    """Return the inner product of every row of ``stacked`` with ``vector``, shape ``(n,)``, at least in float32.
+def rows_dot(stacked: Params, vector: Params) -> Tensor:
+    """Return :func:`dot` of every row of ``stacked`` with ``vector``, real, shape ``(n,)``, at least in float32.
 
-    >>> inner_products({"w": torch.tensor([[1.0], [10.0]])}, {"w": torch.tensor([2.0])})
+    >>> rows_dot({"w": torch.tensor([[1.0], [10.0]])}, {"w": torch.tensor([2.0])})
     tensor([ 2., 20.])
+    >>> rows_dot({"z": torch.tensor([[1 + 2j], [3 + 4j]])}, {"z": torch.tensor([3 + 4j])})
+    tensor([11., 25.])
     """
     count = next(iter(stacked.values())).shape[0]
     rows = {name: values.reshape(count, -1) for name, values in stacked.items()}
-    products = [_matvec(rows[name], value.reshape(-1).to(rows[name].dtype)) for name, value in vector.items()]
+    products = [
+        _matvec(rows[name], value.reshape(-1).to(rows[name].dtype).conj()).real for name, value in vector.items()
+    ]
     widest = max((product.dtype for product in products), key=lambda dtype: torch.finfo(dtype).bits)
     return torch.stack([product.to(widest) for product in products]).sum(0)
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
+from lightning_bilevel.linear_solvers import (
+    ConjugateGradient,
+    Dense,
+    Identity,
+    LinearSolver,
+    LinearSystem,
+    Neumann,
+    Nystrom,
+)
 from lightning_bilevel.tree import Params
 
 M = 10
@@ -62,7 +70,7 @@ class Spy:
 
 
 def solve_flat(solver: LinearSolver, matrix: Tensor, b: Params | None = None) -> Tensor:
-    return tree.flatten(solver.solve(Spy(matrix), b or right_hand_side()).value)
+    return tree.flatten(solver.solve(LinearSystem(Spy(matrix), b or right_hand_side())).value)
 
 
 EXACT: dict[str, tuple[LinearSolver, float]] = {  # solver, what it adds to the diagonal
@@ -79,7 +87,7 @@ EXACT: dict[str, tuple[LinearSolver, float]] = {  # solver, what it adds to the 
 def test_agrees_with_torch_linalg_solve(solver: LinearSolver, shift: float) -> None:
     matrix, b = symmetric(SPECTRUM), right_hand_side()
     expected = torch.linalg.solve(matrix + shift * EYE, tree.flatten(b))
-    value = solver.solve(Spy(matrix), b).value
+    value = solver.solve(LinearSystem(Spy(matrix), b)).value
     assert {name: part.shape for name, part in value.items()} == {name: part.shape for name, part in b.items()}
     torch.testing.assert_close(tree.flatten(value), expected, rtol=1e-9, atol=1e-9)
 
@@ -115,15 +123,15 @@ PRODUCTS: list[tuple[LinearSolver, int]] = [
 @pytest.mark.parametrize(("solver", "products"), PRODUCTS, ids=class_name)
 def test_takes_the_documented_number_of_products(solver: LinearSolver, products: int) -> None:
     spy = Spy(symmetric(SPECTRUM))
-    assert solver.solve(spy, right_hand_side()).iterations == products
+    assert solver.solve(LinearSystem(spy, right_hand_side())).iterations == products
     assert spy.calls == products
 
 
 def test_conjugate_gradient_stops_at_the_number_of_eigenvalues_and_reports_the_residual() -> None:
     matrix, b = symmetric(torch.tensor([1.0, 2.0, 3.0]).repeat(4)[:M].double()), right_hand_side()
-    solution = ConjugateGradient(tol=1e-10).solve(Spy(matrix), b)
+    solution = ConjugateGradient(tol=1e-10).solve(LinearSystem(Spy(matrix), b))
     assert (solution.converged, solution.iterations) == (True, 3)
-    loose = ConjugateGradient(tol=0.1, damping=0.5).solve(Spy(matrix), b)
+    loose = ConjugateGradient(tol=0.1, damping=0.5).solve(LinearSystem(Spy(matrix), b))
     flat = tree.flatten(b)
     residual = flat - (matrix + 0.5 * EYE) @ tree.flatten(loose.value)
     assert loose.residual is not None
@@ -133,7 +141,7 @@ def test_conjugate_gradient_stops_at_the_number_of_eigenvalues_and_reports_the_r
 
 @every_solver
 def test_zero_right_hand_side(make: Callable[[], LinearSolver]) -> None:
-    solution = make().solve(Spy(symmetric(SPECTRUM)), tree.zeros_like(right_hand_side()))
+    solution = make().solve(LinearSystem(Spy(symmetric(SPECTRUM)), tree.zeros_like(right_hand_side())))
     assert tree.norm(solution.value) == 0
     assert solution.converged in (None, True)
     assert solution.residual in (None, 0)
@@ -141,7 +149,7 @@ def test_zero_right_hand_side(make: Callable[[], LinearSolver]) -> None:
 
 def test_conjugate_gradient_does_not_care_about_units() -> None:
     b = tree.map(lambda part: part.float() * 1e-15, right_hand_side())
-    solution = ConjugateGradient().solve(Spy(symmetric(SPECTRUM).float()), b)
+    solution = ConjugateGradient().solve(LinearSystem(Spy(symmetric(SPECTRUM).float()), b))
     assert (solution.converged, solution.iterations) == (True, M)
 
 
@@ -156,7 +164,7 @@ def test_mixed_dtypes_keep_their_names_shapes_and_dtypes(make: Callable[[], Line
         seen.append({name: part.dtype for name, part in v.items()})
         return Spy(matrix)(v)
 
-    value = make().solve(matvec, b).value
+    value = make().solve(LinearSystem(matvec, b)).value
     assert {name: part.dtype for name, part in value.items()} == dtypes
     assert all(types == dtypes for types in seen)
     expected = solve_flat(make(), matrix, exact)
@@ -167,7 +175,7 @@ def test_mixed_dtypes_keep_their_names_shapes_and_dtypes(make: Callable[[], Line
 @every_solver
 def test_low_precision(make: Callable[[], LinearSolver], dtype: torch.dtype) -> None:
     matrix, b = symmetric(SPECTRUM), tree.map(lambda part: part.to(dtype), right_hand_side())
-    value = make().solve(Spy(matrix), b).value
+    value = make().solve(LinearSystem(Spy(matrix), b)).value
     torch.testing.assert_close(tree.flatten(value).double(), solve_flat(make(), matrix), rtol=0.05, atol=0.05)
 
 
@@ -186,7 +194,7 @@ def test_hessian_products_by_autograd_leave_no_graph(make: Callable[[], LinearSo
 
     b = tree.map(lambda part: part.requires_grad_(), right_hand_side())
     with torch.set_grad_enabled(grad_enabled):
-        value = make().solve(matvec, b).value
+        value = make().solve(LinearSystem(matvec, b)).value
     assert not any(part.requires_grad for part in value.values())
     torch.testing.assert_close(tree.flatten(value), solve_flat(make(), matrix))
 
@@ -250,10 +258,10 @@ def test_failure_is_reported_every_time_and_warned_about_once(
     solver: LinearSolver, matrix: Tensor, message: str
 ) -> None:
     with pytest.warns(UserWarning, match=message):
-        first = solver.solve(Spy(matrix), right_hand_side())
+        first = solver.solve(LinearSystem(Spy(matrix), right_hand_side()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = solver.solve(Spy(matrix), right_hand_side())
+        second = solver.solve(LinearSystem(Spy(matrix), right_hand_side()))
     assert first.converged is False
     assert second.converged is False
 
@@ -261,7 +269,7 @@ def test_failure_is_reported_every_time_and_warned_about_once(
 @pytest.mark.parametrize("solver", [Neumann(step_size=0.1), ConjugateGradient()], ids=class_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nan_products_are_not_hidden(solver: LinearSolver) -> None:
-    assert tree.first_nonfinite(solver.solve(Spy(NAN_MATRIX), right_hand_side()).value) is not None
+    assert tree.first_nonfinite(solver.solve(LinearSystem(Spy(NAN_MATRIX), right_hand_side())).value) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -270,19 +278,19 @@ def test_neumann_is_silent_at_the_edge_of_its_assumption(lowest: float, dtype: t
     # Terms that keep their norm but for rounding, at α = 2/λ_max or in the null space of A, do not diverge.
     matrix, b = with_eigenvalue(lowest).to(dtype), tree.map(lambda part: part.to(dtype), right_hand_side())
     for terms in (2, 100, 1000, 1001):
-        assert Neumann(terms, step_size=0.5).solve(Spy(matrix), b).converged is None
+        assert Neumann(terms, step_size=0.5).solve(LinearSystem(Spy(matrix), b)).converged is None
 
 
 def test_conjugate_gradient_keeps_the_last_good_iterate() -> None:
     matrix, b = with_eigenvalue(-0.05), right_hand_side()
     with pytest.warns(UserWarning, match=r"^`ConjugateGradient\(max_iter=20\)` stopped"):
-        stopped = ConjugateGradient().solve(Spy(matrix), b)
+        stopped = ConjugateGradient().solve(LinearSystem(Spy(matrix), b))
     assert stopped.iterations > 1
     with pytest.warns(UserWarning, match=r"reached a relative residual"):
-        before = ConjugateGradient(max_iter=stopped.iterations - 1).solve(Spy(matrix), b)
+        before = ConjugateGradient(max_iter=stopped.iterations - 1).solve(LinearSystem(Spy(matrix), b))
     torch.testing.assert_close(stopped.value, before.value, rtol=0, atol=0)
     torch.testing.assert_close(stopped.residual, before.residual, rtol=0, atol=0)
-    damped = ConjugateGradient(damping=0.2, tol=1e-12).solve(Spy(matrix), b)
+    damped = ConjugateGradient(damping=0.2, tol=1e-12).solve(LinearSystem(Spy(matrix), b))
     expected = torch.linalg.solve(matrix + 0.2 * EYE, tree.flatten(b))
     torch.testing.assert_close(tree.flatten(damped.value), expected)
 
@@ -301,7 +309,7 @@ def test_nystrom_is_exact_on_a_matrix_of_its_rank() -> None:
 @pytest.mark.parametrize("rank", [1, 5, M])
 def test_nystrom_stays_bounded_on_an_indefinite_matrix(lowest: float, rank: int) -> None:
     b = right_hand_side()
-    value = Nystrom(rank, rho=0.1).solve(Spy(with_eigenvalue(lowest)), b).value
+    value = Nystrom(rank, rho=0.1).solve(LinearSystem(Spy(with_eigenvalue(lowest)), b)).value
     assert tree.norm(value) <= tree.norm(b) / 0.1 * (1 + 1e-9)
 
 
@@ -337,17 +345,18 @@ def test_dense_refuses_a_singular_matrix(matrix: Tensor, dtype: torch.dtype) -> 
         r"`ConjugateGradient\(damping=\.\.\.\)`\.$"
     )
     with pytest.raises(MisconfigurationError, match=message):
-        Dense().solve(Spy(matrix.to(dtype)), b)
+        Dense().solve(LinearSystem(Spy(matrix.to(dtype)), b))
 
 
 @pytest.mark.parametrize("solver", [Dense(), Nystrom()], ids=class_name)
 def test_decompositions_refuse_nan(solver: LinearSolver) -> None:
     message = rf"^Expected the Hessian products of `{class_name(solver)}` to be finite, got nan or inf\. Look at the "
     with pytest.raises(FloatingPointError, match=message):
-        solver.solve(Spy(NAN_MATRIX), right_hand_side())
+        solver.solve(LinearSystem(Spy(NAN_MATRIX), right_hand_side()))
 
 
 WHOLE, POSITIVE, NOT_NEGATIVE = "a positive integer", "a positive number", "a non-negative number"
+NOT_NEGATIVE_WHOLE = "a non-negative integer"
 VALUE_ERRORS: list[tuple[type[LinearSolver], str, Any, str]] = [
     (Neumann, "terms", 0, WHOLE),
     (Neumann, "terms", 2.5, WHOLE),
@@ -359,6 +368,8 @@ VALUE_ERRORS: list[tuple[type[LinearSolver], str, Any, str]] = [
     (ConjugateGradient, "damping", -1.0, NOT_NEGATIVE),
     (Nystrom, "rank", True, WHOLE),
     (Nystrom, "rho", False, POSITIVE),
+    (Nystrom, "seed", -1, NOT_NEGATIVE_WHOLE),
+    (Nystrom, "seed", 0.5, NOT_NEGATIVE_WHOLE),
     (Identity, "scale", float("inf"), POSITIVE),
 ]
 

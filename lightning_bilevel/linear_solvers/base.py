@@ -8,23 +8,57 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_bilevel import tree
+from lightning_bilevel.errors import combination_error
 from lightning_bilevel.tree import Params
 
 MatVec = Callable[[Params], Params]
+Dot = Callable[[Params, Params], Tensor]
+
+
+class LinearSystem(NamedTuple):
+    """A x = b, with A known by its products.
+
+    Vectors are trees named, shaped and typed as ``b``: so are the arguments of the functions. A complex entry counts as
+    two real ones, and A need only be linear over the reals, as the Hessian of a real loss of complex parameters is.
+
+    Attributes:
+        matvec: v ↦ A v.
+        b: the right-hand side.
+        x0: a guess of x, from which iterations start (a warm start); ``None``: zero.
+        precondition: v ↦ P v, with P an approximation of A⁻¹ that costs less than a product, symmetric and positive
+            definite where A is; ``None``: the identity.
+        dot: the inner product of two vectors, a real 0-dim tensor: Re(ūᵀ v) over all entries. Where each process holds
+            a part of the vectors, it sums over the processes.
+        symmetric: whether A is symmetric with respect to ``dot``, as a Hessian is. The system of a fixed point,
+            (I − ∂Ω/∂θ)ᵀ x = b, is not.
+
+    >>> import torch
+    >>> LinearSystem(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])}).symmetric
+    True
+    """
+
+    matvec: MatVec
+    b: Params
+    x0: Params | None = None
+    precondition: MatVec | None = None
+    dot: Dot = tree.dot
+    symmetric: bool = True
 
 
 class Solution(NamedTuple):
     """The answer of a linear solver.
 
     Attributes:
-        value: x, named and shaped as the right-hand side.
+        value: x, named, shaped and typed as the right-hand side, without a graph.
         converged: whether the residual met the tolerance; ``None`` for solvers that do not aim at one.
         iterations: products with A that were taken.
         residual: ‖b − A x‖ / ‖b‖ where the solver knows it, else ``None``.
 
     >>> import torch
     >>> from lightning_bilevel.linear_solvers import ConjugateGradient
-    >>> solution = ConjugateGradient().solve(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])})
+    >>> system = LinearSystem(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])})
+    >>> solution = ConjugateGradient().solve(system)
     >>> solution.value, solution.converged, solution.iterations
     ({'w': tensor([4.])}, True, 1)
     """
@@ -36,28 +70,44 @@ class Solution(NamedTuple):
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a symmetric A that is known by its products A v.
+    """Solves A x = b for an A that is known by its products A v.
 
     Attributes:
-        blockwise: whether a block-diagonal A is solved block by block, so that the systems of several
+        supports_stacking: whether a block-diagonal A is solved block by block, so that the systems of several
             episodes may pass as one.
+        needs_symmetric: whether A has to be symmetric; :meth:`check` refuses others.
+        needs_whole_vectors: whether it indexes the entries of vectors, which a process that holds a part of them
+            cannot do.
+        wants_preconditioner: whether it asks whoever makes the system for ``precondition``.
 
     >>> import torch
     >>> class Diagonal(LinearSolver):
-    ...     def solve(self, matvec, b):
-    ...         diagonal = matvec({name: torch.ones_like(value) for name, value in b.items()})
-    ...         return Solution({name: value / diagonal[name] for name, value in b.items()}, None, 1, None)
-    >>> Diagonal().solve(lambda v: {"w": 4 * v["w"]}, {"w": torch.tensor([8.0])}).value
+    ...     def solve(self, system):
+    ...         diagonal = system.matvec({name: torch.ones_like(value) for name, value in system.b.items()})
+    ...         return Solution({name: value / diagonal[name] for name, value in system.b.items()}, None, 1, None)
+    >>> Diagonal().solve(LinearSystem(lambda v: {"w": 4 * v["w"]}, {"w": torch.tensor([8.0])})).value
     {'w': tensor([2.])}
     """
 
-    blockwise: bool = False
+    supports_stacking: bool = False
+    needs_symmetric: bool = False
+    needs_whole_vectors: bool = False
+    wants_preconditioner: bool = False
 
     @abstractmethod
-    def solve(self, matvec: MatVec, b: Params) -> Solution:
-        """Return x with A x ≈ b.
+    def solve(self, system: LinearSystem) -> Solution:
+        """Return x with A x ≈ b."""
 
-        Args:
-            matvec: v ↦ A v on trees named and shaped as ``b``.
-            b: the right-hand side.
+    def check(self, system: LinearSystem) -> None:
+        """Refuse a system that is not of the form this solver needs; solvers that need one call it first.
+
+        Raises:
+            MisconfigurationError: the solver needs a symmetric A and the system has another.
         """
+        if self.needs_symmetric and not system.symmetric:
+            name = type(self).__name__
+            raise combination_error(
+                f"`{name}` with a linear system that is not symmetric",
+                f"`{name}` assumes A = Aᵀ, which the system of a fixed point, (I − ∂Ω/∂θ)ᵀ x = b, does not have",
+                "Use `Neumann(step_size=1.0)` or `Dense()`",
+            )

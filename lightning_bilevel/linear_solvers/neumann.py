@@ -9,25 +9,33 @@ from typing_extensions import override
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import integer, number
-from lightning_bilevel.linear_solvers._common import WarnsOnce, flat_system
-from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
-from lightning_bilevel.tree import Params
+from lightning_bilevel.linear_solvers._common import normalized, same, start, warn_once
+from lightning_bilevel.linear_solvers.base import LinearSolver, LinearSystem, Solution
+
+GROWTH = 0.01
+"""By how much terms may grow before a series counts as divergent: rounding and noisy products stay below it.
+
+For K > 100 terms it is 1/K, at which another K terms would grow by about e. It holds for the last term over the one
+before where A is symmetric and there is no P: ‖(I − αA)ᵏ r₀‖ is log-convex in k then, so that a series that diverges
+grows at its end, and one that grows anywhere diverges. Otherwise a convergent series may grow for a while, so that its
+last term is compared with the first: where it is larger, the residual of x is no better than that of x₀.
+"""
 
 
-class Neumann(WarnsOnce, LinearSolver):
-    r"""Sum K terms of the Neumann series of (αA)⁻¹.
+class Neumann(LinearSolver):
+    r"""Sum K terms of the Neumann series of (αA)⁻¹: K steps of Richardson's iteration from x₀.
 
-    .. math:: x = \alpha \sum_{k=0}^{K-1} (I - \alpha A)^k b
+    .. math:: x = x_0 + \alpha P \sum_{k=0}^{K-1} (I - \alpha A P)^k r_0, \qquad r_0 = b - A x_0
 
-    Biased: A x = b − (I − αA)ᴷ b, so ‖b − A x‖ ≤ max_i abs(1 − αλ_i)ᴷ ‖b‖. It converges to A⁻¹b if and only
-    if A is positive definite and 0 < α < 2/λ_max; where A has a negative eigenvalue it diverges for every α.
-    K terms take K − 1 products, and memory is O(M), flat in K. With α the inner learning rate it equals
+    with x₀ = 0 and P = I where the system has none. Biased: b − A x = (I − αAP)ᴷ r₀, so that
+    ‖b − A x‖ ≤ max_i abs(1 − αλ_i)ᴷ ‖r₀‖ for symmetric A and P = I. It converges to A⁻¹b for every b if and only if the
+    eigenvalues λ of AP have abs(1 − αλ) < 1: real ones are positive and below 2/α. So α is near 1 with a good P, and
+    for the system of a fixed point, A = (I − ∂Ω/∂θ)ᵀ, where the terms are powers of (∂Ω/∂θ)ᵀ. Where a symmetric A
+    has a negative eigenvalue it diverges for every α.
+
+    K terms take K − 1 products, K from an x₀, and memory is O(M), flat in K. With α the inner learning rate it equals
     back-propagation through K steps of gradient descent at the optimum (AID-FP); K = 1 is ``Identity(scale=α)``.
-
-    Divergence is noticed at the end, with one device synchronisation a solve. The norm of (I − αA)ᵏ b is
-    log-convex in k for symmetric A, so a series that diverges shows it in the ratio of its last two terms, and
-    a ratio above 1 proves that α or A is outside the assumption. The line is 1.01, so that rounding and noisy
-    products stay below it, or 1 + 1/K for K > 100, where another K terms would grow by about e.
+    Divergence is noticed at the end, with one device synchronization a solve.
 
     Use it when λ_max is known or the inner loop is gradient descent. Not for ill-conditioned A, where K must
     be of the order of λ_max/λ_min: :class:`~lightning_bilevel.linear_solvers.ConjugateGradient` needs its root.
@@ -36,53 +44,58 @@ class Neumann(WarnsOnce, LinearSolver):
     Differentiation; eq. 3 of FSLA (Li et al. 2022, arXiv 2112.04660), where the number of terms is right.
 
     Args:
-        terms: K, how many terms.
+        terms: K, how many terms; from an x₀, how many further ones.
         step_size: α, below 2/λ_max; the learning rate of an inner loop that converges is.
 
     Raises:
         ValueError: ``terms`` is not a positive integer or ``step_size`` not a positive number.
 
     >>> import torch
-    >>> solution = Neumann(terms=3, step_size=0.25).solve(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])})
+    >>> system = LinearSystem(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])})
+    >>> solution = Neumann(terms=3, step_size=0.25).solve(system)
     >>> solution.value, solution.iterations  # 2 · (1 + 1/2 + 1/4) on the way to 4
     ({'w': tensor([3.5000])}, 2)
     """
 
-    blockwise = True
+    supports_stacking = True
 
     def __init__(self, terms: int = 10, *, step_size: float) -> None:
         self.terms = integer("Neumann(terms=...)", terms)
         self.step_size = number("Neumann(step_size=...)", step_size, above=0)
 
     @override
-    def solve(self, matvec: MatVec, b: Params) -> Solution:
-        """Return the sum of the first K terms, with ``converged=False`` if they grow and ``None`` otherwise.
-
-        Args:
-            matvec: v ↦ A v.
-            b: the right-hand side.
-        """
-        apply, term = flat_system(matvec, b)
-        before = total = term
+    def solve(self, system: LinearSystem) -> Solution:
+        """Return x after K terms, with ``converged=False`` if they grow and ``None`` otherwise."""
+        unit, restored = normalized(system)
+        precondition = unit.precondition or same
+        x, first, products = start(unit)
+        total = before = term = first
         for _ in range(self.terms - 1):
-            before = term  # of the same tensor, so that a product never meets two terms
-            term = term - self.step_size * apply(term)
-            total = total + term
-        last, previous, cosine = torch.stack([term.norm(), before.norm(), term.dot(before)]).tolist()
-        diverges = not math.isfinite(last) or last > previous * (1 + min(0.01, 1 / self.terms))
+            before = term
+            term = tree.add(term, unit.matvec(precondition(term)), alpha=-self.step_size)
+            total = tree.add(total, term)
+        log_convex = unit.symmetric and unit.precondition is None  # see GROWTH
+        other = before if log_convex else first
+        pairs = (term, term), (other, other), (term, other)
+        last, earlier, cosine = torch.stack([unit.dot(u, v) for u, v in pairs]).tolist()
+        diverges = not math.isfinite(last) or last > earlier * (1 + min(GROWTH, 1 / self.terms)) ** 2
         if diverges:
-            self._warn(f"`Neumann(step_size={self.step_size})` diverges: {_reason(last, previous, cosine)}")
-        value = tree.unflatten(self.step_size * total, b)
-        return Solution(value, False if diverges else None, self.terms - 1, None)
+            reason = _reason(last, earlier, cosine, log_convex)
+            warn_once(self, f"`Neumann(step_size={self.step_size})` diverges: {reason}")
+        value = restored(tree.add(x, precondition(total), alpha=self.step_size))
+        return Solution(value, False if diverges else None, products + self.terms - 1, None)
 
 
-def _reason(last: float, previous: float, cosine: float) -> str:
+def _reason(last: float, earlier: float, cosine: float, log_convex: bool) -> str:
+    """Say why it diverges, from ‖·‖² of the last term and of the one it is compared with, and their product."""
     if not math.isfinite(last):
         return "its terms are nan or infinite. Lower `step_size`, and look at the inner loss."
-    grows = f"its last term has {last / previous:.3g} times the norm of the one before and"
+    grows = f"its last term has {math.sqrt(last / earlier):.3g} times the norm of the"
+    if not log_convex:
+        return f"{grows} first. Lower `step_size`, or raise `terms` if they fall later."
     if cosine < 0:
-        return f"{grows} the other sign. Lower `step_size` below 2/λ_max."
+        return f"{grows} one before and the other sign. Lower `step_size` below 2/λ_max."
     return (
-        f"{grows} the same sign, so the inner Hessian has a negative eigenvalue and no `step_size` converges. "
-        "Train the inner problem further, or use `ConjugateGradient(damping=...)`."
+        f"{grows} one before and the same sign, so the inner Hessian has a negative eigenvalue and no `step_size` "
+        "converges. Train the inner problem further, or use `ConjugateGradient(damping=...)`."
     )

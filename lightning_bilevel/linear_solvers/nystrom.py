@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bilevel import tree
 from lightning_bilevel.errors import integer, number
-from lightning_bilevel.linear_solvers._common import columns, flat_system
-from lightning_bilevel.linear_solvers.base import LinearSolver, MatVec, Solution
-from lightning_bilevel.tree import Params
+from lightning_bilevel.linear_solvers._common import FLAT, columns, flattened
+from lightning_bilevel.linear_solvers.base import LinearSolver, LinearSystem, Solution
 
 
 class Nystrom(LinearSolver):
@@ -21,7 +19,8 @@ class Nystrom(LinearSolver):
     .. math:: A_r = C W^+ C^\top, \quad C = A_{:,K}, \quad W = A_{K,K}, \qquad x = (A_r + \rho I)^{-1} b
 
     with K a set of r random coordinates. Biased by ρ and by ‖A − A_r‖; x = (A + ρI)⁻¹ b to rounding
-    if r = M and A is positive semi-definite. Memory r × M, cost r products and O(r² M) operations.
+    if r = M and A is positive semi-definite. Memory r × M, cost r products and O(r² M) operations; a complex entry
+    counts twice in M. A system's x0 and preconditioner are not used.
 
     The textbook form of the Woodbury identity, (ρW + CᵀC)⁻¹, squares the condition number and fails on a
     singular W. Here C = QR is decomposed first and R W⁺ Rᵀ = V D Vᵀ after it, by the SVD of its square root, so
@@ -45,39 +44,42 @@ class Nystrom(LinearSolver):
         seed: seed of the choice of columns.
 
     Raises:
-        ValueError: ``rank`` is not a positive integer or ``rho`` not a positive number.
+        ValueError: ``rank`` is not a positive integer, ``rho`` not a positive number or ``seed`` not a non-negative
+            integer.
 
     >>> import torch
-    >>> solver = Nystrom(rank=2, rho=1.0)
     >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    >>> solver.solve(lambda v: {"w": matrix @ v["w"]}, {"w": torch.tensor([4.0, 4.0])}).value["w"].round(decimals=4)
+    >>> system = LinearSystem(lambda v: {"w": matrix @ v["w"]}, {"w": torch.tensor([4.0, 4.0])})
+    >>> Nystrom(rank=2, rho=1.0).solve(system).value["w"].round(decimals=4)
     tensor([1., 1.])
     """
+
+    needs_symmetric = True
+    needs_whole_vectors = True
 
     def __init__(self, rank: int = 10, rho: float = 1e-2, seed: int = 0) -> None:
         self.rank = integer("Nystrom(rank=...)", rank)
         self.rho = number("Nystrom(rho=...)", rho, above=0)
-        self.seed = seed
+        self.seed = integer("Nystrom(seed=...)", seed, least=0)
 
     @override
-    def solve(self, matvec: MatVec, b: Params) -> Solution:
+    def solve(self, system: LinearSystem) -> Solution:
         """Return x = (A_r + ρI)⁻¹ b.
 
-        Args:
-            matvec: v ↦ A v.
-            b: the right-hand side.
-
         Raises:
+            MisconfigurationError: A is not symmetric.
             FloatingPointError: a product is nan or infinite.
         """
-        apply, flat = flat_system(matvec, b)
-        rank = min(self.rank, flat.numel())
-        chosen = random.Random(self.seed).sample(range(flat.numel()), rank)
-        sampled = columns(apply, flat, chosen, "Nystrom")
+        self.check(system)
+        flat, restored = flattened(system)
+        b = flat.b[FLAT]
+        rank = min(self.rank, len(b))
+        chosen = random.Random(self.seed).sample(range(len(b)), rank)
+        sampled = columns(flat, chosen, "Nystrom")
         basis, values = _eigen(sampled, sampled[chosen])
-        inside = basis.T @ flat
-        x = basis @ (inside / (values + self.rho)) + (flat - basis @ inside) / self.rho
-        return Solution(tree.unflatten(x, b), None, rank, None)
+        inside = basis.T @ b
+        x = basis @ (inside / (values + self.rho)) + (b - basis @ inside) / self.rho
+        return Solution(restored({FLAT: x}), None, rank, None)
 
 
 def _eigen(sampled: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
