@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, Adam, BilevelModule, ForwardGradient, ReverseUnroll, bilevel, hypergradient
-from modules import (
+from tests.support.modules import (
     Cleaning,
     Maml,
     differing,

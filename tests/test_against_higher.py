@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import SGD, Adam, Episode, ReverseUnroll, hypergradient
-from problems import Mlp, assert_close, episodes
+from tests.support.problems import Mlp, assert_close, episodes
 
 
 class EarlyEps(Adam):

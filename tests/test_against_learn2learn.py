@@ -23,7 +23,7 @@ from few_shot.nets import cnn, mlp
 from few_shot.sinusoid import Sinusoids
 from lightning_bilevel import Episode, FirstOrder, HypergradientStrategy, ReverseUnroll, hypergradient
 from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
-from problems import assert_close
+from tests.support.problems import assert_close
 
 NOT_USED = ("torchvision", "gym", "qpth")
 """What learn2learn imports for its data sets, environments and MetaOptNet; `make test` leaves them out."""

@@ -47,8 +47,20 @@ from lightning_bilevel.auditing import Audit
 from lightning_bilevel.auditing.diagnosis import diagnose, split_message
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Neumann
-from modules import Cleaning, Maml, differing, examples, identical, listed, loader, parameters, seeded, tasks, trainer
-from problems import RidgeBlackBox, RidgeSolver
+from tests.support.modules import (
+    Cleaning,
+    Maml,
+    differing,
+    examples,
+    identical,
+    listed,
+    loader,
+    parameters,
+    seeded,
+    tasks,
+    trainer,
+)
+from tests.support.problems import RidgeBlackBox, RidgeSolver
 
 SECOND_ORDER = ("ReverseUnroll", "TruncatedReverse", "ForwardUnroll", "ForwardGradient", "ImplicitGradient")
 FORWARD = "ForwardGradient(mode='forward')"
@@ -797,7 +809,7 @@ import sys
 import pytorch_lightning as pl
 import torch
 from lightning_bilevel import ForwardGradient, ReverseUnroll, StrategyAudit
-from modules import Cleaning, loader
+from tests.support.modules import Cleaning, loader
 
 torch.manual_seed(0)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
@@ -817,11 +829,10 @@ assert torch.equal(everywhere[0], everywhere[1])
 def test_two_processes_print_once(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "fit.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
-    tests = Path(__file__).parent
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), strategy],
-        env={**keep, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "OMP_NUM_THREADS": "1"},
+        env={**keep, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import batch_norm
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from problems import derivatives
+from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "(n, c)": (lambda: nn.BatchNorm1d(3), (5, 3)),

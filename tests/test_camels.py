@@ -39,9 +39,9 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.strategies.rounding import CoarsestDtype
-from modules import differing, parameters, trainer
-from problems import DIFFERENCE, assert_close, perturbed, seeded
-from processes import ran
+from tests.support.modules import differing, parameters, trainer
+from tests.support.problems import DIFFERENCE, assert_close, perturbed, seeded
+from tests.support.processes import ran
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
 

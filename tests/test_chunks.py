@@ -15,7 +15,7 @@ from lightning_bilevel.modules import functional
 from lightning_bilevel.modules.functional import FEWEST_COPIES, STACKED_ENTRIES
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
-from problems import Mlp, episodes
+from tests.support.problems import Mlp, episodes
 
 
 def sizes(run: Any, count: int, size: int | None = None) -> list[int]:

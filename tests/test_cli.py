@@ -44,7 +44,7 @@ from lightning_bilevel.directions import Coordinate, DirectionSampler, Gaussian,
 from lightning_bilevel.host import Callback
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
-from modules import differing, identical, parameters
+from tests.support.modules import differing, identical, parameters
 
 CONFIGS = sorted((Path(data_cleaning_cli.__file__).parent / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:`ConjugateGradient")  # after two inner steps, ten of its own are few

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import convolution
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from problems import derivatives
+from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequences": (lambda: nn.Conv1d(2, 3, 2), (2, 2, 5)),

@@ -30,7 +30,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions.base import Key
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
-from problems import Mlp, episodes
+from tests.support.problems import Mlp, episodes
 
 T, N = 7, 5  # N is the module's number of outer parameters, see the test of it
 

@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from torch.utils.cpp_extension import is_ninja_available
 
-from processes import ran
+from tests.support.processes import ran
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    printed = ran("device_worker.py", tmp_path_factory.mktemp("device"))
+    printed = ran("device.py", tmp_path_factory.mktemp("device"))
     return dict(json.loads(line) for line in printed.splitlines() if line.startswith("["))
 
 

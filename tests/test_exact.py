@@ -27,7 +27,7 @@ from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
-from problems import (
+from tests.support.problems import (
     DIFFERENCE,
     INNER_OPTIMIZERS,
     InPlace,
@@ -48,7 +48,7 @@ from problems import (
     seeded,
     train,
 )
-from registry import (
+from tests.support.tables import (
     EXACT,
     ROWS,
     Row,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, hypergradient
 from lightning_bilevel.calculus import autodiff
-from problems import INNER_OPTIMIZERS, Mlp, episodes
+from tests.support.problems import INNER_OPTIMIZERS, Mlp, episodes
 
 LAYERS, WIDTH = 16, 128
 

@@ -26,8 +26,8 @@ from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.tree import Params
-from modules import Calls, differing, listed, parameters, trainer
-from problems import Problem, RidgeSolver, assert_close, draw
+from tests.support.modules import Calls, differing, listed, parameters, trainer
+from tests.support.problems import Problem, RidgeSolver, assert_close, draw
 
 SIZE = 5
 Sample = tuple[Tensor, Tensor, Tensor]

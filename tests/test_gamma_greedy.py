@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_bilevel import Episode, GammaGreedy, ReverseUnroll, TruncatedReverse, hypergradient, tree
 from lightning_bilevel.directions import Key
 from lightning_bilevel.tree import Params
-from problems import (
+from tests.support.problems import (
     INNER_OPTIMIZERS,
     Mlp,
     Quadratic,

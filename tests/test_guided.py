@@ -30,7 +30,7 @@ from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthog
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
-from problems import RidgeSolver, assert_close, draw
+from tests.support.problems import RidgeSolver, assert_close, draw
 
 M, N = 3, 8
 ETA, STEPS = 0.4, 2

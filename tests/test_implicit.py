@@ -14,7 +14,18 @@ from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
 from lightning_bilevel.tree import Params
-from problems import Mlp, Problem, Quadratic, Ridge, RidgeBlackBox, RidgeSolver, assert_close, draw, episodes, train
+from tests.support.problems import (
+    Mlp,
+    Problem,
+    Quadratic,
+    Ridge,
+    RidgeBlackBox,
+    RidgeSolver,
+    assert_close,
+    draw,
+    episodes,
+    train,
+)
 
 LR = 0.3
 """Of all quadratics here: below 1/λ_max, which is 1/2.0."""

@@ -25,7 +25,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Dense
-from modules import Cleaning, Maml, differing, listed, loader, parameters, seeded, tasks, trainer
+from tests.support.modules import Cleaning, Maml, differing, listed, loader, parameters, seeded, tasks, trainer
 
 
 def episode() -> Episode:

@@ -36,7 +36,16 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.tree import Params
-from problems import Problem, assert_close, directional_difference, draw, generator, plain_value, seeded, train
+from tests.support.problems import (
+    Problem,
+    assert_close,
+    directional_difference,
+    draw,
+    generator,
+    plain_value,
+    seeded,
+    train,
+)
 
 EXAMPLES = 4
 VOCABULARY = 40

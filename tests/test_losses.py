@@ -20,7 +20,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.kernels.embedding import NATIVE, embedding
-from problems import assert_close, seeded
+from tests.support.problems import assert_close, seeded
 
 EPISODES = 3
 

@@ -17,7 +17,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.linear_solvers import Neumann
-from problems import Mlp, episodes
+from tests.support.problems import Mlp, episodes
 
 
 class Watched(Mlp):

@@ -31,7 +31,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Identity, Neumann
-from modules import examples, listed, parameters, tasks, trainer
+from tests.support.modules import examples, listed, parameters, tasks, trainer
 
 
 class Net(BilevelModule):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-import processes
+from tests.support import processes
 
 # Not imported here: the other tests of this process are to have one namespace.
 pytestmark = pytest.mark.skipif(not find_spec("lightning"), reason="`lightning` is not installed")
@@ -35,7 +35,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def of(case: str) -> dict[str, Any]:
-        output = processes.ran("namespace_worker.py", case, tmp_path_factory.mktemp("case"))
+        output = processes.ran("namespace.py", case, tmp_path_factory.mktemp("case"))
         return json.loads(output.splitlines()[-1])
 
     return of

@@ -34,17 +34,17 @@ from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.training.parallel import Ranks
-from modules import identical, trainer
-from parallel_worker import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
-from processes import ran
-from registry import ROWS
+from tests.support.modules import identical, trainer
+from tests.support.processes import ran
+from tests.support.tables import ROWS
+from tests.support.workers.parallel import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Run all cases in one pair of processes; return what each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    ran("parallel_worker.py", folder)
+    ran("parallel.py", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

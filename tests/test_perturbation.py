@@ -28,7 +28,7 @@ from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.tree import Params
-from problems import (
+from tests.support.problems import (
     Mlp,
     Problem,
     Quadratic,

@@ -27,9 +27,9 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.strategies.rounding import CoarsestDtype
 from lightning_bilevel.training.precision import warn_of_precision
-from modules import EXAMPLES, FEATURES, examples, listed, seeded, trainer
-from problems import RidgeBlackBox
-from registry import ROWS, Row
+from tests.support.modules import EXAMPLES, FEATURES, examples, listed, seeded, trainer
+from tests.support.problems import RidgeBlackBox
+from tests.support.tables import ROWS, Row
 
 DIFFERENCES = {
     name: row for name, row in ROWS.items() if not row.strategy.second_order and row.strategy.requires == "solve"

@@ -16,16 +16,16 @@ import torch
 
 from lightning_bilevel import SGD, Adam, FirstOrder, HypergradientSchedule, ReverseUnroll
 from lightning_bilevel.errors import MisconfigurationError
-from modules import Cleaning, identical, loader, trainer
-from processes import ran
-from resume_worker import CASES, KILLED, SAVED, STEPS
+from tests.support.modules import Cleaning, identical, loader, trainer
+from tests.support.processes import ran
+from tests.support.workers.resume import CASES, KILLED, SAVED, STEPS
 
 WITH_WORKERS = ("ReverseUnroll", "ForwardGradient", "FSLA", "schedule")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the fits are forked from one process")
 
 
 def killed_and_resumed(folder: Path, num_workers: int, names: Iterable[str]) -> Path:
-    ran("resume_worker.py", folder, num_workers, *names)
+    ran("resume.py", folder, num_workers, *names)
     return folder
 
 

@@ -35,8 +35,8 @@ from lightning_bilevel.linear_solvers import Dense, Identity
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.table import Facts, facts, markdown
 from lightning_bilevel.tree import Params
-from modules import differing, listed, parameters, trainer
-from problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, seeded
+from tests.support.modules import differing, listed, parameters, trainer
+from tests.support.problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, seeded
 
 
 class Fit(Mlp):

@@ -48,7 +48,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.linear_solvers import Dense
-from modules import (
+from tests.support.modules import (
     Calls,
     Cleaning,
     Maml,

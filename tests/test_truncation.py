@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ReverseUnroll, TruncatedReverse, hypergradient, tree
 from lightning_bilevel.problem import Episode, InnerState
-from problems import INNER_OPTIMIZERS, Mlp, Quadratic, assert_close, episodes, train
+from tests.support.problems import INNER_OPTIMIZERS, Mlp, Quadratic, assert_close, episodes, train
 
 T = 200
 

@@ -28,7 +28,7 @@ from lightning_bilevel.directions import (
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
 from lightning_bilevel.tree import Params
-from problems import Quadratic
+from tests.support.problems import Quadratic
 
 MODULE = Quadratic(inner_steps=2, shared=True)  # φ is two tensors: a direction has to cover both
 EPISODE = MODULE.episode()

@@ -32,7 +32,18 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
-from modules import EXAMPLES, FEATURES, differing, examples, listed, loader, parameters, seeded, tasks, trainer
+from tests.support.modules import (
+    EXAMPLES,
+    FEATURES,
+    differing,
+    examples,
+    listed,
+    loader,
+    parameters,
+    seeded,
+    tasks,
+    trainer,
+)
 
 
 class Parts:

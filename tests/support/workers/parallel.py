@@ -1,4 +1,4 @@
-"""Fits in two real processes, started by Lightning itself: ``python parallel_worker.py FOLDER`` writes what they did.
+"""Fits in two real processes, started by Lightning itself: ``python parallel.py FOLDER`` writes what they did.
 
 Every rank writes ``FOLDER/<rank>.pt``: for each case what :func:`fit` returns.
 """
@@ -36,8 +36,8 @@ from lightning_bilevel import (
     ZerothOrder,
     tree,
 )
-from modules import trainer
-from registry import ROWS
+from tests.support.modules import trainer
+from tests.support.tables import ROWS
 
 SEED = 7
 STEPS = 3

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+WORKERS = Path(__file__).parent / "workers"
 TIMEOUT = 600  # a hang; a script takes half a minute, and many times that on a machine that is busy
 
 
@@ -18,16 +19,16 @@ def ran(script: str | Path, *arguments: object) -> str:
     """Run ``python script arguments...``, one thread each, and return what it prints; fail with it if it fails.
 
     Args:
-        script: a file in this folder, or a path.
+        script: a file in ``workers/``, or a path.
         arguments: what it gets, as text.
     """
     # What Lightning leaves in the environment would make it think that this is one of several processes already.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))
     }
-    paths = [ROOT, ROOT / "tests", ROOT / "examples", os.environ.get("PYTHONPATH", "")]
+    paths = [ROOT, ROOT / "examples", os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / script), *map(str, arguments)],
+        [sys.executable, "-W", "ignore", str(WORKERS / script), *map(str, arguments)],
         env={**environment, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

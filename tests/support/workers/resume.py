@@ -1,4 +1,4 @@
-"""Fits that are killed and resumed, each in its own process: ``python resume_worker.py FOLDER NUM_WORKERS NAME...``.
+"""Fits that are killed and resumed, each in its own process: ``python resume.py FOLDER NUM_WORKERS NAME...``.
 
 For each case ``FOLDER/NAME/whole.pt`` and ``resumed.pt`` hold what :func:`fit` returns. The processes are forked from
 one that has imported everything, so that each costs no start.
@@ -31,9 +31,9 @@ from lightning_bilevel import (
     ReverseUnroll,
     tree,
 )
-from modules import trainer
-from parallel_worker import Noisy
-from registry import ROWS
+from tests.support.modules import trainer
+from tests.support.tables import ROWS
+from tests.support.workers.parallel import Noisy
 
 EXAMPLES = 16  # inner ones make 4 batches, outer ones 8: an epoch is 8 steps
 STEPS = 11

@@ -1,4 +1,4 @@
-"""One process that imports Lightning in one way: ``python namespace_worker.py CASE FOLDER`` prints what happened there.
+"""One process that imports Lightning in one way: ``python namespace.py CASE FOLDER`` prints what happened there.
 
 It imports nothing of Lightning by itself, and nothing that does.
 """

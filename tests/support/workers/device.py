@@ -1,4 +1,4 @@
-"""Estimates and fits on a simulated device: ``python device_worker.py FOLDER`` compares them with those on the CPU.
+"""Estimates and fits on a simulated device: ``python device.py FOLDER`` compares them with those on the CPU.
 
 The process prints a line of JSON for each case: its name, and the largest difference or the error.
 """
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lightning_bilevel.inner_optimizers as optimizers
-import simulated_device
 from lightning_bilevel import (
     FSLA,
     SGD,
@@ -32,8 +31,9 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Coordinate, Gaussian, Sphere
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Nystrom
-from modules import Maml, listed, parameters, seeded, tasks, trainer
-from registry import ROWS
+from tests.support import simulated_device
+from tests.support.modules import Maml, listed, parameters, seeded, tasks, trainer
+from tests.support.tables import ROWS
 
 EXAMPLES = 6
 NETS: dict[str, Callable[[], nn.Module]] = {
