@@ -789,7 +789,7 @@ def as_squad(document: Document) -> dict[str, Any]:
 
 @pytest.fixture
 def camels_depth(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("camels_depth")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[1]
 EXAMPLES = [path.stem for path in sorted(FOLDER.glob("*.py")) if "def main" in path.read_text()]
 CLEANING = ["reverse", "checkpointed", "guided", "neumann", "pzobo", "fsla", "two-phase"]
 
