@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.properties.test_against_learn2learn import NOT_USED, Stubs
 from tests.support.problems import seeded
-from tests.test_against_learn2learn import NOT_USED, Stubs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[\w ]+): (?P<why>.+?) -->\n)?^```python\n(?P<code>.*?)^```$"

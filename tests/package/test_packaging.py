@@ -25,7 +25,7 @@ from packaging.version import Version
 import lightning_bilevel
 
 PACKAGE = "lightning_bilevel"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = [PACKAGE, *(found.name for found in pkgutil.walk_packages(lightning_bilevel.__path__, f"{PACKAGE}."))]
 OPTIONAL = {"higher", "jsonargparse", "learn2learn", "matplotlib", "rich", "scipy", "sklearn", "transformers"}
 FOLDERS = (PACKAGE, ".ci", ".github", "benchmarks", "docs", "examples", "tests")
@@ -219,7 +219,7 @@ def test_the_wheel_has_the_package_and_nothing_else(distributions: Distributions
 @pytest.mark.slow
 def test_the_source_distribution_has_the_checkout(distributions: Distributions) -> None:
     names = {name.partition("/")[2] for name in tarfile.open(distributions.source).getnames()}
-    assert {"LICENSE", "tests/test_packaging.py", "examples/data_cleaning.py", "docs/index.md"} <= names
+    assert {"LICENSE", "tests/package/test_packaging.py", "examples/data_cleaning.py", "docs/index.md"} <= names
     assert files(distributions.checkout) - names <= {".gitignore", ".coverage"}
 
 

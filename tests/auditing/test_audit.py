@@ -832,7 +832,7 @@ def test_two_processes_print_once(strategy: str, tmp_path: Path) -> None:
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "MASTER_", "LOCAL_"))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), strategy],
-        env={**keep, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**keep, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

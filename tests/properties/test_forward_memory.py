@@ -49,7 +49,7 @@ def test_copies_of_theta(
     directions: int, chunk: int, momentum: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """θ and ∇_θ g, and for each direction their tangents: 2 + 2c; and with momentum 1 + c more."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.setattr(autodiff, "PART_BYTES", 1)
     module, x = Deep(momentum), torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     strategy, episode = ForwardGradient(directions, chunk_size=chunk), Episode([x], x)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = {path.stem for path in FOLDER.glob("[!_]*.py")}
 RUNS = {
