@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.directions import Coordinate, DirectionSampler, Gaussian, Key, Orthogonal, Rademacher, Sphere
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
+from tests.support.tables import every_sampler
 
 N = 6
 COUNT = 2000
-SAMPLERS = [Rademacher(), Gaussian(), Sphere(), Coordinate(), Orthogonal()]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
 
 
 class UnitPerTensor(DirectionSampler):
@@ -148,22 +146,6 @@ def test_length_is_the_root_of_the_dimension(sampler: DirectionSampler, dtype: t
         rows = sampler.flat(Key(), 0, 5, torch.zeros(size, dtype=dtype)).double()
         lengths = rows.norm(dim=1) / size**0.5
         torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=roundings * torch.finfo(dtype).eps)
-
-
-def test_orthogonal_blocks_are_orthogonal_and_independent() -> None:
-    rows = Orthogonal().flat(Key(seed=2), 0, 2 * N, torch.zeros(N, dtype=torch.float64))
-    products = rows @ rows.T / N
-    identity = torch.eye(N, dtype=torch.float64)
-    torch.testing.assert_close(products[:N, :N], identity)
-    torch.testing.assert_close(products[N:, N:], identity)
-    assert products[:N, N:].abs().min() > 1e-6
-
-
-def test_orthogonal_matrices_are_haar() -> None:
-    # LAPACK alone gives R a negative diagonal almost always; without the signs E[Q₁₁] is far from 0.
-    like = torch.zeros(3, dtype=torch.float64)
-    blocks = torch.stack([Orthogonal().flat(Key(estimate=i), 0, 3, like) for i in range(COUNT)])
-    assert (blocks.mean(0).abs() <= 4 / COUNT**0.5).all()  # each entry has variance 1
 
 
 @every_sampler

@@ -12,58 +12,22 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
 from lightning_bilevel.tree import Params
-
-M = 10
-EYE = torch.eye(M, dtype=torch.float64)
-SPECTRUM = torch.linspace(0.5, 4.0, M, dtype=torch.float64)
-NAN = float("nan")
-
-EVERY: dict[str, Callable[[], LinearSolver]] = {
-    "Neumann": lambda: Neumann(terms=3, step_size=0.2),
-    "ConjugateGradient": lambda: ConjugateGradient(max_iter=40),
-    "Nystrom": lambda: Nystrom(rank=4),
-    "Dense": Dense,
-    "Identity": Identity,
-}
-
-
-def class_name(value: object) -> str:
-    return value.__name__ if isinstance(value, type) else type(value).__name__
-
-
-every_solver = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-
-
-def symmetric(spectrum: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=torch.float64)).Q
-    return q @ torch.diag(spectrum) @ q.T
-
-
-def right_hand_side() -> Params:
-    values = torch.randn(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    like = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in {"w": (2, 3), "s": (), "b": (3,)}.items()}
-    return tree.unflatten(values, like)
-
-
-class Spy:
-    """A as a function on trees that counts its calls."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.calls = 0
-
-    def __call__(self, v: Params) -> Params:
-        self.calls += 1
-        return tree.unflatten(self.matrix @ tree.flatten(v).to(self.matrix.dtype), v)
-
-
-def solve_flat(solver: LinearSolver, matrix: Tensor, b: Params | None = None) -> Tensor:
-    return tree.flatten(solver.solve(Spy(matrix), b or right_hand_side()).value)
-
+from tests.support.matrices import (
+    EYE,
+    NAN,
+    NAN_MATRIX,
+    SPECTRUM,
+    M,
+    Spy,
+    class_name,
+    right_hand_side,
+    solve_flat,
+    symmetric,
+    with_eigenvalue,
+)
+from tests.support.tables import every_solver
 
 EXACT: dict[str, tuple[LinearSolver, float]] = {  # solver, what it adds to the diagonal
     "Neumann": (Neumann(terms=200, step_size=2 / 4.5), 0.0),
@@ -84,23 +48,6 @@ def test_agrees_with_torch_linalg_solve(solver: LinearSolver, shift: float) -> N
     torch.testing.assert_close(tree.flatten(value), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("terms", [1, 2, 7])
-def test_neumann_is_the_sum_of_explicit_powers(terms: int) -> None:
-    matrix, b = symmetric(SPECTRUM), right_hand_side()
-    contraction = EYE - 0.2 * matrix
-    powers = sum(torch.linalg.matrix_power(contraction, k) for k in range(terms))
-    expected = 0.2 * powers @ tree.flatten(b)
-    torch.testing.assert_close(solve_flat(Neumann(terms, step_size=0.2), matrix), expected)
-
-
-def test_identity_is_one_neumann_term() -> None:
-    matrix = symmetric(SPECTRUM)
-    one = solve_flat(Identity(scale=0.2), matrix)
-    torch.testing.assert_close(one, solve_flat(Neumann(terms=1, step_size=0.2), matrix))
-    assert Identity(adapt=True).adapt
-    assert not Identity().adapt
-
-
 PRODUCTS: list[tuple[LinearSolver, int]] = [
     (Neumann(terms=1, step_size=0.2), 0),
     (Neumann(terms=6, step_size=0.2), 5),
@@ -119,56 +66,12 @@ def test_takes_the_documented_number_of_products(solver: LinearSolver, products:
     assert spy.calls == products
 
 
-def test_conjugate_gradient_stops_at_the_number_of_eigenvalues_and_reports_the_residual() -> None:
-    matrix, b = symmetric(torch.tensor([1.0, 2.0, 3.0]).repeat(4)[:M].double()), right_hand_side()
-    solution = ConjugateGradient(tol=1e-10).solve(Spy(matrix), b)
-    assert (solution.converged, solution.iterations) == (True, 3)
-    loose = ConjugateGradient(tol=0.1, damping=0.5).solve(Spy(matrix), b)
-    flat = tree.flatten(b)
-    residual = flat - (matrix + 0.5 * EYE) @ tree.flatten(loose.value)
-    assert loose.residual is not None
-    assert loose.residual <= 0.1
-    torch.testing.assert_close(loose.residual, residual.norm() / flat.norm())
-
-
 @every_solver
 def test_zero_right_hand_side(make: Callable[[], LinearSolver]) -> None:
     solution = make().solve(Spy(symmetric(SPECTRUM)), tree.zeros_like(right_hand_side()))
     assert tree.norm(solution.value) == 0
     assert solution.converged in (None, True)
     assert solution.residual in (None, 0)
-
-
-def test_conjugate_gradient_does_not_care_about_units() -> None:
-    b = tree.map(lambda part: part.float() * 1e-15, right_hand_side())
-    solution = ConjugateGradient().solve(Spy(symmetric(SPECTRUM).float()), b)
-    assert (solution.converged, solution.iterations) == (True, M)
-
-
-@every_solver
-def test_mixed_dtypes_keep_their_names_shapes_and_dtypes(make: Callable[[], LinearSolver]) -> None:
-    matrix, exact = symmetric(SPECTRUM), right_hand_side()
-    dtypes = {"w": torch.bfloat16, "s": torch.float32, "b": torch.float64}
-    b = {name: part.to(dtypes[name]) for name, part in exact.items()}
-    seen = []
-
-    def matvec(v: Params) -> Params:
-        seen.append({name: part.dtype for name, part in v.items()})
-        return Spy(matrix)(v)
-
-    value = make().solve(matvec, b).value
-    assert {name: part.dtype for name, part in value.items()} == dtypes
-    assert all(types == dtypes for types in seen)
-    expected = solve_flat(make(), matrix, exact)
-    torch.testing.assert_close(tree.flatten(value), expected, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_solver
-def test_low_precision(make: Callable[[], LinearSolver], dtype: torch.dtype) -> None:
-    matrix, b = symmetric(SPECTRUM), tree.map(lambda part: part.to(dtype), right_hand_side())
-    value = make().solve(Spy(matrix), b).value
-    torch.testing.assert_close(tree.flatten(value).double(), solve_flat(make(), matrix), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])
@@ -191,11 +94,6 @@ def test_hessian_products_by_autograd_leave_no_graph(make: Callable[[], LinearSo
     torch.testing.assert_close(tree.flatten(value), solve_flat(make(), matrix))
 
 
-def with_eigenvalue(value: float) -> Tensor:
-    return symmetric(torch.cat([SPECTRUM[1:], torch.tensor([value], dtype=torch.float64)]))
-
-
-NAN_MATRIX = torch.full((M, M), NAN, dtype=torch.float64)
 WARNINGS: dict[str, tuple[LinearSolver, Tensor, str]] = {
     "step too large": (
         Neumann(terms=20, step_size=0.6),  # above 2/λ_max = 0.5
@@ -262,89 +160,6 @@ def test_failure_is_reported_every_time_and_warned_about_once(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nan_products_are_not_hidden(solver: LinearSolver) -> None:
     assert tree.first_nonfinite(solver.solve(Spy(NAN_MATRIX), right_hand_side()).value) is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("lowest", [0.5, 0.0])
-def test_neumann_is_silent_at_the_edge_of_its_assumption(lowest: float, dtype: torch.dtype) -> None:
-    # Terms that keep their norm but for rounding, at α = 2/λ_max or in the null space of A, do not diverge.
-    matrix, b = with_eigenvalue(lowest).to(dtype), tree.map(lambda part: part.to(dtype), right_hand_side())
-    for terms in (2, 100, 1000, 1001):
-        assert Neumann(terms, step_size=0.5).solve(Spy(matrix), b).converged is None
-
-
-def test_conjugate_gradient_keeps_the_last_good_iterate() -> None:
-    matrix, b = with_eigenvalue(-0.05), right_hand_side()
-    with pytest.warns(UserWarning, match=r"^`ConjugateGradient\(max_iter=20\)` stopped"):
-        stopped = ConjugateGradient().solve(Spy(matrix), b)
-    assert stopped.iterations > 1
-    with pytest.warns(UserWarning, match=r"reached a relative residual"):
-        before = ConjugateGradient(max_iter=stopped.iterations - 1).solve(Spy(matrix), b)
-    torch.testing.assert_close(stopped.value, before.value, rtol=0, atol=0)
-    torch.testing.assert_close(stopped.residual, before.residual, rtol=0, atol=0)
-    damped = ConjugateGradient(damping=0.2, tol=1e-12).solve(Spy(matrix), b)
-    expected = torch.linalg.solve(matrix + 0.2 * EYE, tree.flatten(b))
-    torch.testing.assert_close(tree.flatten(damped.value), expected)
-
-
-def test_nystrom_is_exact_on_a_matrix_of_its_rank() -> None:
-    matrix = symmetric(torch.cat([SPECTRUM[-3:], torch.zeros(M - 3, dtype=torch.float64)]))
-    expected = torch.linalg.solve(matrix + 0.01 * EYE, tree.flatten(right_hand_side()))
-    for rank in (3, 6, M):  # above 3 the core is singular
-        torch.testing.assert_close(solve_flat(Nystrom(rank, rho=0.01), matrix), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(solve_flat(Nystrom(3, rho=0.01, seed=5), matrix), expected, rtol=1e-6, atol=1e-6)
-    float32 = solve_flat(Nystrom(6, rho=0.01), matrix.float(), tree.map(Tensor.float, right_hand_side()))
-    torch.testing.assert_close(float32, expected.float(), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("lowest", [-1e-8, -1e-3, -1.0])
-@pytest.mark.parametrize("rank", [1, 5, M])
-def test_nystrom_stays_bounded_on_an_indefinite_matrix(lowest: float, rank: int) -> None:
-    b = right_hand_side()
-    value = Nystrom(rank, rho=0.1).solve(Spy(with_eigenvalue(lowest)), b).value
-    assert tree.norm(value) <= tree.norm(b) / 0.1 * (1 + 1e-9)
-
-
-def test_nystrom_of_full_rank_leaves_out_negative_eigenvalues() -> None:
-    matrix = with_eigenvalue(-1.0)
-    expected = torch.linalg.solve(with_eigenvalue(0.0) + 0.1 * EYE, tree.flatten(right_hand_side()))
-    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), matrix), expected)
-
-
-def test_nystrom_divides_by_rho_where_parameters_are_dead() -> None:
-    matrix, flat = symmetric(SPECTRUM), tree.flatten(right_hand_side())
-    matrix[:4] = matrix[:, :4] = 0.0
-    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), matrix), torch.linalg.solve(matrix + 0.1 * EYE, flat))
-    torch.testing.assert_close(solve_flat(Nystrom(M, rho=0.1), 0 * matrix), flat / 0.1)
-
-
-def test_nystrom_draws_its_columns_without_the_global_generator() -> None:
-    matrix = symmetric(SPECTRUM)
-    before = torch.get_rng_state()
-    first, again, other = (solve_flat(Nystrom(rank=3, seed=seed), matrix) for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, again)
-    assert not torch.allclose(first, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("matrix", [torch.ones(M, M).double(), torch.zeros(M, M).double(), with_eigenvalue(0.0)])
-def test_dense_refuses_a_singular_matrix(matrix: Tensor, dtype: torch.dtype) -> None:
-    b = tree.map(lambda part: part.to(dtype), right_hand_side())
-    message = (
-        r"^Cannot use `Dense` with a singular matrix\. This is because the smallest singular value of the inner "
-        r"Hessian is \S+, the largest \S+\. Add weight decay to the inner loss, or use "
-        r"`ConjugateGradient\(damping=\.\.\.\)`\.$"
-    )
-    with pytest.raises(MisconfigurationError, match=message):
-        Dense().solve(Spy(matrix.to(dtype)), b)
-
-
-@pytest.mark.parametrize("solver", [Dense(), Nystrom()], ids=class_name)
-def test_decompositions_refuse_nan(solver: LinearSolver) -> None:
-    message = rf"^Expected the Hessian products of `{class_name(solver)}` to be finite, got nan or inf\. Look at the "
-    with pytest.raises(FloatingPointError, match=message):
-        solver.solve(Spy(NAN_MATRIX), right_hand_side())
 
 
 WHOLE, POSITIVE, NOT_NEGATIVE = "a positive integer", "a positive number", "a non-negative number"

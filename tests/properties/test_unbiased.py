@@ -16,27 +16,18 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ForwardGradient, Hypergradient, HypergradientStrategy, TruncatedReverse, tree
-from lightning_bilevel.directions import (
-    Coordinate,
-    DirectionSampler,
-    Gaussian,
-    Key,
-    Orthogonal,
-    Rademacher,
-    Sphere,
-)
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
 from lightning_bilevel.tree import Params
 from tests.support.problems import Quadratic
+from tests.support.tables import SAMPLERS
 
 MODULE = Quadratic(inner_steps=2, shared=True)  # φ is two tensors: a direction has to cover both
 EPISODE = MODULE.episode()
 SOLUTION = MODULE.solution(EPISODE)
 EXACT = tree.flatten(SOLUTION.grads)
 N = len(EXACT)
-
-SAMPLERS = [Rademacher(), Gaussian(), Sphere(), Coordinate(), Orthogonal()]
 
 
 def estimates(strategy: HypergradientStrategy, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of hypergradient strategies that the tests run over: a new strategy is one more row."""
+"""The tables that the tests run over: a new strategy, linear solver or direction sampler is one more row."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_bilevel import (
     ZerothOrder,
     tree,
 )
-from lightning_bilevel.directions import Orthogonal
-from lightning_bilevel.linear_solvers import Neumann
+from lightning_bilevel.directions import Coordinate, Gaussian, Orthogonal, Rademacher, Sphere
+from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
 
 
 class Row(NamedTuple):
@@ -90,3 +90,15 @@ SEVERAL = {name: row for name, row in ROWS.items() if not row.single}
 every_strategy = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 every_exact_strategy = pytest.mark.parametrize("row", EXACT.values(), ids=EXACT)
 every_strategy_of_several_episodes = pytest.mark.parametrize("row", SEVERAL.values(), ids=SEVERAL)
+
+SOLVERS: dict[str, Callable[[], LinearSolver]] = {
+    "Neumann": lambda: Neumann(terms=3, step_size=0.2),
+    "ConjugateGradient": lambda: ConjugateGradient(max_iter=40),
+    "Nystrom": lambda: Nystrom(rank=4),
+    "Dense": Dense,
+    "Identity": Identity,
+}
+every_solver = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
+
+SAMPLERS = [Rademacher(), Gaussian(), Sphere(), Coordinate(), Orthogonal()]
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
