@@ -13,16 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_bilevel
-from lightning_bilevel import (
-    Episode,
-    Hypergradient,
-    HypergradientStrategy,
-    ReverseUnroll,
-    hypergradient,
-    strategies,
-    tree,
-)
+from lightning_bilevel import Episode, Hypergradient, ReverseUnroll, hypergradient, tree
 from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
@@ -48,14 +39,7 @@ from tests.support.problems import (
     seeded,
     train,
 )
-from tests.support.tables import (
-    EXACT,
-    ROWS,
-    Row,
-    every_exact_strategy,
-    every_strategy,
-    every_strategy_of_several_episodes,
-)
+from tests.support.tables import EXACT, Row, every_exact_strategy, every_strategy, every_strategy_of_several_episodes
 
 both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 
@@ -148,27 +132,6 @@ def test_the_checks_reject_a_hypergradient_that_is_slightly_off() -> None:
         check_differences(module, episode, off)
     with pytest.raises(AssertionError, match=r"^log_penalty: "):
         assert_close(tree.scale(off, 1.0), grads)
-
-
-# --- The table of strategies ---
-
-
-def test_every_public_strategy_is_in_the_table() -> None:
-    public = {getattr(strategies, name) for name in strategies.__all__} - {HypergradientStrategy}
-    assert {type(row.strategy) for row in ROWS.values()} == public
-    assert {kind.__name__ for kind in public} <= set(lightning_bilevel.__all__)
-
-
-@every_strategy
-def test_strategies_state_their_facts(row: Row) -> None:
-    strategy = row.strategy
-    facts = {"exact": bool, "unbiased": bool, "second_order": bool, "requires": str, "memory": str, "cost": str}
-    for fact, kind in facts.items():
-        assert fact in vars(type(strategy)), f"{type(strategy).__name__} does not state `{fact}`"
-        assert type(getattr(strategy, fact)) is kind
-    assert type(strategy.direction_parallel) is bool
-    assert strategy.requires in ("solve", "step", "inner_loss")
-    assert strategy.unbiased or not strategy.exact
 
 
 # --- Exactness ---

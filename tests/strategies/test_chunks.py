@@ -1,4 +1,4 @@
-"""How many directions, perturbed runs or episodes go together, and that what is put together is told apart again."""
+"""How many directions go together, and that what is put together is told apart again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bilevel import problem
-from lightning_bilevel.calculus.inner_loop import last_loss, note
-from lightning_bilevel.modules import functional
-from lightning_bilevel.modules.functional import FEWEST_COPIES, STACKED_ENTRIES
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies import chunks
 from tests.support.problems import Mlp, episodes
@@ -60,20 +57,6 @@ def test_a_size_that_is_asked_for_is_the_largest(run: chunks.DirectionalRun) -> 
     assert sizes(run, 0, 4) == []
 
 
-@pytest.mark.parametrize(
-    ("net", "entries", "copies"),
-    [
-        (nn.Linear(1, 1), 2, STACKED_ENTRIES // 2),
-        (nn.Linear(1, 1), STACKED_ENTRIES // FEWEST_COPIES, FEWEST_COPIES),
-        (nn.Linear(1, 1), STACKED_ENTRIES // FEWEST_COPIES + 1, 1),
-        (nn.Conv1d(1, 1, 1), 2, 1),
-    ],
-)
-def test_copies_of_a_net(net: nn.Module, entries: int, copies: int) -> None:
-    theta = {"w": torch.zeros(1).expand(entries)}
-    assert functional._vectorizable(net, theta) == copies
-
-
 class Pair(NamedTuple):
     x: Tensor
     y: Tensor
@@ -91,20 +74,3 @@ def test_vectorized_functions_get_the_containers_they_know() -> None:
     found = problem.vectorized(fn, theta, batch, {}, randomness="different")
     assert seen == [dict, list, Pair, OrderedDict, dict]
     assert torch.equal(found, ((x + 1) * x).sum(1) + y)
-
-
-@pytest.mark.parametrize("bad", [1, 99, 100, 101, 199, 200, 250])
-def test_the_step_of_a_bad_loss_in_a_long_run(bad: int) -> None:
-    made, losses = Mlp("SGD", learned=False).functional().problem, []
-    for step in range(1, 251):
-        note(losses, torch.tensor(float("nan") if step == bad else float(step)))
-    assert len(losses) < 150  # else nothing is put together
-    with pytest.raises(FloatingPointError, match=rf"the inner loss at step {bad} of "):
-        last_loss(made, losses)
-
-
-def test_the_last_loss_of_a_long_run() -> None:
-    made, losses = Mlp("SGD", learned=False).functional().problem, []
-    for step in range(250):
-        note(losses, torch.tensor(float(step)))
-    assert last_loss(made, losses)["inner_loss"] == 249

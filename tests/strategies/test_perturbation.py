@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,111 +20,25 @@ from lightning_bilevel import (
     hypergradient,
     tree,
 )
-from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Rademacher
+from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.kernels.safe import Randomness
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.tree import Params
-from tests.support.problems import (
-    Mlp,
-    Problem,
-    Quadratic,
-    RidgeBlackBox,
-    RidgeSolver,
-    assert_close,
-    draw,
-    episodes,
-    perturbed,
-    plain_value,
-    seeded,
-    train,
+from tests.support.differences import (
+    CENTRAL,
+    EVERY,
+    FORWARD,
+    Make,
+    UnitPerTensor,
+    along,
+    both_ways,
+    every_kind,
+    inner_products,
+    plain_gradients,
 )
-
-Make = Callable[..., HypergradientStrategy]
-"""(number of directions, μ) to a strategy."""
-
-FORWARD, CENTRAL = partial(ZerothOrder, scheme="forward"), partial(ZerothOrder, scheme="central")
-BOTH = {"forward": FORWARD, "central": CENTRAL}
-EVERY: dict[str, Make] = {**BOTH, "PZOBO": PZOBO}
-
-every_kind = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
-
-
-class UnitPerTensor(DirectionSampler):
-    """Broken: a Gaussian direction divided by its norm in each tensor, as in PZOBO's public code."""
-
-    def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
-        raise AssertionError("drawn per tensor")
-
-    def draw(self, key: Key, start: int, stop: int, like: Params) -> Params:
-        drawn = Gaussian().draw(key, start, stop, like)
-        return {
-            name: v / v.reshape(len(v), -1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1)) for name, v in drawn.items()
-        }
-
-
-def along(slopes: list[float] | Tensor, directions: Params) -> Params:
-    """Return the mean of slopes times directions."""
-    slopes = torch.as_tensor(slopes, dtype=torch.float64)
-    return {name: (slopes.reshape(-1, *[1] * (v.ndim - 1)) * v).mean(0) for name, v in directions.items()}
-
-
-def inner_products(a: Params, directions: Params) -> Tensor:
-    """Return ⟨a, v_i⟩, shape ``(n,)``."""
-    return torch.stack([(a[name] * v).reshape(len(v), -1).sum(1) for name, v in directions.items()]).sum(0)
-
-
-def plain_gradients(module: Problem, episode: Episode) -> tuple[Params, Params, Params]:
-    """Return θ_T, d = ∂f/∂θ_T and c = ∂f/∂φ of a plain loop; c is zero for shared parameters."""
-    trained = train(module, episode)
-    theta, phi = trained.inner_named(), trained.outer_named()
-    own = {name: value for name, value in phi.items() if name not in theta}
-    grads = torch.autograd.grad(trained.outer_loss(episode.outer), [*theta.values(), *own.values()], allow_unused=True)
-    d, c = tree.like(theta, grads[: len(theta)]), tree.like(own, grads[len(theta) :])
-    return tree.detach(theta), d, {name: c.get(name, torch.zeros_like(value)) for name, value in phi.items()}
-
-
-# --- The definitions, by plain loops ---
-
-
-@both_ways
-@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
-def test_zeroth_order_is_differences_of_plain_loops(make: Make, shared: bool) -> None:
-    mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
-    v = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
-
-    def value(i: int, scale: float) -> float:
-        return perturbed(module, tree.index(v, i), scale, lambda: plain_value(module, episode))
-
-    if make is CENTRAL:
-        slopes = [(value(i, mu) - value(i, -mu)) / (2 * mu) for i in range(3)]
-    else:
-        slopes = [(value(i, mu) - value(i, 0.0)) / mu for i in range(3)]
-    result = hypergradient(module, make(3, mu), episode, seed=3)
-    assert_close(result.grads, along(slopes, v), 1e-10)
-    assert result.value.item() == pytest.approx(value(0, 0.0), rel=1e-12)
-
-
-@both_ways
-def test_pzobo_is_differences_of_plain_responses(shared: bool) -> None:
-    mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
-    u = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
-    theta, d, c = plain_gradients(module, episode)
-
-    def slope(i: int) -> float:
-        moved = perturbed(
-            module,
-            tree.index(u, i),
-            mu,
-            lambda: tree.detach(train(module, episode).inner_named()),  # type: ignore
-        )
-        return sum(((moved[name] - value) * d[name]).sum().item() / mu for name, value in theta.items())
-
-    grads = hypergradient(module, PZOBO(3, mu), episode, seed=3).grads
-    assert_close(grads, tree.add(c, along([slope(i) for i in range(3)], u)), 1e-10)
-
+from tests.support.problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, seeded, train
 
 # --- Bias ---
 
@@ -160,49 +72,6 @@ def test_the_order_check_tells_forward_from_central_differences() -> None:
         check_order(FORWARD, 2)
     with pytest.raises(AssertionError, match="^order"):
         check_order(CENTRAL, 1)
-
-
-def response(module: Quadratic) -> Tensor:
-    """Return dθ_T/dφ of gradient descent, lr Σ_k (I − lr H)^k B, preceded by dθ_T/dθ_0 where that is learned."""
-    decay = torch.eye(4, dtype=torch.float64) - module.lr * module.hessian
-    powers = [torch.linalg.matrix_power(decay, k) for k in range(module.inner_steps + 1)]
-    push = module.lr * sum(powers[:-1])
-    if not module.shared:
-        return push @ module.B
-    return torch.cat([powers[-1] + module.proximal * push, push @ module.B], dim=1)
-
-
-def check_linear_response(make: Make, mu: float, **options: Any) -> None:
-    module = Quadratic(**options)
-    episode = module.episode()
-    phi = tree.detach(module.outer_named())
-    u = Gaussian().draw(Key(seed=2), 0, 4, phi)
-    _, d, c = plain_gradients(module, episode)
-    slopes = inner_products(tree.unflatten(tree.flatten(d) @ response(module), phi), u)
-    assert_close(hypergradient(module, make(4, mu), episode, seed=2).grads, tree.add(c, along(slopes, u)), 1e-9)
-
-
-@pytest.mark.parametrize("options", [{}, {"shared": True}, {"shared": True, "proximal": 0.4}], ids=str)
-@pytest.mark.parametrize("mu", [1e-3, 1.0, 30.0])
-def test_pzobo_has_no_bias_where_the_response_is_linear(mu: float, options: dict[str, Any]) -> None:
-    check_linear_response(PZOBO, mu, **options)
-
-
-def test_the_scale_check_rejects_normalized_directions() -> None:
-    with pytest.raises(AssertionError, match="^phi: "):
-        check_linear_response(lambda *args: PZOBO(*args, directions=UnitPerTensor()), 1e-3)
-    with pytest.raises(AssertionError, match="^phi: "):  # nor do derivatives of h replace those of the response
-        check_linear_response(FORWARD, 1.0)
-
-
-@pytest.mark.parametrize("mu", [1e-3, 1.0, 30.0])
-def test_central_differences_have_no_bias_on_a_quadratic(mu: float) -> None:
-    module = Quadratic(momentum=0.8, shared=True)
-    episode = module.episode()
-    exact = module.solution(episode).grads
-    v = Rademacher().draw(Key(seed=2), 0, 4, exact)
-    result = hypergradient(module, CENTRAL(4, mu, directions=Rademacher()), episode, seed=2)
-    assert_close(result.grads, along(inner_products(exact, v), v), 1e-9)
 
 
 def check_unbiased(make: Make, mu: float) -> None:
@@ -398,21 +267,7 @@ def test_ridge_regression_by_a_solver(name: str, mu: float, rtol: float, kind: A
     torch.testing.assert_close(result.value, optimum.value)
 
 
-# --- Rounding, arguments ---
-
-
-def test_warns_once_of_differences_that_are_rounding() -> None:
-    module = Quadratic().float()
-    module.A, module.B, module.C = module.A.float(), module.B.float(), module.C.float()
-    episode = Episode([draw(4, seed=10).float()], draw(5, seed=20).float())
-    functional, strategy = module.functional(), ZerothOrder(2, mu=1e-5)
-    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, Key()
-    message = r"^`ZerothOrder\(mu=1e-05\)` is small for torch\.float32: .* Raise `mu` to about 0\.00\d, or use float64"
-    with pytest.warns(UserWarning, match=message):
-        strategy.estimate(*arguments)
-    strategy.estimate(*arguments)
-    ZerothOrder(2, mu=1e-2).estimate(*arguments)
-    hypergradient(Quadratic(), ZerothOrder(2, mu=1e-5), Quadratic().episode())
+# --- Arguments ---
 
 
 BAD = {
@@ -429,8 +284,3 @@ def test_bad_arguments(argument: str, kind: Any) -> None:
     for value in values:
         with pytest.raises(ValueError, match=rf"^Expected `{kind.__name__}\({argument}=\.\.\.\)` to be {expected}"):
             kind(**{argument: value})
-
-
-def test_bad_scheme() -> None:
-    with pytest.raises(ValueError, match=r"^Expected `ZerothOrder\(scheme=\.\.\.\)` to be 'forward' or 'central', got"):
-        ZerothOrder(scheme="backward")  # type: ignore[arg-type]
