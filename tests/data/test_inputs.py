@@ -242,3 +242,41 @@ def test_averaged_weights_of_a_net_with_batch_norm() -> None:
     for mine, average in zip(module.net.parameters(), averaging._average_model.net.parameters(), strict=True):
         assert torch.equal(mine, average)
     assert module.net[1].running_mean.abs().max() > 0
+
+
+def test_a_mapping_of_inner_and_outer_loaders():
+    inner, outer = loader().flattened[::-1]
+    modules = [seeded(Cleaning), seeded(Cleaning)]
+    for module, source in zip(modules, ({"inner": inner, "outer": outer}, EpisodeLoader(inner, outer, 1)), strict=True):
+        trainer(ReverseUnroll()).fit(module, source)
+    assert differing(*map(parameters, modules)) == []
+
+
+LISTS = {
+    "episodes": lambda: tasks(2),
+    "lists of episodes": lambda: [tasks(2), tasks(2)],
+    "one episode": lambda: tasks(1)[0],
+    "two levels": lambda: {"inner": tasks(1)[0].inner, "outer": listed([tasks(1)[0].outer])},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_that_lightning_takes_apart_are_refused(name):
+    """It would train on single rows of the batches, in silence."""
+    module = Maml()
+    before = parameters(module)
+    with pytest.raises(ValueError, match=r"^Expected `the training data` to be a .*loader.*Lightning takes a list for"):
+        trainer(ReverseUnroll()).fit(module, LISTS[name]())
+    assert differing(before, parameters(module)) == []
+
+
+def test_a_mapping_of_several_inner_loaders():
+    class Module(Maml):
+        def episodes(self, batch):
+            return [Episode(batch["inner"], batch["outer"])]
+
+    module = Module()
+    inner, outer = [listed([tasks(1)[0].outer] * 2) for _ in range(2)], listed([tasks(1)[0].outer] * 2)
+    fit = trainer(ReverseUnroll())
+    fit.fit(module, {"inner": inner, "outer": outer})
+    assert fit.global_step == 2
