@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.properties.test_against_learn2learn import NOT_USED, Stubs
 from tests.support.problems import seeded
+from tests.support.stubs import NOT_USED, Stubs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,8 +8,6 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -24,33 +22,7 @@ from few_shot.sinusoid import Sinusoids
 from lightning_bilevel import Episode, FirstOrder, HypergradientStrategy, ReverseUnroll, hypergradient
 from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 from tests.support.problems import assert_close
-
-NOT_USED = ("torchvision", "gym", "qpth")
-"""What learn2learn imports for its data sets, environments and MetaOptNet; `make test` leaves them out."""
-
-
-class Stub(ModuleType):
-    """A module in which every name is a class, which takes any arguments."""
-
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *_, **__: None})
-
-
-class Stubs(MetaPathFinder, Loader):
-    """Finds a :class:`Stub` for each package of ``NOT_USED`` and all that is below."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in NOT_USED else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
+from tests.support.stubs import NOT_USED, Stubs
 
 
 @pytest.fixture(scope="module")

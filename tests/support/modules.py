@@ -152,6 +152,11 @@ def identical(a: Any, b: Any) -> bool:
     return structure_a == structure_b and all(same)
 
 
+def flags(module: nn.Module) -> dict[str, bool]:
+    """Return which parameters require gradients."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
 def functional_net(theta: Sequence[Tensor], x: Tensor) -> Tensor:
     """Evaluate the net of the modules above, written with torch only."""
     return F.linear(F.linear(x, theta[0], theta[1]).tanh(), theta[2], theta[3])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -21,7 +19,6 @@ from torchmetrics import MeanSquaredError
 
 from lightning_bilevel import (
     SGD,
-    BilevelModule,
     Episode,
     ForwardGradient,
     ForwardUnroll,
@@ -32,130 +29,8 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
-from tests.support.modules import (
-    EXAMPLES,
-    FEATURES,
-    differing,
-    examples,
-    listed,
-    loader,
-    parameters,
-    seeded,
-    tasks,
-    trainer,
-)
-
-
-class Parts:
-    """What the plain module and the subclass by hand have in common."""
-
-    def build(self) -> None:
-        self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
-        self.example_weights = nn.Parameter(torch.zeros(EXAMPLES))
-        self.log_lr = nn.Parameter(torch.tensor(-2.0))
-        self.val_error = MeanSquaredError()
-        self.hooks: list[str] = []
-
-    def weighted(self, batch: Any) -> Tensor:
-        x, y, index = batch
-        loss = (self.example_weights[index].sigmoid() * (self.net(x) - y).square().mean(1)).mean()
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
-        return loss
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        prediction = self(batch[0])
-        self.val_error(prediction, batch[1])
-        self.log("val_error", self.val_error)
-        self.log_dict({"val_loss": F.mse_loss(prediction, batch[1])}, prog_bar=True)
-
-    def on_train_epoch_end(self) -> None:
-        self.hooks.append(f"epoch {self.current_epoch}, step {self.global_step}, {self.trainer.max_epochs} epochs")
-        self.log("epoch_end", float(self.current_epoch))
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
-
-
-class Plain(Parts, LightningModule):
-    """As users have it, with all kinds of hooks."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.build()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return {"loss": self.weighted(batch), "batch_idx": batch_idx}
-
-
-class ByHand(Parts, BilevelModule):
-    """The same problem as a subclass."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(inner_steps=3, **options)
-        self.build()
-
-    def inner_parameters(self) -> Any:
-        return self.net
-
-    def inner_loss(self, batch: Any) -> Tensor:
-        return self.weighted(batch)
-
-    def outer_loss(self, batch: Any) -> Tensor:
-        return F.mse_loss(self.net(batch[0]), batch[1])
-
-    def configure_inner_optimizer(self) -> Any:
-        return SGD(lr=self.log_lr.exp(), momentum=0.9)
-
-
-class Minimal(LightningModule):
-    """Two layers, one loss, nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
-
-    def loss(self, batch: Any) -> Tensor:
-        return (self.head(self.body(batch[0]).tanh()) - batch[1]).square().mean()
-
-    def training_step(self, batch: Any) -> Tensor:
-        loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=0.05)
-
-
-def validation_loss(module: Any, batch: Any) -> Tensor:
-    return F.mse_loss(module.net(batch[0]), batch[1])
-
-
-def wrapped(module: Any = None, **options: Any) -> BilevelModule:
-    """Return the wrapper that equals ``ByHand``."""
-    defaults = {
-        "inner": "net",
-        "outer": ["example_weights", "log_lr"],
-        "outer_loss": validation_loss,
-        "inner_optimizer": lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9),
-        "inner_steps": 3,
-    }
-    return bilevel(module or seeded(Plain), **{**defaults, **options})
-
-
-def maml(**options: Any) -> BilevelModule:
-    defaults = {"inner": "*", "outer": "*", "inner_optimizer": SGD(lr=0.1), "inner_steps": 2}
-    return bilevel(seeded(Minimal), **{**defaults, **options})
-
-
-def named(module: BilevelModule, level: str) -> set[str]:
-    chosen = {id(parameter) for parameter in getattr(module, f"{level}_parameters")()}
-    return {name.removeprefix("module.") for name, p in module.named_parameters() if id(p) in chosen}
-
+from tests.support.modules import FEATURES, differing, examples, listed, loader, parameters, seeded, tasks, trainer
+from tests.support.wrapping import ByHand, Manual, Minimal, Plain, maml, named, validation, wrapped
 
 STRATEGIES = [
     ReverseUnroll(),
@@ -171,10 +46,6 @@ def test_hypergradients_equal_those_of_a_subclass(strategy):
     ours, theirs = (hypergradient(m, strategy, episode) for m in (wrapped(), seeded(ByHand)))
     assert torch.equal(ours.value, theirs.value)
     assert not differing({name.removeprefix("module."): g for name, g in ours.grads.items()}, dict(theirs.grads))
-
-
-def validation() -> Any:
-    return DataLoader(TensorDataset(*examples(3)[:2]), batch_size=4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[::3], ids=["reverse", "forward"])
@@ -482,177 +353,3 @@ def test_layers_may_be_built_late():
         ValueError, match=r"^Expected `bilevel\(inner=...\)` to be names, .*, got 'haed'. `Late` has body"
     ):
         trainer(ReverseUnroll()).fit(wrapper, loader())
-
-
-class Big(Minimal):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(30))
-
-
-class Manual(Minimal):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class NoStep(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(1, 1)
-
-
-def frozen() -> Any:
-    module = Minimal()
-    module.head.requires_grad_(False)
-    return module
-
-
-REFUSALS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "no match": (
-        Minimal,
-        {"inner": "nte.*"},
-        ValueError,
-        r"Expected `bilevel\(inner=...\)` to be names, patterns, submodules or parameters of `Minimal`, got 'nte.\*'. "
-        r"`Minimal` has body.weight, body.bias, head.weight, head.bias.$",
-    ),
-    "no match, big": (
-        Big,
-        {"outer": ["head", ""]},
-        ValueError,
-        r"Expected `bilevel\(outer=...\)` to .* got ''. `Big` has body.\* \(2\), head.\* \(2\), blocks.\* \(120\).$",
-    ),
-    "from elsewhere": (
-        Minimal,
-        {"outer": nn.Linear(1, 1)},
-        ValueError,
-        r"Expected `bilevel\(outer=...\)` to be .*, got a `Linear` from elsewhere. `Minimal` has body.weight",
-    ),
-    "a number": (Minimal, {"inner": 3}, ValueError, r"Expected `bilevel\(inner=...\)` to be names, .*, got 3. "),
-    "nothing": (
-        Minimal,
-        {"inner": []},
-        ValueError,
-        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, got 'none'.$",
-    ),
-    "frozen": (
-        frozen,
-        {},
-        ValueError,
-        r"Expected `bilevel\(inner=...\)` to be parameters of `Minimal` that require gradients, "
-        "got 'frozen ones: head.weight, head.bias'. Call",
-    ),
-    "no module": (
-        lambda: nn.Linear(1, 1),
-        {},
-        ValueError,
-        r"Expected `bilevel\(module\)` to be a `pytorch_lightning.LightningModule`, got 'torch.Linear'.$",
-    ),
-    "bilevel already": (ByHand, {}, MisconfigurationError, "Cannot use `bilevel` with `ByHand`. This is because it is"),
-    "manual": (
-        Manual,
-        {},
-        MisconfigurationError,
-        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because its `training_step` .*Pass both",
-    ),
-    "manual, by name": (
-        Manual,
-        {"inner_loss": "loss", "outer_loss": "training_step"},
-        MisconfigurationError,
-        "Cannot use `bilevel` with `Manual`, which optimizes manually. This is because its `training_step` .*Pass both",
-    ),
-    "no training step": (
-        NoStep,
-        {"inner": "net", "outer": "net"},
-        MisconfigurationError,
-        r"`NoStep` has no `training_step`. Add one, or pass `bilevel\(inner_loss=...\)`.$",
-    ),
-    "unknown loss": (
-        Minimal,
-        {"outer_loss": "lost"},
-        ValueError,
-        r"Expected `bilevel\(outer_loss=...\)` to be a function of the module and a batch, or the name of a method of "
-        "`Minimal`, got 'lost'.$",
-    ),
-    "no loss": (Minimal, {"inner_loss": 3}, ValueError, r"Expected `bilevel\(inner_loss=...\)` to be .*, got 3.$"),
-    "no optimizer": (
-        Minimal,
-        {"inner_optimizer": 0.1},
-        ValueError,
-        r"Expected `bilevel\(inner_optimizer=...\)` to be an `InnerOptimizer`, a function of the module .*, got 0.1. W",
-    ),
-    "an optimizer's class": (
-        Minimal,
-        {"inner_optimizer": SGD},
-        ValueError,
-        r"Expected `bilevel\(inner_optimizer=...\)` to be an `InnerOptimizer`, .*, got <class",
-    ),
-    "steps": (Minimal, {"inner_steps": 0}, ValueError, r"Expected `BilevelModule\(inner_steps=...\)` to be a positive"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name):
-    build, options, error, message = REFUSALS[name]
-    defaults = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
-    with pytest.raises(error, match=f"^{message}"):
-        bilevel(build(), **{**defaults, **options})
-
-
-def test_an_optimizer_without_outer_parameters_is_refused():
-    class Inner(Minimal):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), lr=0.1)
-
-    wrapper = bilevel(Inner(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
-    message = (
-        r"^Cannot use `bilevel` with the optimizer that `Inner.configure_optimizers\(\)` returns. This is because it "
-        r"optimizes the outer level and holds none of its parameters: body.weight, body.bias. Let it hold"
-    )
-    with pytest.raises(MisconfigurationError, match=message):
-        trainer(ReverseUnroll()).fit(wrapper, loader())
-    assert all(p.requires_grad for p in wrapper.parameters())
-
-
-SEVERAL: dict[str, Callable[[Any], Any]] = {
-    "list": lambda optimizers: optimizers,
-    "dicts": lambda optimizers: tuple({"optimizer": optimizer} for optimizer in optimizers),
-    "with schedules": lambda optimizers: (optimizers, []),
-}
-
-
-@pytest.mark.parametrize("form", SEVERAL)
-def test_several_optimizers_are_refused(form):
-    class Two(Minimal):
-        def configure_optimizers(self):
-            return SEVERAL[form]([torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)])
-
-    class One(Two):
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.body.parameters(), lr=0.1)], []
-
-    options = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
-    message = (
-        r"^Cannot use `bilevel` with the 2 optimizers that `Two.configure_optimizers\(\)` returns. .* Derive a class"
-    )
-    with pytest.raises(MisconfigurationError, match=message):
-        trainer(ReverseUnroll()).fit(bilevel(Two(), **options), loader())
-    trainer(ReverseUnroll()).fit(bilevel(One(), **options), loader())
-
-
-@pytest.mark.parametrize("result", [None, {"lost": 1}])
-def test_a_training_step_without_a_loss_is_refused(result):
-    class Silent(Minimal):
-        def training_step(self, batch, batch_idx):
-            return result
-
-    wrapper = bilevel(Silent(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
-    with pytest.raises(
-        ValueError, match=r"^Expected `Silent.training_step\(batch\)` to be a loss tensor, or a mapping"
-    ):
-        hypergradient(wrapper, ReverseUnroll(), tasks(1)[0])
-
-
-def test_a_fit_without_a_strategy_is_refused():
-    with pytest.raises(MisconfigurationError, match="^`BilevelPlain` has no hypergradient strategy. Add one to the"):
-        trainer().fit(wrapped(), loader(), validation())
