@@ -1,11 +1,11 @@
-"""Imports point down: a file knows what is below it, and nothing above or beside it."""
+"""Imports point down: a file knows what is below it, and nothing above or beside it. Each has tests of its name."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -32,6 +32,15 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 DOOR_TO_LIGHTNING = "host"
+
+TESTS = Path(__file__).parents[1]
+WITHOUT_TESTS_OF_ITS_NAME = {
+    "strategies.forward_unroll": "exact, and without a part of its own: the properties of the table say all there is",
+    "modules.examine": "redesign",
+    "modules.hooks": "redesign",
+    "modules.swap": "redesign",
+}
+"""Files that are tested elsewhere, and why."""
 
 
 def sources() -> dict[str, str]:
@@ -104,6 +113,25 @@ def violations(files: dict[str, str]) -> list[str]:
 def test_imports_point_down():
     found = violations(sources())
     assert not found, "\n".join(found)
+
+
+def without_tests(files: Iterable[str], there: Iterable[str]) -> set[str]:
+    """Return the files of rooms, but for ``__init__``, that have no ``<room>.test_<file>``."""
+    parts = [file.split(".") for file in files]
+    wanted = {f"{room}.{file}": f"{room}.test_{file.lstrip('_')}" for room, *rest in parts for file in rest}
+    there = set(there)
+    return {file for file, test in wanted.items() if test not in there and not file.endswith("__init__")}
+
+
+def test_every_file_has_tests_of_its_name():
+    """Below `tests/`, in the folder that is named like its own."""
+    there = {".".join(path.relative_to(TESTS).with_suffix("").parts) for path in TESTS.glob("*/test_*.py")}
+    assert without_tests(sources(), there) == set(WITHOUT_TESTS_OF_ITS_NAME)
+
+
+def test_a_file_without_tests_is_found():
+    files = ["tree", "data.__init__", "data.inputs", "data._common", "data.news"]
+    assert without_tests(files, ["data.test_inputs", "data.test_common", "properties.test_news"]) == {"data.news"}
 
 
 def test_every_layer_exists():
