@@ -29,19 +29,13 @@ import camels
 from camels_lm import encoding, figures, loading, losses, models, readers, stages, synthetic
 from camels_lm.documents import Document, Question, Splits
 from camels_lm.encoding import EncodedDocument, Encoder, Tokens
-from lightning_bilevel import (
-    Episode,
-    ForwardGradient,
-    HypergradientSchedule,
-    ReverseUnroll,
-    hypergradient,
-    tree,
-)
+from lightning_bilevel import Episode, ForwardGradient, HypergradientSchedule, ReverseUnroll, hypergradient, tree
 from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.strategies.rounding import CoarsestDtype
 from tests.support.modules import differing, parameters, trainer
-from tests.support.problems import DIFFERENCE, assert_close, perturbed, seeded
+from tests.support.problems import DIFFERENCE, assert_close, perturbed
 from tests.support.processes import ran
+from tests.support.seeds import forked
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
 
@@ -64,13 +58,13 @@ def encoded(split: str) -> list[EncodedDocument]:
 
 
 def language_model(dropout: float = 0.0) -> Any:
-    with seeded(0):
+    with forked(0):
         lm = models.small_lm(len(encoder().tokenizer), WINDOW, 16, 1, encoder().tokenizer.eos_token_id, dropout)
     return lm.double().train(dropout > 0)
 
 
 def weight_model(seed: int = 0) -> models.WeightModel:
-    with seeded(seed):
+    with forked(seed):
         weights = models.WeightModel(copy.deepcopy(language_model().base_model), width=4).double()
         torch.nn.init.normal_(weights.head[-1].weight)  # where it is zero, the layers before have no gradient
     return weights
@@ -187,7 +181,7 @@ def test_the_models_are_as_described() -> None:
 def value_of(module: stages.MetaTraining, episode: Episode, seed: int = 0) -> float:
     """Return the outer loss after plain SGD, by code of its own."""
     lm = copy.deepcopy(module.lm)
-    with seeded(seed):
+    with forked(seed):
         for passage in episode.inner:
             with torch.no_grad():
                 weights = module.weights(passage)[:, 1:]
@@ -741,7 +735,7 @@ def published(folder: Path) -> Path:
     sizes = {"vocab_size": trained.get_vocab_size(), "n_positions": WINDOW, "n_embd": 16, "n_layer": 1, "n_head": 2}
     config = GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
     assert config.resid_pdrop > 0
-    with seeded(0):
+    with forked(0):
         GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 

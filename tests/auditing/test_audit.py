@@ -58,11 +58,11 @@ from tests.support.modules import (
     listed,
     loader,
     parameters,
-    seeded,
     tasks,
     trainer,
 )
 from tests.support.problems import RidgeBlackBox, RidgeSolver
+from tests.support.seeds import seeded
 
 # --- What works ---
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_bilevel import PZOBO, ForwardGradient, ReverseUnroll
 from lightning_bilevel.auditing.diagnosis import diagnose, split_message
 from tests.support.audits import EPISODE, FORWARD, SECOND_ORDER, Net, distances, failing, line, quiet
-from tests.support.modules import seeded
+from tests.support.seeds import seeded
 
 
 class Once(torch.autograd.Function):

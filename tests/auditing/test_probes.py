@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bilevel import Episode, ReverseUnroll
 from tests.support.audits import EPISODE, PERTURBED, Net, failing, quiet
-from tests.support.modules import differing, examples, parameters, seeded
+from tests.support.modules import differing, examples, parameters
+from tests.support.seeds import seeded
 
 
 def test_memory_per_step_is_what_autograd_saves() -> None:

@@ -23,7 +23,8 @@ from lightning_bilevel import (
     ZerothOrder,
 )
 from tests.support.audits import EPISODE, Broken, Detached, Net, quiet
-from tests.support.modules import Cleaning, Maml, examples, seeded
+from tests.support.modules import Cleaning, Maml, examples
+from tests.support.seeds import seeded
 
 
 def test_an_estimate_of_zero_is_told_with_its_parameters() -> None:

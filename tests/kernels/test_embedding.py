@@ -8,14 +8,14 @@ from torch.func import vmap
 
 from lightning_bilevel import ForwardUnroll, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels.embedding import NATIVE, embedding
-from tests.support.problems import seeded
+from tests.support.seeds import forked
 from tests.support.shared import EPISODES, Shared, close, episodes
 
 
 class Embedded(Shared):
     def __init__(self, chunk: int | None = None) -> None:
         super().__init__(chunk)
-        with seeded(0):
+        with forked(0):
             self.table = nn.Embedding(4, 3, padding_idx=0).double()
 
     def forward(self, x: Tensor) -> Tensor:

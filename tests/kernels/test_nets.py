@@ -28,7 +28,8 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Gaussian, Key
 from lightning_bilevel.tree import Params
 from tests.support.nets import CASES, DIFFERENCES, FORWARD, STATISTICS, STRATEGIES, Weighted, data, every_net
-from tests.support.problems import assert_close, directional_difference, draw, plain_value, seeded, train
+from tests.support.problems import assert_close, directional_difference, draw, plain_value, train
+from tests.support.seeds import forked
 
 
 @cache
@@ -54,7 +55,7 @@ def test_plain_unroll_equals_differences_of_a_plain_loop(name: str) -> None:
 @every_net
 def test_value_and_state_are_those_of_a_plain_loop(name: str) -> None:
     module, episode, result = problem(name)
-    with sdpa_kernel(SDPBackend.MATH), seeded(Key().masks):
+    with sdpa_kernel(SDPBackend.MATH), forked(Key().masks):
         trained = train(module, episode)
     assert_close(result.state.params, tree.detach(trained.inner_named()))
     with sdpa_kernel(SDPBackend.MATH):

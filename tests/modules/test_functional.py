@@ -12,7 +12,8 @@ from lightning_bilevel import SGD, BilevelModule, Episode, EpisodeLoader, Implic
 from lightning_bilevel.linear_solvers import Dense
 from lightning_bilevel.modules import functional
 from lightning_bilevel.modules.functional import FEWEST_COPIES, STACKED_ENTRIES
-from tests.support.modules import Maml, differing, examples, listed, parameters, seeded, tasks, trainer
+from tests.support.modules import Maml, differing, examples, listed, parameters, tasks, trainer
+from tests.support.seeds import seeded
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, ForwardGradient, ReverseUnroll, TruncatedReverse, hypergradient
-from tests.support.modules import Cleaning, differing, loader, parameters, seeded, trainer
+from tests.support.modules import Cleaning, differing, loader, parameters, trainer
+from tests.support.seeds import seeded
 
 
 def test_an_outer_optimizer_over_all_parameters_leaves_the_inner_ones_alone():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support.problems import seeded
+from tests.support.seeds import forked
 from tests.support.stubs import NOT_USED, Stubs
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def marked(page: Path) -> Any:
 def test_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     left_out, namespace = set(), {"__name__": "__main__"}
-    with seeded(0):
+    with forked(0):
         for block in blocks(page):
             if block.mark == "not run":
                 continue
@@ -129,7 +129,7 @@ def test_the_readme_runs_for_a_few_steps(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     found, namespace = blocks(ROOT / "README.md"), {"__name__": "__main__"}
     assert any("max_steps=" in block.code for block in found)
-    with seeded(0):
+    with forked(0):
         for block in found:
             short = re.sub(r"max_steps=\d+", "max_steps=3", block.code)
             execute(ROOT / "README.md", block._replace(code=short, prints=None), namespace)

@@ -36,9 +36,9 @@ from tests.support.problems import (
     finite_difference,
     perturbed,
     plain_value,
-    seeded,
     train,
 )
+from tests.support.seeds import forked
 from tests.support.tables import EXACT, Row, every_exact_strategy, every_strategy, every_strategy_of_several_episodes
 
 both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
@@ -346,7 +346,7 @@ class LearnedOptimizer(Mlp):
     def __init__(self, rule: type[InnerOptimizer], shared: bool = False, **options: Any) -> None:
         super().__init__(shared=shared, inner_steps=2, **options)
         self.rule = rule
-        with seeded(3):
+        with forked(3):
             self.cell, self.head = nn.LSTMCell(1, 1).double(), nn.Linear(1, 1).double()
 
     def outer_parameters(self):
@@ -465,7 +465,7 @@ class Noisy(Mlp):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("SGD", learned=False, **options)
-        with seeded(5):
+        with forked(5):
             self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
         self.net.double()
         self.register_buffer("outer_calls", torch.zeros(()))

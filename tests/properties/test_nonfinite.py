@@ -14,7 +14,8 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 from lightning_bilevel import FSLA, SGD, Adam, BilevelModule, Episode, ForwardGradient, ReverseUnroll, ZerothOrder
-from tests.support.modules import identical, listed, seeded, tasks, trainer
+from tests.support.modules import identical, listed, tasks, trainer
+from tests.support.seeds import seeded
 from tests.support.tables import every_strategy
 
 GOOD = seeded(lambda: [(torch.randn(4, 2), torch.randn(4, 1)) for _ in range(6)])

@@ -38,7 +38,8 @@ from tests.support.differences import (
     inner_products,
     plain_gradients,
 )
-from tests.support.problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, seeded, train
+from tests.support.problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, train
+from tests.support.seeds import forked
 
 # --- Bias ---
 
@@ -106,7 +107,7 @@ class Noisy(Mlp):
 
     def __init__(self, shared: bool = False) -> None:
         super().__init__("momentum", shared, inner_start="warm")
-        with seeded(5):
+        with forked(5):
             self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
         self.net.double()
 
@@ -117,7 +118,7 @@ class Noisy(Mlp):
         """Return what one run leaves behind: moved θ and buffers, momentum that is not zero."""
         start = InnerState(tree.detach(self.inner_named()), {name: b.clone() for name, b in self.named_buffers()})
         functional = self.functional()
-        with functional.session(), seeded(0):
+        with functional.session(), forked(0):
             state = ReverseUnroll().estimate(functional.problem, start, functional.phi(), episode, Key()).state
         assert all(value.abs().max() > 0 for value in state.slots["momentum"].values())
         assert state.buffers["net.1.running_mean"].abs().max() > 0
@@ -136,7 +137,7 @@ class Repeated(NamedTuple):
     def of(cls, shared: bool, chunk_size: int | None) -> Repeated:
         module, (episode,) = Noisy(shared), episodes(1)
         memory, functional = module.warm(episode), module.functional()
-        with functional.session(), seeded(1):
+        with functional.session(), forked(1):
             runs = PerturbedRuns(functional.problem, memory, functional.phi(), episode, chunk_size)
         return cls(functional, episode, memory, runs)
 
@@ -149,7 +150,7 @@ class Repeated(NamedTuple):
     def value(self) -> Tensor:
         """Return h of the base run."""
         problem, phi = self.functional.problem, self.runs.phi
-        with self.functional.session(), seeded(1):
+        with self.functional.session(), forked(1):
             state = PerturbedRuns(problem, self.memory, phi, self.episode, 1).base.state  # moves the generator on
             return problem.outer_loss(state.params, phi, self.episode.outer, state.buffers)
 
@@ -201,7 +202,7 @@ def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) ->
     memory, functional = module.warm(episode), module.functional()
 
     def grads(strategy: HypergradientStrategy) -> Params:
-        with functional.session(), seeded(1):
+        with functional.session(), forked(1):
             return strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()).grads
 
     looped = grads(make(4, 0.1, chunk_size=1))
@@ -219,7 +220,7 @@ def test_chunks_change_nothing(make: Make, shared: bool) -> None:
     results = []
     for chunk_size in (1, 3, None):
         strategy = make(4, 0.1, chunk_size=chunk_size)
-        with functional.session(), seeded(1):
+        with functional.session(), forked(1):
             results.append(strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()))
     for result in results[1:]:
         assert_close(result.grads, results[0].grads, 1e-10)
@@ -238,12 +239,12 @@ def test_the_generator_is_left_where_a_plain_run_leaves_it(make: Make, chunk_siz
     module, (episode,) = Dropout(), episodes(1)
     functional = module.functional()
     memory = InnerState({} if shared else functional.theta())
-    with seeded(7):
+    with forked(7):
         plain = train(module, episode)
         plain.outer_loss(episode.outer)
         expected = torch.get_rng_state()
     for strategy in (FirstOrder(), make(3, 0.01, chunk_size=chunk_size)):
-        with seeded(7), functional.session():
+        with forked(7), functional.session():
             result = strategy.estimate(functional.problem, memory, functional.phi(), episode, Key())
             assert torch.equal(torch.get_rng_state(), expected)
         assert_close(result.state.params, tree.detach(plain.inner_named()), 1e-12)

@@ -16,9 +16,10 @@ from lightning_bilevel import PZOBO, Episode, ZerothOrder, hypergradient
 from lightning_bilevel.directions import Key
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.rounding import CoarsestDtype
-from tests.support.modules import listed, seeded, trainer
+from tests.support.modules import listed, trainer
 from tests.support.precisions import EPISODE, Cleaning, by_hand
 from tests.support.problems import Quadratic, RidgeBlackBox, draw
+from tests.support.seeds import seeded
 
 
 def test_warns_once_of_differences_that_are_rounding() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, HypergradientStrategy, audit
 from lightning_bilevel.auditing import Audit
-from tests.support.modules import examples, seeded
+from tests.support.modules import examples
+from tests.support.seeds import seeded
 
 SECOND_ORDER = ("ReverseUnroll", "TruncatedReverse", "ForwardUnroll", "ForwardGradient", "ImplicitGradient")
 FORWARD = "ForwardGradient(mode='forward')"

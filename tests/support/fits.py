@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_bilevel import Episode, HypergradientStrategy
 from tests.support.modules import listed, trainer
-from tests.support.problems import Mlp, episodes, seeded
+from tests.support.problems import Mlp, episodes
+from tests.support.seeds import forked
 
 
 class Fit(Mlp):
@@ -48,6 +49,6 @@ class Before(Callback):
 def fit(strategy: HypergradientStrategy, *callbacks: Callback, module: Any = None, **options: Any) -> Any:
     """Fit and return the trainer; its module is ``trainer.lightning_module``."""
     running = trainer(strategy, *callbacks, **{k: v for k, v in options.items() if k != "ckpt_path"})
-    with seeded(1):
+    with forked(1):
         running.fit(module or Fit(), listed(EPISODES), ckpt_path=options.get("ckpt_path"))
     return running

@@ -119,13 +119,6 @@ def listed(batches: Sequence[Any]) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
-    """Return what ``build`` makes under a seed; the global generator stays as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
-
-
 def trainer(*callbacks: Callback, **options: Any) -> Trainer:
     """Return a Trainer on the CPU that writes nothing, of one epoch."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}

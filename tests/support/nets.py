@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_bilevel import SGD, Episode, ForwardGradient, HypergradientStrategy, ReverseUnroll
-from tests.support.problems import Problem, draw, generator, seeded
+from tests.support.problems import Problem, draw, generator
+from tests.support.seeds import forked
 
 EXAMPLES = 4
 VOCABULARY = 40
@@ -144,7 +145,7 @@ class Weighted(Problem):
         super().__init__(inner_steps=3, inner_start="reset", episode_chunk_size=1)
         case = CASES[name]
         self.name, self.loss = name, case.loss
-        with seeded(0):
+        with forked(0):
             self.net = case.build().to(dtype)
         self.train(case.training)
         self.example_weights = nn.Parameter(draw(EXAMPLES, seed=1).to(dtype))

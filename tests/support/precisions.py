@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_bilevel import SGD, BilevelModule, Episode, HypergradientStrategy, hypergradient
-from tests.support.modules import EXAMPLES, FEATURES, examples, listed, seeded, trainer
+from tests.support.modules import EXAMPLES, FEATURES, examples, listed, trainer
+from tests.support.seeds import seeded
 from tests.support.tables import Row
 
 

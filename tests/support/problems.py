@@ -6,8 +6,7 @@ and no code of the package but the user's losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode,
 from lightning_bilevel.directions import Key
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
+from tests.support.seeds import forked
 
 DIFFERENCE = 1e-5
 """Step of central differences in float64: truncation is then about 1e-10, rounding 1e-11."""
@@ -32,14 +32,6 @@ def generator(seed: int) -> torch.Generator:
 def draw(*shape: int, seed: int) -> Tensor:
     """Return standard normal numbers in float64."""
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed what draws from the global generator (module constructors, dropout), and leave no trace in it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def assert_close(actual: Params, expected: Params, rtol: float = 1e-9) -> None:
@@ -103,7 +95,7 @@ def descend(module: Problem, optimizer: Any, episode: Episode) -> None:
 
 def plain_value(module: Problem, episode: Episode, seed: int = 0) -> float:
     """Return h(φ) = f(θ_T(φ), φ), with the masks of an estimate under ``seed``."""
-    with seeded(Key(seed).masks):
+    with forked(Key(seed).masks):
         trained = train(module, episode)
         return trained.outer_loss(episode.outer).item()
 
@@ -370,7 +362,7 @@ class Mlp(Problem):
     ) -> None:
         super().__init__(**{"inner_steps": 3, "inner_start": "reset", **options})
         self.inner, self.shared, self.learned = INNER_OPTIMIZERS[inner], shared, learned
-        with seeded(0):
+        with forked(0):
             self.net = TinyNet(tied).double()
         self.example_weights = nn.Parameter(draw(4, seed=1))
         self.log_penalty = nn.Parameter(torch.tensor(-3.0, dtype=torch.float64))

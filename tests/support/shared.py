@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, Hypergradient
-from tests.support.problems import assert_close, seeded
+from tests.support.problems import assert_close
+from tests.support.seeds import forked
 
 EPISODES = 3
 
@@ -18,7 +19,7 @@ class Shared(BilevelModule):
 
     def __init__(self, chunk: int | None = None) -> None:
         super().__init__(inner_steps=2, inner_start="reset", episode_chunk_size=chunk)
-        with seeded(0):
+        with forked(0):
             self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
 
     def inner_parameters(self) -> Any:

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_bilevel import SGD, BilevelModule, bilevel
-from tests.support.modules import EXAMPLES, FEATURES, examples, seeded
+from tests.support.modules import EXAMPLES, FEATURES, examples
+from tests.support.seeds import seeded
 
 
 class Parts:

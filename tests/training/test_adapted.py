@@ -22,10 +22,10 @@ from tests.support.modules import (
     listed,
     loader,
     parameters,
-    seeded,
     tasks,
     trainer,
 )
+from tests.support.seeds import seeded
 
 
 class Adapting:

@@ -12,7 +12,8 @@ from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from lightning_bilevel import ReverseUnroll, hypergradient
-from tests.support.modules import Calls, Cleaning, Maml, differing, flags, loader, parameters, seeded, trainer
+from tests.support.modules import Calls, Cleaning, Maml, differing, flags, loader, parameters, trainer
+from tests.support.seeds import seeded
 
 
 def test_inner_parameters_are_given_back_where_a_move_makes_new_ones():

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bilevel import EpisodeLoader, ForwardGradient, ReverseUnroll
-from tests.support.modules import Cleaning, identical, loader, seeded, trainer
+from tests.support.modules import Cleaning, identical, loader, trainer
+from tests.support.seeds import seeded
 
 STEPS, INTERRUPTED = 7, 2  # four steps are an epoch
 CAN_SAVE = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters

@@ -12,7 +12,8 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_bilevel import Adam, BilevelModule, ForwardGradient, ReverseUnroll, TruncatedReverse
-from tests.support.modules import Calls, Cleaning, differing, identical, loader, parameters, seeded, trainer
+from tests.support.modules import Calls, Cleaning, differing, identical, loader, parameters, trainer
+from tests.support.seeds import seeded
 
 
 def test_fitting_twice_goes_on():

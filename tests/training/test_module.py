@@ -21,10 +21,10 @@ from tests.support.modules import (
     listed,
     loader,
     parameters,
-    seeded,
     tasks,
     trainer,
 )
+from tests.support.seeds import seeded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers

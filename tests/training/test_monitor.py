@@ -33,7 +33,8 @@ from lightning_bilevel.problem import InnerState
 from lightning_bilevel.tree import Params
 from tests.support.fits import EPISODES, Before, Fit, fit
 from tests.support.modules import differing, listed, parameters, trainer
-from tests.support.problems import Quadratic, RidgeBlackBox, seeded
+from tests.support.problems import Quadratic, RidgeBlackBox
+from tests.support.seeds import forked
 
 
 def by_hand(estimate: Params, reference: Params) -> dict[str, float]:
@@ -125,7 +126,7 @@ class Small(Quadratic):
 )
 def test_standard_error_is_that_of_the_directions(strategy: ForwardGradient, expected: float) -> None:
     module, before = Small(), Before()
-    with seeded(1):
+    with forked(1):
         trainer(strategy, HypergradientMonitor(samples=200), before).fit(module, listed([module.episode()]))
     assert before.logged("hypergradient_standard_error")[0] == pytest.approx(expected**0.5, rel=0.1)  # √((N ∓ 1)/b)
 

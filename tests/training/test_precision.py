@@ -9,8 +9,9 @@ import torch
 
 from lightning_bilevel import ReverseUnroll
 from lightning_bilevel.training.precision import warn_of_precision
-from tests.support.modules import seeded, trainer
+from tests.support.modules import trainer
 from tests.support.precisions import Cleaning, by_hand, error, fitted, half
+from tests.support.seeds import seeded
 
 
 @pytest.mark.parametrize(

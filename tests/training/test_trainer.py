@@ -25,7 +25,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bilevel import ReverseUnroll
-from tests.support.modules import Calls, Cleaning, differing, examples, loader, parameters, seeded, trainer
+from tests.support.modules import Calls, Cleaning, differing, examples, loader, parameters, trainer
+from tests.support.seeds import seeded
 
 LIGHTNING = Version(version("pytorch-lightning"))
 

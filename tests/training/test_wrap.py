@@ -29,7 +29,8 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
-from tests.support.modules import FEATURES, differing, examples, listed, loader, parameters, seeded, tasks, trainer
+from tests.support.modules import FEATURES, differing, examples, listed, loader, parameters, tasks, trainer
+from tests.support.seeds import seeded
 from tests.support.wrapping import ByHand, Manual, Minimal, Plain, maml, named, validation, wrapped
 
 STRATEGIES = [

@@ -32,7 +32,8 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Coordinate, Gaussian, Sphere
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Nystrom
 from tests.support import simulated_device
-from tests.support.modules import Maml, listed, parameters, seeded, tasks, trainer
+from tests.support.modules import Maml, listed, parameters, tasks, trainer
+from tests.support.seeds import seeded
 from tests.support.tables import ROWS
 
 EXAMPLES = 6
