@@ -36,19 +36,8 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Neumann
-from tests.support.audits import (
-    EPISODE,
-    FORWARD,
-    PERTURBED,
-    SECOND_ORDER,
-    Broken,
-    Detached,
-    Net,
-    distances,
-    failing,
-    line,
-    quiet,
-)
+from tests.support.audits import EPISODE, FORWARD, PERTURBED, SECOND_ORDER, Broken, Net, distances, failing, line, quiet
+from tests.support.functions import Detached
 from tests.support.modules import (
     Cleaning,
     Maml,

@@ -9,25 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bilevel import PZOBO, ForwardGradient, ReverseUnroll
 from lightning_bilevel.auditing.diagnosis import diagnose, split_message
 from tests.support.audits import EPISODE, FORWARD, SECOND_ORDER, Net, distances, failing, line, quiet
+from tests.support.functions import Once
 from tests.support.seeds import seeded
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 def sampled(x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from lightning_bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
-from tests.support.audits import EPISODE, Broken, Detached, Net, quiet
+from tests.support.audits import EPISODE, Broken, Net, quiet
+from tests.support.functions import Detached
 from tests.support.modules import Cleaning, Maml, examples
 from tests.support.seeds import seeded
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_bilevel import (
     FSLA,
@@ -25,6 +24,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Identity, Neumann
+from tests.support.functions import Once
 from tests.support.modules import listed, parameters, tasks, trainer
 from tests.support.spoilt import EPISODE, Net, X, Y, net, without_levels, zeros
 
@@ -72,20 +72,6 @@ class BareNet(Net):
     def __init__(self) -> None:
         super().__init__(inner_start="reinit")
         self.net = Bare()
-
-
-class Once(torch.autograd.Function):
-    """x², whose author did not think of second derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 class Diverging(Net):

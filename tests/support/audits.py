@@ -60,24 +60,6 @@ def quiet(module: BilevelModule, batch: Any = EPISODE, *args: Any, **options: An
     return audit(module, batch, *args, verbose=False, **options)
 
 
-class Detached(torch.autograd.Function):
-    """x², whose backward hides that it depends on x."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0].detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0].detach() * grad.detach()
-
-
 def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x)  # here: distances
 
