@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
 
 import pde_discovery
 from lightning_bilevel import Episode, ForwardGradient, ReverseUnroll, ZerothOrder, hypergradient
@@ -18,19 +16,11 @@ from pde import pinn
 from pde.equations import EQUATIONS, observe
 from pde.spectral import solve
 from pde_discovery import Discovery, PINNDiscovery, SpectralDiscovery, draw_starts
+from tests.support.modules import listed, trainer
 
 
 def fit(module: Discovery, strategy: HypergradientStrategy, episode: Episode) -> None:
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[strategy],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, DataLoader([episode] * module.hparams.steps, batch_size=None))
+    trainer(strategy).fit(module, listed([episode] * module.hparams.steps))
 
 
 def observed(name: str) -> torch.Tensor:

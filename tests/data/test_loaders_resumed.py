@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 
 from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.errors import MisconfigurationError
+from tests.support.fits import SaveAt
 from tests.support.loaders import (
     Noisy,
     NoisyEverywhere,
     Recorder,
-    SaveAt,
     Seen,
     Unsized,
     fit,

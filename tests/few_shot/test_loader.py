@@ -11,7 +11,8 @@ import torch
 
 from lightning_bilevel import Episode
 from lightning_bilevel.few_shot import TaskLoader
-from tests.support.tasks import Numbers, Recorder, SaveAt, fit
+from tests.support.fits import SaveAt
+from tests.support.tasks import Numbers, Recorder, fit
 
 
 def loader(**options: Any) -> TaskLoader:

@@ -11,8 +11,9 @@ import pytest
 
 from lightning_bilevel import FirstOrder, ForwardGradient
 from lightning_bilevel.few_shot import TaskLoader
+from tests.support.fits import SaveAt
 from tests.support.processes import ran
-from tests.support.tasks import Numbers, SaveAt, fit
+from tests.support.tasks import Numbers, fit
 
 STRATEGIES = {"ddp": FirstOrder, "ddp_directions": lambda: ForwardGradient(num_directions=2)}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from torch import nn
 
 from lightning_bilevel import Episode, HypergradientStrategy
@@ -46,9 +47,40 @@ class Before(Callback):
         return [metrics[name].item() for metrics in self.metrics]
 
 
-def fit(strategy: HypergradientStrategy, *callbacks: Callback, module: Any = None, **options: Any) -> Any:
-    """Fit and return the trainer; its module is ``trainer.lightning_module``."""
-    running = trainer(strategy, *callbacks, **{k: v for k, v in options.items() if k != "ckpt_path"})
-    with forked(1):
-        running.fit(module or Fit(), listed(EPISODES), ckpt_path=options.get("ckpt_path"))
+class SaveAt(Callback):
+    """Writes a checkpoint in ``hook`` once the module has ``seen`` so many batches."""
+
+    def __init__(self, path: Path, batches: int, hook: str) -> None:
+        self.path, self.batches = path, batches
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if len(pl_module.seen) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    strategy: HypergradientStrategy,
+    *callbacks: Callback,
+    module: Any = None,
+    batches: Any = EPISODES,
+    seed: int = 1,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Trainer:
+    """Fit under a seed and return the Trainer.
+
+    Args:
+        strategy: estimates the hypergradients.
+        callbacks: run along.
+        module: what is fitted, at first a new :class:`Fit`; afterwards ``Trainer.lightning_module``.
+        batches: a loader, or a list of training batches.
+        seed: of the global generator, which is afterwards as it was.
+        ckpt_path: a checkpoint to go on from.
+        options: of the Trainer.
+    """
+    running = trainer(strategy, *callbacks, **options)
+    with forked(seed):
+        data = listed(batches) if isinstance(batches, list) else batches
+        running.fit(module or Fit(), data, ckpt_path=ckpt_path)
     return running

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_bilevel.data.loaders import EpisodeLoader, prepare_episodes
 from lightning_bilevel.problem import Episode
+from tests.support.modules import trainer
 
 Seen = list[tuple[list[list[float]], list[float]]]
 
@@ -92,22 +93,8 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-class SaveAt(Callback):
-    """Writes a checkpoint in ``hook`` once so many episodes were trained on."""
-
-    def __init__(self, path: Path, batches: int, hook: str) -> None:
-        self.path, self.batches = path, batches
-        setattr(self, hook, self.save)
-
-    def save(self, trainer: Trainer, module: Recorder, *_: Any) -> None:
-        if len(module.seen) == self.batches:
-            trainer.save_checkpoint(self.path)
-
-
-def make_trainer(**kwargs: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    defaults = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Trainer(**{**quiet, **defaults, **kwargs})
+def make_trainer(callbacks: Sequence[Callback] = (), **kwargs: Any) -> Trainer:
+    return trainer(*callbacks, **{"devices": 1, "num_sanity_val_steps": 0, "max_epochs": None, **kwargs})
 
 
 def fit(loader: Any, *, ckpt_path: Path | None = None, val: Any = None, skip_from: int = -1, **kwargs: Any) -> Recorder:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_bilevel import SGD, BilevelModule, Episode, FirstOrder, HypergradientStrategy
 from lightning_bilevel.few_shot import TaskDataset, TaskLoader
+from tests.support.modules import trainer
 
 
 def examples(classes: int = 7, each: int = 6) -> tuple[Tensor, Tensor]:
@@ -69,18 +69,6 @@ class Validated(Recorder):
         self.validated.append([float(task.outer) for task in batch])
 
 
-class SaveAt(pl.Callback):
-    """Saves a checkpoint at the given hook once so many batches were seen."""
-
-    def __init__(self, path: Path, batches: int, hook: str) -> None:
-        self.path, self.batches = path, batches
-        setattr(self, hook, self.save)
-
-    def save(self, trainer: pl.Trainer, pl_module: Recorder, *_: Any) -> None:
-        if len(pl_module.seen) == self.batches:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(
     loader: TaskLoader,
     ckpt_path: Path | None = None,
@@ -90,16 +78,7 @@ def fit(
     module: Recorder | None = None,
     **options: Any,
 ) -> Recorder:
-    trainer = pl.Trainer(
-        callbacks=[hypergradient or FirstOrder(), *callbacks],
-        accelerator="cpu",
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
     module = module or (Recorder() if val is None else Validated())
-    trainer.fit(module, loader, val, ckpt_path=ckpt_path)
+    options = {"num_sanity_val_steps": 0, "max_epochs": None, **options}
+    trainer(hypergradient or FirstOrder(), *callbacks, **options).fit(module, loader, val, ckpt_path=ckpt_path)
     return module
