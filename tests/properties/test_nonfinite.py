@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 from lightning_bilevel import FSLA, SGD, Adam, BilevelModule, Episode, ForwardGradient, ReverseUnroll, ZerothOrder
+from tests.support.fits import fit
 from tests.support.modules import identical, listed, tasks, trainer
 from tests.support.seeds import seeded
 from tests.support.tables import every_strategy
@@ -71,9 +71,9 @@ def episodes(*bad: tuple[int, str]) -> list[Episode]:
     return made
 
 
-def fit(strategy: Any, module: Any, batches: Iterable[Any], **options: Any) -> Steps:
+def watched(strategy: Any, module: Any, batches: list[Any], **options: Any) -> Steps:
     watch = Steps(strategy)
-    trainer(strategy, watch, **options).fit(module, listed(batches))
+    fit(strategy, watch, module=module, batches=batches, **options)
     return watch
 
 
@@ -89,7 +89,7 @@ def test_every_strategy_names_itself(row, level):
     module = seeded(lambda: Net(lambda: SGD(lr=0.1), **row.needs))
     strategy = row.build(module)
     with pytest.raises(FloatingPointError, match=rf"^Expected the {level} loss .*\(Hypergradient strategy: `\w+`\.\)$"):
-        fit(strategy, module, episodes((2, level)))
+        watched(strategy, module, episodes((2, level)))
     assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())
 
 
@@ -119,7 +119,7 @@ class Rooted(BilevelModule):
 def test_a_parameter_that_the_last_step_spoils_is_named():
     message = r"^Expected the inner parameter `theta` after the last inner step to be finite, got nan or inf\. Lower"
     with pytest.raises(FloatingPointError, match=message):
-        fit(ReverseUnroll(), Rooted(), tasks(1))
+        watched(ReverseUnroll(), Rooted(), tasks(1))
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
@@ -132,7 +132,7 @@ def test_an_outer_parameter_that_became_infinite_is_named_and_not_skipped(on_non
         r"^Expected the outer parameter `scale` to be finite, got nan or inf after the last outer step\. Lower the "
     )
     with pytest.raises(FloatingPointError, match=message):
-        fit(ReverseUnroll(), Exploding(on_nonfinite=on_nonfinite), episodes())
+        watched(ReverseUnroll(), Exploding(on_nonfinite=on_nonfinite), episodes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_skipped_step_changes_nothing(row, level):
     module = seeded(lambda: Net(lambda: SGD(lr=0.1), on_nonfinite="skip", **row.needs))
     strategy = row.build(module)
     with pytest.warns(UserWarning, match=rf"Skipped an outer step, .*`skipped_steps`.*: Expected the {level} loss"):
-        watch = fit(strategy, module, episodes((2, level), (3, level)))
+        watch = watched(strategy, module, episodes((2, level), (3, level)))
     before, first, second, after = watch.seen[1:]
     assert identical(before, first)
     assert identical(before, second)
@@ -172,7 +172,7 @@ def test_skipping_goes_on_as_if_the_batch_had_not_been_there(strategy):
     def last(batches: list[Episode], counted: bool) -> Any:
         module = seeded(lambda: Counting(lambda: SGD(lr=0.1), inner_steps=1, on_nonfinite="skip"))
         module.counted = counted
-        return seeded(lambda: fit(strategy(), module, batches)).seen[-1]
+        return watched(strategy(), module, batches).seen[-1]
 
     assert identical(last(episodes((2, "outer")), False), last(episodes()[:2] + episodes()[3:], True))
 
@@ -181,7 +181,9 @@ def test_skipping_goes_on_as_if_the_batch_had_not_been_there(strategy):
 def test_with_accumulation_the_rest_counts():
     """A step of two batches, one of them skipped, is a step on half the other's hypergradient."""
     module = seeded(lambda: Net(on_nonfinite="skip"))
-    watch = fit(ReverseUnroll(), module, episodes((1, "outer"), (2, "inner"), (3, "inner")), accumulate_grad_batches=2)
+    watch = watched(
+        ReverseUnroll(), module, episodes((1, "outer"), (2, "inner"), (3, "inner")), accumulate_grad_batches=2
+    )
     assert not identical(watch.seen[0][0]["scale"], watch.seen[1][0]["scale"])
     assert identical(watch.seen[1], watch.seen[3])
     assert not identical(watch.seen[3][0]["scale"], watch.seen[4][0]["scale"])
@@ -190,7 +192,7 @@ def test_with_accumulation_the_rest_counts():
 @pytest.mark.filterwarnings("ignore:Skipped")
 def test_one_episode_of_several_skips_the_step():
     module = seeded(lambda: Rooted(on_nonfinite="skip"))
-    watch = fit(ReverseUnroll(), module, [tasks(3)] * 2)
+    watch = watched(ReverseUnroll(), module, [tasks(3)] * 2)
     assert identical(*watch.seen)
     assert watch.logged[-1]["skipped_steps"] == 2
 

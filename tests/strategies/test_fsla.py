@@ -26,6 +26,7 @@ from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.tree import Params
+from tests.support.fits import fit
 from tests.support.modules import Calls, differing, listed, parameters, trainer
 from tests.support.problems import Problem, RidgeSolver, assert_close, draw
 
@@ -271,11 +272,11 @@ def test_converges_on_the_papers_problem() -> None:
     assert exact_hypergradient(module, data).norm() < 1e-3 * start
 
 
-def fit(strategy: Any, epochs: int, ckpt_path: Path | None = None) -> tuple[Params, Any]:
+def fitted(strategy: Any, epochs: int, ckpt_path: Path | None = None) -> tuple[Params, Any]:
     """Fit on three episodes in an epoch and return the parameters."""
-    module, running = Synthetic(rho=0.1), trainer(strategy, max_epochs=epochs)
-    running.fit(module, listed([episode(k) for k in range(3)]), ckpt_path=ckpt_path)
-    return parameters(module), running
+    data = [episode(k) for k in range(3)]
+    running = fit(strategy, module=Synthetic(rho=0.1), batches=data, max_epochs=epochs, ckpt_path=ckpt_path)
+    return parameters(running.lightning_module), running
 
 
 def test_a_fit_is_the_algorithm_and_a_resumed_fit_too(tmp_path: Path) -> None:
@@ -284,12 +285,12 @@ def test_a_fit_is_the_algorithm_and_a_resumed_fit_too(tmp_path: Path) -> None:
     for data in [episode(k) for k in range(3)] * 2:
         omega, d = by_hand.step(omega, lam, data.inner, data.outer)
         lam = lam - 0.3 * d
-    whole, _ = fit(FSLA(), 2)
+    whole, _ = fitted(FSLA(), 2)
     assert_close(whole, {"omega": omega, "lam": lam}, 1e-11)
 
-    _, running = fit(FSLA(), 1)
+    _, running = fitted(FSLA(), 1)
     running.save_checkpoint(tmp_path / "middle.ckpt")
-    resumed, _ = fit(FSLA(), 2, tmp_path / "middle.ckpt")
+    resumed, _ = fitted(FSLA(), 2, tmp_path / "middle.ckpt")
     assert differing(resumed, whole) == []
 
 
@@ -304,7 +305,7 @@ def test_a_fit_is_the_algorithm_and_a_resumed_fit_too(tmp_path: Path) -> None:
 )
 def test_a_second_fit_starts_anew(wrap: Any) -> None:
     strategy = wrap(FSLA())
-    (first, _), (second, _) = fit(strategy, 1), fit(strategy, 1)
+    (first, _), (second, _) = fitted(strategy, 1), fitted(strategy, 1)
     assert differing(first, second) == []
 
 

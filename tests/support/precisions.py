@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_bilevel import SGD, BilevelModule, Episode, HypergradientStrategy, hypergradient
-from tests.support.modules import EXAMPLES, FEATURES, examples, listed, trainer
+from tests.support.fits import fit
+from tests.support.modules import EXAMPLES, FEATURES, examples
 from tests.support.seeds import seeded
 from tests.support.tables import Row
 
@@ -60,9 +61,7 @@ EPISODE = Episode([examples(0)], examples(1)[:2])
 
 def fitted(module: Cleaning, strategy: HypergradientStrategy, **options: Any) -> Tensor:
     """Take one step of a real fit; return the gradient that the outer optimizer got."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        trainer(strategy, **options).fit(module, listed([EPISODE]))
+    fit(strategy, module=module, batches=[EPISODE], seed=3, **options)
     return module.found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bilevel import EpisodeLoader, ForwardGradient, ReverseUnroll
+from tests.support.fits import fit
 from tests.support.modules import Cleaning, identical, loader, trainer
 from tests.support.seeds import seeded
 
@@ -44,14 +45,12 @@ class CtrlC(Cleaning):
         return super().inner_loss(batch)
 
 
-def fit(*saver: Callback, error: BaseException | None = None, ckpt_path: Path | None = None) -> Any:
+def ended(*saver: Callback, error: BaseException | None = None, ckpt_path: Path | None = None) -> Any:
     module = seeded(CtrlC, 1 if ckpt_path else 0)
     module.error = error
-    running = trainer(ForwardGradient(2), *saver, max_epochs=-1, max_steps=STEPS, enable_checkpointing=bool(saver))
+    options = {"max_epochs": -1, "max_steps": STEPS, "enable_checkpointing": bool(saver), "ckpt_path": ckpt_path}
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            running.fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
+        running = fit(ForwardGradient(2), *saver, module=module, batches=loader(shuffle=True), **options)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored after a Ctrl-C
     return [module.state_dict(), running.optimizers[0].state_dict(), module.inner_state_dict()]
@@ -63,10 +62,10 @@ def fit(*saver: Callback, error: BaseException | None = None, ckpt_path: Path | 
 @pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint)")
 def test_an_interrupted_fit_leaves_a_checkpoint_and_goes_on_exactly(error, raised, saver, tmp_path):
     with pytest.raises(raised):
-        fit(saver(tmp_path), error=error)
+        ended(saver(tmp_path), error=error)
     (path,) = tmp_path.glob("*.ckpt")
     assert torch.load(path, weights_only=False)["global_step"] == INTERRUPTED
-    assert identical(fit(ckpt_path=path), fit())
+    assert identical(ended(ckpt_path=path), ended())
 
 
 class Dying(Dataset[Tensor]):
