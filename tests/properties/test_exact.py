@@ -23,6 +23,7 @@ from tests.support.problems import (
     INNER_OPTIMIZERS,
     InPlace,
     Mlp,
+    NoisyMlp,
     Problem,
     Quadratic,
     Ridge,
@@ -460,14 +461,11 @@ def test_reinit_draws_the_same_values_whether_stacked_or_looped() -> None:
 # --- What every estimate keeps ---
 
 
-class Noisy(Mlp):
-    """With buffers that move and masks that are drawn."""
+class Noisy(NoisyMlp):
+    """Counts in a buffer."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__("SGD", learned=False, **options)
-        with forked(5):
-            self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
-        self.net.double()
+        super().__init__(learned=False, **options)
         self.register_buffer("outer_calls", torch.zeros(()))
 
     def outer_loss(self, batch):

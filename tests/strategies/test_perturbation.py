@@ -38,7 +38,7 @@ from tests.support.differences import (
     inner_products,
     plain_gradients,
 )
-from tests.support.problems import Mlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, train
+from tests.support.problems import Mlp, NoisyMlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, train
 from tests.support.seeds import forked
 from tests.support.statistics import check_mean
 
@@ -102,14 +102,11 @@ def test_the_unbiasedness_check_rejects_normalized_directions(make: Make) -> Non
 # --- Perturbed runs repeat the base run ---
 
 
-class Noisy(Mlp):
-    """With momentum, masks in both losses, and buffers that the inner steps move and the outer loss reads."""
+class Noisy(NoisyMlp):
+    """With momentum, masks in both losses, and buffers that the outer loss reads."""
 
     def __init__(self, shared: bool = False) -> None:
         super().__init__("momentum", shared, inner_start="warm")
-        with forked(5):
-            self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
-        self.net.double()
 
     def outer_loss(self, batch):
         return super().outer_loss(batch) + self.net[1].running_mean.square().sum()

@@ -396,6 +396,16 @@ class Mlp(Problem):
         return kind(self.net.parameters(), **self.inner.arguments(values))
 
 
+class NoisyMlp(Mlp):
+    """With buffers that the inner steps move, and masks that they draw."""
+
+    def __init__(self, inner: str = "SGD", shared: bool = False, **options: Any) -> None:
+        super().__init__(inner, shared, **options)
+        with forked(5):
+            self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2))
+        self.net.double()
+
+
 class InPlace:
     """Any :class:`InnerOptimizer` as a plain one, for :func:`train`."""
 
