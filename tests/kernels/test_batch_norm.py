@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient
+from lightning_bilevel import Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import batch_norm
 from lightning_bilevel.kernels.safe import differentiable_kernels
+from tests.support.modules import Maml
 from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -123,29 +124,10 @@ def test_other_precisions_are_left_to_pytorch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(net(low), expected)
 
 
-class Small(BilevelModule):
-    def __init__(self) -> None:
-        super().__init__(inner_steps=3, inner_start="reset")
-        self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
-
-    def inner_parameters(self):
-        return self.net
-
-    def outer_parameters(self):
-        return self.net
-
-    def inner_loss(self, batch):
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    outer_loss = inner_loss
-
-    def configure_inner_optimizer(self):
-        return SGD(lr=0.1)
-
-
 def test_one_hypergradient_whichever_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    module = Small().double()
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    module = Maml(net, nn.functional.cross_entropy, inner_steps=3, inner_start="reset").double()
     batch = torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.randint(2, (6,))
     episode = Episode([batch], batch)
     ours = hypergradient(module, ReverseUnroll(), episode).grads

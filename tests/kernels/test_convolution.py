@@ -13,9 +13,10 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, ReverseUnroll, hypergradient
+from lightning_bilevel import Episode, ForwardGradient, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import convolution
 from lightning_bilevel.kernels.safe import differentiable_kernels
+from tests.support.modules import Maml
 from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -113,33 +114,14 @@ def test_other_surroundings_are_left_to_pytorch() -> None:
     torch.testing.assert_close(found[1], convolution.NATIVE[2](x, weights[1]))
 
 
-class Small(BilevelModule):
-    def __init__(self) -> None:
-        super().__init__(inner_steps=2, inner_start="reset")
-        layers = [nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, stride=2, padding=1)]
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 2))
-
-    def inner_parameters(self):
-        return self.net
-
-    def outer_parameters(self):
-        return self.net
-
-    def inner_loss(self, batch):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    outer_loss = inner_loss
-
-    def configure_inner_optimizer(self):
-        return SGD(lr=0.1)
-
-
 @pytest.mark.parametrize("strategy", [ReverseUnroll(), ForwardGradient(2)], ids=["reverse", "forward"])
 def test_one_hypergradient_in_fewer_operations(
     strategy: ReverseUnroll | ForwardGradient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    module = Small().double()
+    layers = [nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, stride=2, padding=1)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 2))
+    module = Maml(net, F.cross_entropy, inner_start="reset").double()
     batch = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randint(2, (6,))
 
     def counted() -> tuple[dict[str, Tensor], int]:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacfwd, vmap
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, hypergradient
+from lightning_bilevel import Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import linear
 from lightning_bilevel.kernels.safe import differentiable_kernels
+from tests.support.modules import Maml
 
 MEMBERS = 3
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
@@ -120,30 +121,11 @@ def test_in_bfloat16_autocast() -> None:
     torch.testing.assert_close(found.float(), looped(F.linear, values, dims), rtol=2e-2, atol=2e-2)
 
 
-class Fit(BilevelModule):
-    def __init__(self) -> None:
-        super().__init__(inner_steps=2, inner_start="reset")
-        self.net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-
-    def inner_parameters(self):
-        return self.net
-
-    def outer_parameters(self):
-        return self.net
-
-    def inner_loss(self, batch):
-        x, y = batch
-        return (self.net(x) - y).square().mean()
-
-    outer_loss = inner_loss
-
-    def configure_inner_optimizer(self):
-        return SGD(lr=0.1)
-
-
 def test_stacked_episodes_use_it_and_nothing_is_left_behind() -> None:
     torch.manual_seed(0)
-    module, data = Fit(), [torch.randn(4, 5, 1, dtype=torch.float64) for _ in range(4)]
+    net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    module = Maml(net, lambda found, y: (found - y).square().mean(), inner_start="reset")
+    data = [torch.randn(4, 5, 1, dtype=torch.float64) for _ in range(4)]
     episodes = [Episode([(a, b)], (c, d)) for a, b, c, d in zip(*data, strict=True)]
     native, calls = F.linear, []
 

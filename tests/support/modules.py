@@ -60,11 +60,20 @@ class Cleaning(BilevelModule):
 
 
 class Maml(BilevelModule):
-    """The whole net is the initialization that is learned."""
+    """The whole net is the initialization that is learned.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        net: the net; at first a small one.
+        loss: of outputs and targets, in both levels.
+        options: of ``BilevelModule``.
+    """
+
+    def __init__(
+        self, net: nn.Module | None = None, loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss, **options: Any
+    ) -> None:
         super().__init__(**{"inner_steps": 2, **options})
-        self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.net = net or nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.loss = loss
 
     def inner_parameters(self) -> Any:
         return self.net
@@ -73,7 +82,7 @@ class Maml(BilevelModule):
         return self.net
 
     def inner_loss(self, batch: Any) -> Tensor:
-        return F.mse_loss(self.net(batch[0]), batch[1])
+        return self.loss(self.net(batch[0]), batch[1])
 
     outer_loss = inner_loss
 
