@@ -39,8 +39,10 @@ from lightning_bilevel.linear_solvers import Neumann
 from tests.support.audits import EPISODE, FORWARD, PERTURBED, SECOND_ORDER, Broken, Net, distances, failing, line, quiet
 from tests.support.functions import Detached
 from tests.support.modules import (
+    Calls,
     Cleaning,
     Maml,
+    NoLevels,
     differing,
     examples,
     identical,
@@ -240,18 +242,8 @@ def test_a_second_fit_is_audited_anew(capsys: pytest.CaptureFixture[str]) -> Non
     assert [row.strategy for row in spy.report.rows] == ["ReverseUnroll()", "FirstOrder()"]
 
 
-class Steps(Callback):
-    """Counts training steps."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.count += 1
-
-
 def test_a_fit_whose_strategy_does_not_work_stops() -> None:
-    steps, module = Steps(), Net(distances)
+    steps, module = Calls(type), Net(distances)
     flags = [p.requires_grad for p in module.parameters()]
     message = (
         r"^`ReverseUnroll\(\)` does not work on `Net`\. This is because `cdist` has no second derivative "
@@ -259,24 +251,24 @@ def test_a_fit_whose_strategy_does_not_work_stops() -> None:
     )
     with pytest.raises(MisconfigurationError, match=message):
         trainer(ReverseUnroll(), StrategyAudit(), steps).fit(module, listed([EPISODE]))
-    assert steps.count == 0
+    assert len(steps.seen) == 0
     assert [p.requires_grad for p in module.parameters()] == flags
 
 
 def test_a_fit_whose_strategy_works_goes_on_whatever_else_fails() -> None:
-    steps = Steps()
+    steps = Calls(type)
     trainer(PZOBO(3), StrategyAudit(), steps).fit(Net(distances), listed([EPISODE] * 2))
-    assert steps.count == 2
+    assert len(steps.seen) == 2
 
 
 def test_a_fit_whose_strategy_is_doubtful_goes_on_with_a_warning() -> None:
-    steps = Steps()
+    steps = Calls(type)
     doubtful = pytest.warns(
         UserWarning, match=r"^`ReverseUnroll\(\)` may be wrong on `Net`: it disagrees with a finite"
     )
     with doubtful, pytest.warns(UserWarning, match=r"^The first hypergradient is exactly zero"):
         trainer(ReverseUnroll(), StrategyAudit([FirstOrder()]), steps).fit(Net(Detached.apply), listed([EPISODE]))
-    assert steps.count == 1
+    assert len(steps.seen) == 1
 
 
 def test_a_running_strategy_that_is_broken_stops_the_fit() -> None:
@@ -421,13 +413,9 @@ def test_bad_strategies_of_the_callback() -> None:
 
 
 def test_a_plain_module_has_nothing_to_audit() -> None:
-    class Plain(LightningModule):
-        def training_step(self, batch: Any) -> None: ...
-
-        def configure_optimizers(self) -> None: ...
-
-    with pytest.raises(MisconfigurationError, match="^`Plain` has no inner and outer level. `StrategyAudit` works on"):
-        trainer(StrategyAudit()).fit(Plain(), listed([EPISODE]))
+    message = "^`NoLevels` has no inner and outer level. `StrategyAudit` works on"
+    with pytest.raises(MisconfigurationError, match=message):
+        trainer(StrategyAudit()).fit(NoLevels(), listed([EPISODE]))
 
 
 def test_a_row_by_name() -> None:

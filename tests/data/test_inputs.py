@@ -25,12 +25,8 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Dense
-from tests.support.modules import Cleaning, Maml, differing, listed, loader, parameters, tasks, trainer
+from tests.support.modules import Cleaning, Maml, differing, episode, listed, loader, parameters, tasks, trainer
 from tests.support.seeds import seeded
-
-
-def episode() -> Episode:
-    return next(iter(loader()))
 
 
 def test_a_plain_loader_of_tasks() -> None:

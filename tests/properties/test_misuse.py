@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_bilevel import (
@@ -25,22 +24,8 @@ from lightning_bilevel import (
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Identity, Neumann
 from tests.support.functions import Once
-from tests.support.modules import listed, parameters, tasks, trainer
+from tests.support.modules import NoLevels, listed, parameters, tasks, trainer
 from tests.support.spoilt import EPISODE, Net, X, Y, net, without_levels, zeros
-
-
-class Alone(LightningModule):
-    """No bilevel module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.net(batch[0]).mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters())
 
 
 class Stream:
@@ -131,11 +116,12 @@ FITS: dict[str, Case] = {
         callbacks=[ReverseUnroll(), ForwardGradient()],
     ),
     "plain module": Case(
-        Alone, r"`Alone` has no inner and outer level\. `ReverseUnroll` works on a `lightning_bilevel\.BilevelModule`"
+        NoLevels,
+        r"`NoLevels` has no inner and outer level\. `ReverseUnroll` works on a `lightning_bilevel\.BilevelModule`",
     ),
     "plain module with monitor": Case(
-        Alone,
-        r"`Alone` has no hypergradient to monitor\. `HypergradientMonitor` works on",
+        NoLevels,
+        r"`NoLevels` has no hypergradient to monitor\. `HypergradientMonitor` works on",
         callbacks=[HypergradientMonitor()],
     ),
     # Hooks that are missing, or that should not be there

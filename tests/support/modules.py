@@ -93,6 +93,14 @@ class Maml(BilevelModule):
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
+class NoLevels(LightningModule):
+    """No bilevel module."""
+
+    def training_step(self, batch: Any) -> None: ...
+
+    def configure_optimizers(self) -> None: ...
+
+
 class Calls(Callback):
     """Keeps what a function of the module returned after every training batch."""
 
@@ -115,6 +123,11 @@ def loader(inner_batches: int = 2, *, shuffle: bool = False, **sizes: Any) -> Ep
     inner = DataLoader(TensorDataset(*examples(0)), batch_size=3, shuffle=shuffle, drop_last=True)
     outer = DataLoader(TensorDataset(*examples(1)[:2]), batch_size=2, shuffle=shuffle)
     return EpisodeLoader(inner, outer, inner_batches, **sizes)
+
+
+def episode() -> Episode:
+    """Return the first of them."""
+    return next(iter(loader()))
 
 
 def tasks(count: int, *, dtype: torch.dtype = torch.float32) -> list[Episode]:

@@ -11,7 +11,7 @@ import torchmetrics
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, Adam, BilevelModule, ForwardGradient, ReverseUnroll, bilevel, hypergradient
+from lightning_bilevel import SGD, Adam, ForwardGradient, ReverseUnroll, bilevel, hypergradient
 from tests.support.modules import (
     Cleaning,
     Maml,
@@ -25,6 +25,7 @@ from tests.support.modules import (
     tasks,
     trainer,
 )
+from tests.support.problems import RidgeSolver
 from tests.support.seeds import seeded
 
 
@@ -289,32 +290,14 @@ def test_adapting_draws_nothing_from_the_global_generator(start, strategy):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ridge(BilevelModule):
-    """Solves its inner problem in closed form."""
-
-    def __init__(self) -> None:
-        super().__init__(inner_start="reset")
-        self.weight, self.log_penalty = nn.Parameter(torch.zeros(3, 1)), nn.Parameter(torch.tensor(0.0))
-
-    def inner_parameters(self) -> Any:
-        return [self.weight]
-
-    def solve_inner(self, batches: Any) -> dict[str, Tensor]:
-        [(x, y)] = batches
-        return {"weight": torch.linalg.solve(x.T @ x + self.log_penalty.exp() * torch.eye(3), x.T @ y)}
-
-    def outer_loss(self, batch: Any) -> Tensor:
-        return (batch[0] @ self.weight - batch[1]).square().mean()
-
-
 def test_a_solver_of_ones_own():
-    module, [episode] = Ridge(), tasks(1)
-    x, y = episode.inner[0]
+    module = RidgeSolver()
+    episode, before = module.episode(), parameters(module)
     with torch.inference_mode(), module.adapted(episode.inner):
         inside = module.weight.clone()
         assert not module.weight.requires_grad
-    assert torch.equal(inside, torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ y))
-    assert module.weight.abs().sum() == 0
+    torch.testing.assert_close(inside, module.optimum(episode).theta, rtol=1e-12, atol=0)
+    assert differing(before, parameters(module)) == []
 
 
 @pytest.mark.parametrize("optimizer", [lambda lr: Adam(lr=lr), lambda lr: SGD(lr={"*bias": 0.1, "*": lr})])

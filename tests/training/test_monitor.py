@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import Callback
 from torch import Tensor
 
 from lightning_bilevel import (
@@ -32,7 +32,7 @@ from lightning_bilevel.linear_solvers import Dense, Identity
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.tree import Params
 from tests.support.fits import EPISODES, Before, Fit, fit
-from tests.support.modules import differing, listed, parameters, trainer
+from tests.support.modules import NoLevels, differing, listed, parameters, trainer
 from tests.support.problems import Quadratic, RidgeBlackBox
 from tests.support.seeds import forked
 
@@ -170,13 +170,8 @@ def test_bad_arguments_of_the_monitor(arguments: dict[str, Any], message: str) -
 
 
 def test_a_module_without_levels_has_nothing_to_monitor() -> None:
-    class Plain(LightningModule):
-        def training_step(self, batch: Any) -> None: ...
-
-        def configure_optimizers(self) -> None: ...
-
-    with pytest.raises(MisconfigurationError, match=r"^`Plain` has no hypergradient to monitor\."):
-        trainer(HypergradientMonitor()).fit(Plain(), listed(EPISODES))
+    with pytest.raises(MisconfigurationError, match=r"^`NoLevels` has no hypergradient to monitor\."):
+        trainer(HypergradientMonitor()).fit(NoLevels(), listed(EPISODES))
 
 
 def test_a_monitor_alone_is_no_strategy() -> None:
