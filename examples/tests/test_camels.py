@@ -1,19 +1,17 @@
-"""CaMeLS: its losses, its data, the carry-over of the language model, and its stages."""
+"""CaMeLS: its losses, the carry-over of the language model, and its stages."""
 
 from __future__ import annotations
 
 import copy
 import doctest
-import gzip
 import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,71 +25,27 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 import camels
 from camels_lm import encoding, figures, loading, losses, models, readers, stages, synthetic
-from camels_lm.documents import Document, Question, Splits
-from camels_lm.encoding import EncodedDocument, Encoder, Tokens
+from camels_lm.documents import Document
+from camels_lm.encoding import Encoder, Tokens
 from lightning_bilevel import Episode, ForwardGradient, HypergradientSchedule, ReverseUnroll, hypergradient, tree
 from lightning_bilevel.directions import Gaussian, Key
-from lightning_bilevel.strategies.rounding import CoarsestDtype
+from tests.support.camels import (
+    WINDOW,
+    alone,
+    an_episode,
+    encoded,
+    encoder,
+    language_model,
+    meta_training,
+    splits,
+    weight_model,
+)
 from tests.support.modules import differing, parameters, trainer
 from tests.support.problems import DIFFERENCE, assert_close, perturbed
 from tests.support.processes import ran
 from tests.support.seeds import forked
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
-
-WINDOW = 128
-
-
-@cache
-def splits() -> Splits:
-    return synthetic.documents((30, 16, 4, 4), seed=0)
-
-
-@cache
-def encoder() -> Encoder:
-    return Encoder(encoding.new_tokenizer(splits().pretraining, 320, WINDOW), WINDOW)
-
-
-@cache
-def encoded(split: str) -> list[EncodedDocument]:
-    return encoder().documents(getattr(splits(), split), split)
-
-
-def language_model(dropout: float = 0.0) -> Any:
-    with forked(0):
-        lm = models.small_lm(len(encoder().tokenizer), WINDOW, 16, 1, encoder().tokenizer.eos_token_id, dropout)
-    return lm.double().train(dropout > 0)
-
-
-def weight_model(seed: int = 0) -> models.WeightModel:
-    with forked(seed):
-        weights = models.WeightModel(copy.deepcopy(language_model().base_model), width=4).double()
-        torch.nn.init.normal_(weights.head[-1].weight)  # where it is zero, the layers before have no gradient
-    return weights
-
-
-def meta_training(dropout: float = 0.0, **options: Any) -> stages.MetaTraining:
-    options = {"inner_lr": 0.5, "outer_lr": 1e-2, **options}
-    return stages.MetaTraining(language_model(), weight_model(), dropout=dropout, **options)
-
-
-def an_episode(depth: int = 2, side: str = "right", **options: Any) -> Episode:
-    """Return an episode whose passages are padded, too."""
-    read = encoded("training")
-    rows = [document.row for document in read]
-    inner = [encoder().padded([rows[2 * i], rows[2 * i + 1]], side) for i in range(depth)]
-    asked = [question.row for document in read[: 2 * depth] for question in document.questions]
-    others = [document.row for document in encoded("pretraining")[:3]]
-    return Episode(inner, stages.Judgement(encoder().padded(asked, side), encoder().padded(others, side)))
-
-
-def alone(tokens: Tokens) -> list[Tokens]:
-    """Return the rows of a batch, each without its padding."""
-    return [
-        Tokens(ids[mask][None], None, marked[mask][None])
-        for ids, mask, marked in zip(tokens.ids, tokens.present, tokens.marked, strict=True)
-    ]
-
 
 # --- The losses ---
 
@@ -563,129 +517,7 @@ def test_bad_weightings_are_named() -> None:
         stages.OnlineAdaptation(language_model(), "learned", None, [], encoder())
 
 
-# --- Data ---
-
-
-def test_synthetic_documents() -> None:
-    parts = synthetic.documents((5, 4, 3, 2), seed=1)
-    assert [len(part) for part in parts] == [5, 4, 3, 2]
-    assert parts == synthetic.documents((5, 4, 3, 2), seed=1)
-    assert parts != synthetic.documents((5, 4, 3, 2), seed=2)
-    everything = [document for part in parts for document in part]
-    assert len({document.article for document in everything}) == len(everything)
-    for document in everything:
-        stated = {document.text[start:end] for start, end in document.facts}
-        assert stated == {question.answers[0] for question in document.questions}
-        for question in document.questions:
-            sentence = question.text.removeprefix("What is t").removesuffix(" ?")
-            assert f"T{sentence} is {question.answers[0]} ." in document.text
-
-
-def test_facts_are_found_among_the_tokens() -> None:
-    for document, one in zip(splits().test, encoded("test"), strict=True):
-        tokens = [token for token, marked in zip(one.row.ids, one.row.marked, strict=True) if marked]
-        text = encoder().tokenizer.decode(tokens).replace(" ", "")
-        assert text == "".join(document.text[start:end] for start, end in document.facts).replace(" ", "")
-
-
-def test_what_does_not_fit_is_counted() -> None:
-    encoder_of_its_own = Encoder(encoder().tokenizer, 16)
-    short, asked = "The ruler is Feos .", Question("Who ?", ("Feos",))
-    found = [
-        Document(short, (asked, Question("Who ?", ()), Question("Who ?", (" ",)), Question(short * 9, ("Feos",))), "a"),
-        Document(short, (asked, Question(" ", ("Feos",))), "a"),
-        Document("", (asked,), "b"),
-        Document(" \n", (asked,), "b"),
-        Document(short * 9, (asked,), "c"),
-        Document(short, (Question("Who ?", ()),), "d"),
-    ]
-    kept = encoder_of_its_own.documents(found, "training")
-    assert [len(document.questions) for document in kept] == [1, 1]
-    assert encoder_of_its_own.skipped == {
-        "questions without an answer": 3,
-        "empty questions": 1,
-        "questions longer than the window": 1,
-        "empty documents": 2,
-        "documents longer than the window": 1,
-        "documents without a question that is left": 1,
-    }
-    with pytest.raises(ValueError, match=r"^Expected `the test documents` to be at least one of at most 16 tokens"):
-        encoder_of_its_own.documents(found[2:], "test")
-
-
-def test_slow_tokenizers_are_refused() -> None:
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ValueError, match=r"^Expected `the tokenizer` to be a fast one"):
-        Encoder(Slow(), 8)
-
-
-def test_a_question_ends_with_its_answer_and_the_end() -> None:
-    question = encoded("test")[0].questions[0]
-    answer = [token for token, marked in zip(question.row.ids, question.row.marked, strict=True) if marked]
-    assert answer[-1] == encoder().tokenizer.eos_token_id
-    assert encoder().tokenizer.decode(answer[:-1]).strip() == question.answers[0]
-    assert question.row.ids[: len(question.prompt)] == question.prompt
-
-
-def squad_content() -> dict[str, Any]:
-    def article(title: str, *answers: dict[str, Any]) -> dict[str, Any]:
-        qas = [{"id": "1", "question": " Who? ", "answers": list(answers)}]
-        return {"title": title, "paragraphs": [{"context": "Feos met Feos.", "qas": qas}]}
-
-    known, unknown = {"text": "Feos", "answer_start": 9}, {"text": "Feos"}
-    return {"data": [article("a", known, unknown), article("b", unknown), article("c"), article("d"), article("e")]}
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_squad(packed: bool, tmp_path: Path) -> None:
-    content = squad_content()
-    text = json.dumps(content)
-    if packed:
-        (tmp_path / "train.json.gz").write_bytes(gzip.compress(text.encode()))
-    else:
-        (tmp_path / "train.json").write_text(text)
-    found = readers.read(tmp_path, seed=0, shares=(0.4, 0.2, 0.2, 0.2))
-    assert [len(part) for part in found] == [2, 1, 1, 1]
-    by_article = {document.article: document for part in found for document in part}
-    assert set(by_article) == set("abcde")
-    assert by_article["a"].facts == ((9, 13),)
-    assert by_article["b"].facts == ((0, 4),)
-    assert by_article["c"].facts == ()
-    assert by_article["a"].questions == (Question("Who?", ("Feos",)),)
-
-
-def test_streaming_qa(tmp_path: Path) -> None:
-    path = tmp_path / "eval.csv"
-    path.write_text(
-        "question,answers,text\n"
-        "Who came?,Feos of Bir\\Feos\\Mr Feos,Then Feos came.\n"
-        "What did he do?,came,Then Feos came.\n"
-        "Who left?,Lusos,Lusos left.\n"
-    )
-    first, second = readers.streaming_qa(path)
-    assert first.questions[0] == Question("Who came?", ("Feos", "Mr Feos", "Feos of Bir"))
-    assert [first.text[start:end] for start, end in first.facts] == ["Feos", "came"]
-    assert second.questions == (Question("Who left?", ("Lusos",)),)
-    path.write_text("qa_id,question,answers\n1,Who?,Feos\n")
-    with pytest.raises(ValueError, match=r"^Expected `the columns of eval.csv` to be complete, with \['text'\]"):
-        readers.read(tmp_path, seed=0)
-
-
-def test_splits_never_cut_an_article() -> None:
-    found = [Document(str(i), (), article) for i in range(3) for article in "abcdefghijklmnopqrst"]
-    parts = readers.split(found, seed=3)
-    articles = [{document.article for document in part} for part in parts]
-    assert sum(map(len, articles)) == len(set.union(*articles)) == 20
-    assert all(len(part) == 3 * len(names) for part, names in zip(parts, articles, strict=True))
-    with pytest.raises(ValueError, match=r"^Expected `the number of articles` to be enough"):
-        readers.split(found[:2], seed=0)
-
-
-def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^No documents in .* it needs a JSON file of SQuAD"):
-        readers.read(tmp_path, seed=0)
+# --- Docstrings, the picture ---
 
 
 @pytest.mark.parametrize("module", [camels, losses, loading, readers, synthetic])
@@ -776,106 +608,6 @@ def test_rates_at_an_end_are_named_and_estimates_compared(tmp_path: Path, capsys
 def as_squad(document: Document) -> dict[str, Any]:
     qas = [{"id": q.text, "question": q.text, "answers": [{"text": q.answers[0]}]} for q in document.questions]
     return {"title": document.article, "paragraphs": [{"context": document.text, "qas": qas}]}
-
-
-# --- The benchmark of memory ---
-
-
-@pytest.fixture
-def camels_depth(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("camels_depth")
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16", "bf16-true"])
-@pytest.mark.parametrize("name", ["reverse", "checkpointed", "forward"])
-def test_the_benchmark_of_memory_at_any_size(camels_depth: Any, name: str, precision: str) -> None:
-    """A tiny model stands for gpt2-xl: all of its options but the device."""
-    options = ["--size", "tiny", "--weight-size", "tiny", "--device", "cpu", "--precision", precision, "--chunk", "1"]
-    with CoarsestDtype() as seen:
-        found = camels_depth.main([*options, "--tokens", "12", "--directions", "2", "--measure", name, "3"])
-    assert seen.dtype == (torch.float32 if precision == "32" else torch.bfloat16)
-    assert torch.get_default_dtype() == torch.float32
-    assert found["parameters"] > 0
-    assert found["LM MiB"] == found["parameters"] * (2 if precision == "bf16-true" else 4) / 2**20
-    assert math.isfinite(found["outer loss"])
-
-
-@pytest.mark.slow
-def test_a_case_that_fails_is_a_result(camels_depth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each case is a process of its own; of one that runs out of memory, the row says why."""
-    monkeypatch.setattr(camels_depth, "CASES", [("reverse", 1), ("reverse", 2)])
-    results = importlib.import_module("_results")
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    whole = subprocess.run
-
-    def second_fails(command: list[str], **options: Any) -> Any:
-        if command[-1] == "2":
-            command = [sys.executable, "-c", "raise MemoryError('CUDA out of memory')"]
-        return whole(command, **options)
-
-    monkeypatch.setattr(camels_depth.subprocess, "run", second_fails)
-    first, second = camels_depth.main(["--size", "tiny"])["rows"]
-    assert first["depth"] == 1
-    assert first["peak MiB"] >= 0
-    assert second == {"strategy": "reverse", "depth": 2, "error": "MemoryError: CUDA out of memory"}
-    written = json.loads((tmp_path / "camels_depth_tiny_32.json").read_text())
-    assert written["results"] == [first, second]
-    assert (tmp_path / "camels_depth_tiny_32.png").exists()
-
-
-@pytest.fixture
-def asked_for(camels_depth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """Let no case run: each takes 10 MiB and 50 a document. Return the cases that were asked for."""
-    cases: list[Any] = []
-
-    def run(command: list[str], **options: Any) -> Any:
-        cases.append((command[-2], int(command[-1])))
-        found = {"peak MiB": 10.0 + 50 * cases[-1][1], "seconds": 1.0, "parameters": 1}
-        return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
-
-    monkeypatch.setattr(camels_depth.subprocess, "run", run)
-    monkeypatch.setattr(importlib.import_module("_results"), "environment", dict)
-    for module in (camels_depth, importlib.import_module("_results")):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return cases
-
-
-def test_what_would_not_fit_is_not_run(camels_depth: Any, asked_for: list[Any]) -> None:
-    limit = str(150 / 1024)
-    rows = camels_depth.main(["--size", "tiny", "--strategies", "reverse", "--limit", limit])["rows"]
-    assert asked_for == [("reverse", 1), ("reverse", 2)]
-    assert [row.get("not run, foreseen MiB") for row in rows] == [None, None, 210.0, 310.0]
-
-
-def test_cases_that_were_measured_are_kept(camels_depth: Any, asked_for: list[Any]) -> None:
-    options = ["--size", "tiny", "--strategies", "reverse"]
-    camels_depth.main([*options, "--depths", "4", "1"])
-    rows = camels_depth.main([*options, "--resume"])["rows"]
-    assert asked_for == [("reverse", depth) for depth in (4, 1, 2, 6)]
-    assert [row["depth"] for row in rows] == [1, 2, 4, 6]
-    del asked_for[:]
-    camels_depth.main([*options, "--depths", "4", "--resume"])
-    assert asked_for == []
-    camels_depth.main([*options, "--depths", "4", "--resume", "--tokens", "8"])  # is another question
-    assert asked_for == [("reverse", 4)]
-
-
-@pytest.mark.parametrize(
-    ("name", "known", "expected"),
-    [
-        ("reverse", {}, None),
-        ("reverse", {2: 10.0}, 80.0),
-        ("reverse", {1: 0.0, 2: 10.0, 4: 14.0}, 38.0),
-        ("checkpointed", {4: 10.0, 9: 13.0}, 16.0),
-        ("forward", {6: 10.0, 1: 9.0}, 10.0),
-    ],
-)
-def test_what_a_case_will_take(camels_depth: Any, name: str, known: dict[int, float], expected: float | None) -> None:
-    rows = {(name, depth): {"peak MiB": peak} for depth, peak in known.items()}
-    rows[("other", 3)] = {"peak MiB": 1e6}
-    rows[(name, 5)] = {"error": "out of memory"}
-    assert camels_depth.foreseen(name, 16, rows) == expected
 
 
 if __name__ == "__main__":
