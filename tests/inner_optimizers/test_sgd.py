@@ -1,0 +1,18 @@
+"""Gradient descent with momentum, in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_bilevel.inner_optimizers import SGD
+from tests.support.optimizers import run
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_steps_along_a_constant_gradient_add_up(momentum: float) -> None:
+    """θ_T = θ_0 − lr g Σ_t (1 + μ + … + μ^(t−1))."""
+    theta, slope = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    steps = sum(momentum**k for t in range(5) for k in range(t + 1))
+    found = run(SGD(lr=0.1, momentum=momentum), {"w": theta}, 5, lambda params, step: {"w": slope})
+    torch.testing.assert_close(found["w"], theta - 0.1 * steps * slope)

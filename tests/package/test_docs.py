@@ -1,0 +1,250 @@
+"""The documentation is true: its programs run, and it names everything that is public."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from doctest import DocTestFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.support.seeds import forked
+from tests.support.stubs import NOT_USED, Stubs
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[\w ]+): (?P<why>.+?) -->\n)?^```python\n(?P<code>.*?)^```$"
+    r"(?:\n\nIt prints:\n\n```text\n(?P<prints>.*?)^```$)?",
+    re.M | re.S,
+)
+ALONE = {"recipes.md", "extending.md"}
+"""Pages whose programs are complete: each runs in a namespace of its own. Elsewhere a page is one program."""
+LONGEST = 30
+"""Lines of a program on such a page, without empty ones."""
+
+MODULES = [
+    "lightning_bilevel",
+    *(
+        f"lightning_bilevel.{name}"
+        for name in ("directions", "few_shot", "inner_optimizers", "linear_solvers", "strategies")
+    ),
+]
+
+
+class Block(NamedTuple):
+    """A program in a page.
+
+    Attributes:
+        line: where it begins.
+        code: the program.
+        mark: what a comment above it says: ``not run`` and a reason, or ``needs`` and the names of packages.
+        why: the reason, or the names.
+        prints: what the page says that it prints.
+    """
+
+    line: int
+    code: str
+    mark: str | None
+    why: str
+    prints: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code"))
+        found.append(Block(line, match["code"], match["mark"], match["why"] or "", match["prints"]))
+    return found
+
+
+def missing(block: Block) -> list[str]:
+    """Return the packages that a block needs and that are not installed."""
+    names = block.why.split(", ") if block.mark == "needs" else []
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+@contextlib.contextmanager
+def surroundings(block: Block) -> Iterator[None]:
+    """Let a block that needs other packages import them: what they warn of is theirs, and what they miss is stubbed."""
+    if block.mark != "needs":
+        yield
+        return
+    before, stubs = set(sys.modules), Stubs()
+    sys.meta_path.append(stubs)  # at the end: what is installed is found first
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.meta_path.remove(stubs)
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("learn2learn", *NOT_USED):
+                del sys.modules[name]
+
+
+def execute(page: Path, block: Block, namespace: dict[str, Any]) -> None:
+    """Run a block as a user would, in ``__main__``; a traceback shows the line of the page."""
+    code = compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True)
+    printed = io.StringIO()
+    with surroundings(block), contextlib.nullcontext() if block.prints is None else contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+    assert block.prints in (None, printed.getvalue())
+
+
+def marked(page: Path) -> Any:
+    """Return a page as a parameter; the whole run of the README takes half a minute."""
+    return pytest.param(page, marks=[pytest.mark.slow] if page.name == "README.md" else [], id=page.name)
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)])
+def test_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    left_out, namespace = set(), {"__name__": "__main__"}
+    with forked(0):
+        for block in blocks(page):
+            if block.mark == "not run":
+                continue
+            if absent := missing(block):
+                left_out.update(absent)
+                continue
+            execute(page, block, {"__name__": "__main__"} if page.name in ALONE else namespace)
+    if left_out:
+        pytest.skip(f"all but the programs that need {', '.join(sorted(left_out))} ran")
+
+
+def test_the_readme_runs_for_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, namespace = blocks(ROOT / "README.md"), {"__name__": "__main__"}
+    assert any("max_steps=" in block.code for block in found)
+    with forked(0):
+        for block in found:
+            short = re.sub(r"max_steps=\d+", "max_steps=3", block.code)
+            execute(ROOT / "README.md", block._replace(code=short, prints=None), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_marks_are_known(page: Path) -> None:
+    """A program is left out only by a comment that says why."""
+    assert {block.mark for block in blocks(page)} <= {None, "needs", "not run"}
+    assert len(blocks(page)) == page.read_text().count("```python")
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_programs_are_short(name: str) -> None:
+    for block in blocks(ROOT / "docs" / name):
+        lines = [line for line in block.code.splitlines() if line.strip()]
+        assert len(lines) <= LONGEST, f"{name}, line {block.line + 1}: {len(lines)} lines"
+        assert max(map(len, lines)) <= 100, f"{name}, line {block.line + 1}: too wide for the page"
+
+
+def test_a_program_that_fails_fails_the_test(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text.\n\n```python\nx = 1\n```\n\n<!-- not run: why -->\n```python\n1 / 0\n```\n```python\ny\n```\n"
+    )
+    first, skipped, last = blocks(page)
+    assert (first.code, skipped.mark, skipped.why) == ("x = 1\n", "not run", "why")
+    namespace: dict[str, Any] = {}
+    execute(page, first, namespace)
+    assert namespace["x"] == 1
+    with pytest.raises(NameError, match="'y'") as error:
+        execute(page, last, namespace)
+    assert error.traceback[-1].lineno + 1 == last.line + 1 == 12
+
+
+# --- What is public ---
+
+
+def public() -> dict[str, Any]:
+    """Return every public class and function by its full name, from the module that is the shortest way to it."""
+    found: dict[int, tuple[str, Any]] = {}
+    for module in map(importlib.import_module, MODULES):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not isinstance(value, ModuleType):
+                found.setdefault(id(value), (f"{module.__name__}.{name}", value))
+    return dict(found.values())
+
+
+def documented() -> dict[str, Any]:
+    """Return what the reference documents, one directive each, by its full name."""
+    directives = re.compile(r"^\.\. (?:(currentmodule|module)|auto(?:class|function|data)):: (\S+)$", re.M)
+    module, found = "", {}
+    for where, name in directives.findall((ROOT / "docs" / "api.md").read_text()):
+        if where:
+            module = name
+            continue
+        full = name if name.startswith("lightning_bilevel.") else f"{module}.{name}"
+        owner, _, attribute = full.rpartition(".")
+        found[full] = getattr(importlib.import_module(owner), attribute)
+    return found
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    there = {id(value) for value in documented().values()}
+    assert [name for name, value in public().items() if id(value) not in there] == []
+
+
+@pytest.mark.parametrize("name", sorted({**public(), **documented()}))
+def test_every_public_name_has_an_example_that_runs(name: str) -> None:
+    """In its own docstring, in a module whose doctests are collected."""
+    value = {**public(), **documented()}[name]
+    (found,) = DocTestFinder(recurse=False).find(value, name)
+    assert found.examples
+    assert value.__module__.startswith("lightning_bilevel.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, value in vars(importlib.import_module("lightning_bilevel.tree")).items()
+        if inspect.isfunction(value)
+    ],
+)
+def test_arithmetic_has_examples(name: str) -> None:
+    assert ">>>" in inspect.getdoc(getattr(importlib.import_module("lightning_bilevel.tree"), name))
+
+
+def test_every_strategy_is_in_the_readme_and_on_the_page_of_papers() -> None:
+    strategies = importlib.import_module("lightning_bilevel.strategies")
+    names = set(strategies.__all__) - {"HypergradientStrategy"}
+    for page in (ROOT / "README.md", ROOT / "docs" / "papers.md", ROOT / "docs" / "choosing.md"):
+        text = page.read_text()
+        assert {name for name in names if f"`{name}" not in text} == set(), page.name
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    """What Sphinx says too, in milliseconds."""
+    entries = re.findall(r"^(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.M)
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == set(entries)
+    assert len(entries) == len(pages)
+
+
+def test_every_picture_is_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_it_builds_without_a_warning(tmp_path: Path) -> None:
+    build = pytest.importorskip("sphinx.cmd.build")
+    pytest.importorskip("furo")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert build.build_main(["-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs"), str(tmp_path)]) == 0

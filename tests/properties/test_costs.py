@@ -1,0 +1,132 @@
+"""What an estimate costs: evaluations of the losses, gradients, gradients with a graph, and products with a graph.
+
+This guards speed without a clock. A product is a vector-Jacobian product with a graph of a gradient: a Hessian product,
+a mixed product, or one backward pass through a stretch of the inner run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import ceil, sqrt
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_bilevel import (
+    FSLA,
+    PZOBO,
+    FirstOrder,
+    ForwardGradient,
+    ForwardUnroll,
+    GammaGreedy,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    TruncatedReverse,
+    ZerothOrder,
+    tree,
+)
+from lightning_bilevel.directions.base import Key
+from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
+from tests.support.problems import Mlp, episodes
+
+T, N = 7, 5  # N is the module's number of outer parameters, see the test of it
+
+
+def costs(strategy: HypergradientStrategy, monkeypatch: pytest.MonkeyPatch, steps: int = T) -> dict[str, int]:
+    """Count on one estimate, by way of the problem's functions and of ``torch.autograd.grad``."""
+    module = Mlp("SGD", learned=False)
+    module.inner_steps, (episode,) = steps, episodes(1)
+    functional, counted, original = module.functional(), Counter(), torch.autograd.grad
+
+    def spied(name: str, function: Any) -> Any:
+        def spy(*args: Any) -> Any:
+            counted[name] += 1
+            return function(*args)
+
+        return spy
+
+    def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with_graph = kwargs.get("create_graph", False)
+        counted["graphs" if with_graph else "gradients" if grad_outputs is None else "products"] += 1
+        return original(outputs, inputs, grad_outputs, *args, **kwargs)
+
+    losses = {name: spied(name, getattr(functional.problem, name)) for name in ("inner_loss", "outer_loss")}
+    problem = replace(functional.problem, **losses)
+    with functional.session():
+        memory = module._memory.recall(functional, episode)
+        counted.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", grad)
+            strategy.estimate(problem, memory, functional.phi(), episode, Key())
+    return dict(counted)
+
+
+def expected(inner: int, outer: int, gradients: int = 0, graphs: int = 0, products: int = 0) -> dict[str, int]:
+    """Name the counts, and leave out what is not there."""
+    names = ("inner_loss", "outer_loss", "gradients", "graphs", "products")
+    return {name: n for name, n in zip(names, (inner, outer, gradients, graphs, products), strict=True) if n}
+
+
+S = ceil(sqrt(3 * T))  # stretches, the last of one step
+COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
+    # T steps with a graph each; the backward pass is the gradient of the outer loss.
+    "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T)),
+    # All but the last stretch twice, without and with a graph; d = ∂f/∂θ, one product for each stretch.
+    "reverse, sqrt": (ReverseUnroll("sqrt"), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=S)),
+    "reverse, 3": (ReverseUnroll(3), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=3)),
+    "truncated": (TruncatedReverse(3), expected(T, 1, gradients=T - 3 + 1, graphs=3)),
+    # One graph a step for all directions of a chunk, and T products for each direction.
+    "forward": (ForwardUnroll(), expected(T, 1, gradients=1, graphs=T, products=T * N)),
+    "forward gradient": (ForwardGradient(5), expected(T, 1, gradients=1, graphs=T, products=5 * T)),
+    "two chunks": (ForwardGradient(5, chunk_size=3), expected(2 * T, 2, gradients=2, graphs=2 * T, products=5 * T)),
+    "guided": (
+        ForwardGradient(5, guide=TruncatedReverse(3)),
+        expected(2 * T, 2, gradients=1 + T - 3 + 1, graphs=T + 3, products=5 * T),
+    ),
+    "zeroth order": (ZerothOrder(4, chunk_size=1), expected(5 * T, 5, gradients=5 * T)),
+    "central": (ZerothOrder(4, scheme="central", chunk_size=1), expected(9 * T, 9, gradients=9 * T)),
+    "zeroth order, vectorized": (ZerothOrder(4), expected(2 * T, 2, gradients=2 * T)),
+    # The outer loss is differentiated once, and evaluated nowhere else.
+    "PZOBO": (PZOBO(4, chunk_size=1), expected(5 * T, 1, gradients=5 * T + 1)),
+    # The first term is free.
+    "Neumann": (
+        ImplicitGradient(Neumann(terms=4, step_size=0.1)),
+        expected(T + 1, 1, gradients=T + 1, graphs=1, products=3 + 1),
+    ),
+    "Hessian-free": (ImplicitGradient(Identity(scale=0.1)), expected(T + 1, 1, gradients=T + 1, graphs=1, products=1)),
+    "gamma-greedy": (GammaGreedy(), expected(T, T, gradients=T, graphs=T, products=T)),
+    "first order": (FirstOrder(), expected(T, 1, gradients=T + 1)),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs_are_those_of_the_formula(name, monkeypatch):
+    strategy, cost = COSTS[name]
+    assert costs(strategy, monkeypatch) == cost
+
+
+@pytest.mark.filterwarnings("ignore:.*reached a relative residual")
+def test_conjugate_gradients_take_one_product_an_iteration(monkeypatch):
+    """And one for the first residual at most."""
+    found = costs(ImplicitGradient(ConjugateGradient(max_iter=4, tol=1e-300, damping=10.0)), monkeypatch)
+    assert found["products"] in (4 + 1, 4 + 2)
+
+
+def test_the_single_loop_costs_one_step_one_hessian_product_and_two_mixed_ones(monkeypatch):
+    """Its second step; the first has nothing to correct yet."""
+    strategy = FSLA()
+    costs(strategy, monkeypatch, steps=1)
+    # f at two places and once more for v; one gradient of the step, three of f, three graphs of inner gradients.
+    assert costs(strategy, monkeypatch, steps=1) == expected(1 + 3, 3, gradients=1 + 3, graphs=3, products=3)
+
+
+def test_the_number_of_outer_parameters():
+    assert tree.numel(Mlp("SGD", learned=False).functional().phi()) == N
+
+
+def test_counts_grow_with_the_work(monkeypatch):
+    """The spy can see a wasted step."""
+    assert costs(ReverseUnroll(), monkeypatch, steps=T + 1) != COSTS["reverse"][1]

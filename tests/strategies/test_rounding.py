@@ -1,0 +1,138 @@
+"""What finite differences say where they are mostly rounding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_bilevel import PZOBO, Episode, ZerothOrder, hypergradient
+from lightning_bilevel.directions import Key
+from lightning_bilevel.problem import InnerState
+from lightning_bilevel.strategies.rounding import CoarsestDtype
+from tests.support.modules import listed, trainer
+from tests.support.precisions import EPISODE, Cleaning, by_hand
+from tests.support.problems import Quadratic, RidgeBlackBox, draw
+from tests.support.seeds import seeded
+
+
+def test_warns_once_of_differences_that_are_rounding() -> None:
+    module = Quadratic().float()
+    module.A, module.B, module.C = module.A.float(), module.B.float(), module.C.float()
+    episode = Episode([draw(4, seed=10).float()], draw(5, seed=20).float())
+    functional, strategy = module.functional(), ZerothOrder(2, mu=1e-5)
+    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, Key()
+    message = r"^`ZerothOrder\(mu=1e-05\)` is small for torch\.float32: .* Raise `mu` to about 0\.00\d, or use float64"
+    with pytest.warns(UserWarning, match=message):
+        strategy.estimate(*arguments)
+    strategy.estimate(*arguments)
+    ZerothOrder(2, mu=1e-2).estimate(*arguments)
+    hypergradient(Quadratic(), ZerothOrder(2, mu=1e-5), Quadratic().episode())
+
+
+FLOAT, DOUBLE, BRAIN, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stored", "computed", "said"),
+    [
+        (lambda: PZOBO(4, mu=1e-2), FLOAT, None, None),
+        (lambda: PZOBO(4, mu=1e-6), FLOAT, None, FLOAT),
+        (lambda: PZOBO(4, mu=1e-6), DOUBLE, None, None),
+        (lambda: PZOBO(4, mu=1e-2), FLOAT, BRAIN, BRAIN),
+        (lambda: PZOBO(4, mu=1e-2), FLOAT, HALF, HALF),
+        (lambda: PZOBO(4, mu=0.3), FLOAT, HALF, None),
+        (lambda: PZOBO(4, mu=1e-2, chunk_size=1), FLOAT, BRAIN, BRAIN),
+        (lambda: PZOBO(4, mu=1e-2), BRAIN, None, BRAIN),
+        (lambda: ZerothOrder(4, mu=1e-2), FLOAT, None, None),
+        (lambda: ZerothOrder(4, mu=1e-5), FLOAT, None, FLOAT),
+        (lambda: ZerothOrder(4, mu=1e-5), DOUBLE, None, None),
+        (lambda: ZerothOrder(4, mu=1e-2), FLOAT, BRAIN, BRAIN),
+        (lambda: ZerothOrder(4, mu=1e-2), BRAIN, None, BRAIN),
+        (lambda: ZerothOrder(4, mu=1.0), FLOAT, BRAIN, None),
+    ],
+)
+def test_a_small_mu(
+    strategy: Callable[[], Any], stored: torch.dtype, computed: torch.dtype | None, said: torch.dtype | None
+) -> None:
+    made = strategy()
+    words = rf"^`{type(made).__name__}\(mu={made.mu}\)` is small for {said}: .* rounding\. Raise `mu` to .* or use"
+    warns = nullcontext() if said is None else pytest.warns(UserWarning, match=words)
+    autocast = torch.autocast("cpu", computed, enabled=computed is not None)
+    with warns, autocast:
+        by_hand(seeded(Cleaning), made, stored)
+
+
+def test_a_loss_that_casts_by_itself_is_seen() -> None:
+    class Casts(Cleaning):
+        def inner_loss(self, batch: Any) -> Tensor:
+            x, y, index = batch
+            hidden = F.linear(x.bfloat16(), self.net[0].weight.bfloat16()).float().tanh()
+            return (self.example_weights[index].sigmoid() * (self.net[2](hidden) - y).square().mean(1)).mean()
+
+    with pytest.warns(UserWarning, match=r"^`PZOBO\(mu=0\.001\)` is small for torch\.bfloat16"):
+        by_hand(seeded(Casts), PZOBO(2, mu=1e-3), FLOAT)
+
+
+def test_the_advice_on_mu_leads_to_silence() -> None:
+    """It is a lower bound where the differences are mostly rounding, so it may take more than one look."""
+    mu = 0.02
+    for _ in range(5):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            by_hand(seeded(Cleaning), PZOBO(4, mu=mu), BRAIN)
+        if not caught:
+            break
+        advised = str(caught[0].message).split("Raise `mu` to ")[1].split(", or")[0]
+        mu = 3 * mu if advised == "much more" else float(advised.removeprefix("about "))
+    assert not caught
+    assert 0.1 < mu < 5
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+def test_a_solution_that_does_not_move_at_all(dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match=r"moves by 0 times its rounding\. Raise `mu` to much more, or use float"):
+        by_hand(seeded(Cleaning), PZOBO(2, mu=1e-12, chunk_size=1), dtype)
+
+
+def test_a_solver_has_the_rounding_of_what_it_returns() -> None:
+    module = RidgeBlackBox()
+    hypergradient(module, PZOBO(2, mu=1e-6), module.episode())
+    with pytest.warns(UserWarning, match=r"^`PZOBO\(mu=1e-16\)` is small for torch\.float64: .* much more"):
+        hypergradient(module, PZOBO(2, mu=1e-16), module.episode())
+
+
+@pytest.mark.parametrize("kind", [PZOBO, ZerothOrder])
+def test_looking_changes_no_bit(kind: Any) -> None:
+    unseeing = kind(3, mu=0.1)
+    unseeing._looked = True
+    found = [by_hand(seeded(Cleaning), strategy, FLOAT) for strategy in (kind(3, mu=0.1), unseeing)]
+    assert torch.equal(*found)
+
+
+def test_one_look_a_fit() -> None:
+    strategy = PZOBO(2, mu=1e-6)
+    module = seeded(Cleaning)
+    with pytest.warns(UserWarning, match="is small") as caught:
+        trainer(strategy, max_steps=3).fit(module, listed([EPISODE] * 3))
+    assert len([each for each in caught if "is small" in str(each.message)]) == 1
+
+
+def test_the_coarsest_dtype() -> None:
+    with CoarsestDtype() as seen:
+        assert seen.dtype is None
+        torch.ones(2, dtype=torch.int64).sum()
+        assert seen.dtype is None
+        torch.ones(2, dtype=DOUBLE)
+        assert seen.dtype == DOUBLE
+        torch.ones(2, dtype=HALF).float().double()
+        assert seen.dtype == HALF
+        with torch.autocast("cpu", BRAIN):
+            F.linear(torch.ones(2, 2), torch.ones(2, 2)).float()
+    assert seen.dtype == BRAIN

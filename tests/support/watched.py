@@ -1,0 +1,28 @@
+"""How many of the θ_t of an inner run are still held while it goes on."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from lightning_bilevel import HypergradientStrategy, hypergradient
+from tests.support.problems import Mlp, episodes
+
+
+class Watched(Mlp):
+    """Counts at every inner step how many of the first layer's weights so far are alive."""
+
+    def inner_loss(self, batch: Any) -> Any:
+        weight = self.net.first.weight
+        if not any(seen() is weight for seen in self.seen):
+            self.seen.append(weakref.ref(weight))
+        self.held.append(sum(seen() is not None for seen in self.seen))
+        return super().inner_loss(batch)
+
+
+def most_held(strategy: HypergradientStrategy, steps: int) -> int:
+    module = Watched("SGD", learned=False)
+    module.seen, module.held, module.inner_steps = [], [], steps
+    (episode,) = episodes(1)
+    hypergradient(module, strategy, episode)
+    return max(module.held)
