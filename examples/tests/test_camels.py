@@ -28,7 +28,7 @@ from camels_lm import encoding, figures, loading, losses, models, readers, stage
 from camels_lm.documents import Document
 from camels_lm.encoding import Encoder, Tokens
 from lightning_bilevel import Episode, ForwardGradient, HypergradientSchedule, ReverseUnroll, hypergradient, tree
-from lightning_bilevel.directions import Gaussian, Key
+from lightning_bilevel.directions import Gaussian
 from tests.support.camels import (
     WINDOW,
     alone,
@@ -43,7 +43,7 @@ from tests.support.camels import (
 from tests.support.modules import differing, parameters, trainer
 from tests.support.problems import DIFFERENCE, assert_close, perturbed
 from tests.support.processes import ran
-from tests.support.seeds import forked
+from tests.support.seeds import forked, key_of
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # where dropout is off, all are
 
@@ -161,7 +161,7 @@ def test_hypergradient_is_the_derivative(side: str) -> None:
     (episode,) = module.episodes(an_episode(side=side))
     exact = hypergradient(module, ReverseUnroll(), episode)
     assert_close(hypergradient(module, ReverseUnroll(checkpoint=1), episode).grads, exact.grads, rtol=1e-8)
-    v = {name: rows[0] for name, rows in Gaussian().draw(Key(0, 0), 0, 1, exact.grads).items()}
+    v = {name: rows[0] for name, rows in Gaussian().draw(key_of(0, 0), 0, 1, exact.grads).items()}
     along = tree.dot(exact.grads, v).item()
     ahead, behind = (perturbed(module, v, sign * DIFFERENCE, lambda: value_of(module, episode)) for sign in (1, -1))
     assert along == pytest.approx((ahead - behind) / (2 * DIFFERENCE), rel=1e-6)

@@ -16,8 +16,8 @@ import hyper_representation as example
 from hyper_representation import Matrix, Regression, TwoLayers, Unit
 from lightning_bilevel import SGD, Episode, FirstOrder, ImplicitGradient, ReverseUnroll, ZerothOrder, hypergradient
 from lightning_bilevel.directions import Orthogonal
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.linear_solvers import Dense
+from tests.support.seeds import key_of
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_the_solver_takes_gradient_steps(layers: int) -> None:
 
 def test_unit_directions_count_the_response_for_its_share() -> None:
     like = {"a": torch.zeros(2, 3, dtype=torch.float64), "b": torch.zeros(5, dtype=torch.float64)}
-    drawn = Unit().draw(Key(seed=1), 0, 20_000, like)
+    drawn = Unit().draw(key_of(seed=1), 0, 20_000, like)
     for name, value in like.items():
         u = drawn[name].flatten(1)
         assert torch.allclose(u.norm(dim=1), torch.ones(len(u), dtype=u.dtype))

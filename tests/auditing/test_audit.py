@@ -184,7 +184,7 @@ class Final(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.generators = torch.get_rng_state(), random.getstate(), list(np.random.get_state()[1])
         self.tensors, self.metrics = parameters(pl_module), dict(trainer.callback_metrics)
-        self.inner = pl_module.inner_state_dict()
+        self.inner = pl_module.fit_context.state_dict()
 
 
 def fit(strategy: HypergradientStrategy, *callbacks: Callback, batches: Any = None, **options: Any) -> Final:
@@ -339,9 +339,9 @@ def test_during_a_fit_warm_state_is_seen_and_kept() -> None:
 
     class Midway(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            before = copy.deepcopy(pl_module.inner_state_dict())
+            before = copy.deepcopy(pl_module.fit_context.state_dict())
             reports.append(quiet(pl_module, batch))
-            assert identical(before, pl_module.inner_state_dict())
+            assert identical(before, pl_module.fit_context.state_dict())
 
     trainer(ReverseUnroll(), Midway()).fit(seeded(Cleaning), loader())
     assert len(reports) == 4

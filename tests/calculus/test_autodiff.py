@@ -33,7 +33,7 @@ def test_an_update_in_parts_is_the_update(inner: str, learned: bool, monkeypatch
     assert min(len(each) for each in parts) > 1
     assert all(torch.equal(value, cut.grads[name]) for name, value in whole.grads.items())
     assert all(torch.equal(value, cut.state.params[name]) for name, value in whole.state.params.items())
-    assert cut.state.slots.keys() == whole.state.slots.keys()
+    assert cut.state.opt_state.keys() == whole.state.opt_state.keys()
 
 
 def test_an_update_that_mixes_entries_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

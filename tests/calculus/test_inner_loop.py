@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from lightning_bilevel.calculus.inner_loop import last_loss, note
+
 from tests.support.problems import Mlp
 
 

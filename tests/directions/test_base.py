@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
+from lightning_bilevel.randomness import Key
+from tests.support.seeds import key_of
 from tests.support.statistics import check_error, check_mean
 from tests.support.tables import every_sampler
 
@@ -45,7 +47,7 @@ class SharedSign(DirectionSampler):
 def second_moments(sampler: DirectionSampler, directions: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return (1/b) Σ v vᵀ of ``COUNT`` independent estimates, of shape ``(COUNT, N, N)``."""
     like = torch.zeros(N, dtype=dtype)
-    draws = torch.stack([sampler.flat(Key(seed=7, estimate=i), 0, directions, like) for i in range(COUNT)]).double()
+    draws = torch.stack([sampler.flat(key_of(seed=7, estimate=i), 0, directions, like) for i in range(COUNT)]).double()
     return draws.mT @ draws / directions
 
 
@@ -91,8 +93,8 @@ def test_the_error_check_tells_gaussian_from_rademacher() -> None:
 @every_sampler
 def test_cutting_the_range_changes_nothing(sampler: DirectionSampler, dtype: torch.dtype) -> None:
     like = torch.zeros(4, dtype=dtype)  # 10 directions are two and a half blocks of `Orthogonal`
-    whole = sampler.flat(Key(seed=3), 0, 10, like)
-    parts = [sampler.flat(Key(seed=3), start, stop, like) for start, stop in [(0, 3), (3, 3), (3, 9), (9, 10)]]
+    whole = sampler.flat(key_of(seed=3), 0, 10, like)
+    parts = [sampler.flat(key_of(seed=3), start, stop, like) for start, stop in [(0, 3), (3, 3), (3, 9), (9, 10)]]
     # A QR decomposition of fewer columns rounds differently; all other samplers agree bit for bit.
     tolerance = 8 * torch.finfo(dtype).eps if isinstance(sampler, Orthogonal) else 0.0
     torch.testing.assert_close(torch.cat(parts), whole, rtol=tolerance, atol=tolerance)
@@ -100,7 +102,7 @@ def test_cutting_the_range_changes_nothing(sampler: DirectionSampler, dtype: tor
 
 @every_sampler
 def test_the_key_decides_and_nothing_else(sampler: DirectionSampler) -> None:
-    like, key = torch.zeros(64), Key(seed=1, estimate=2, episode=3, rank=4)
+    like, key = torch.zeros(64), key_of(seed=1, estimate=2, episode=3, rank=4)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     rows = sampler.flat(key, 0, 8, like)
@@ -121,8 +123,8 @@ def test_one_direction_covers_all_parameters_jointly(sampler: DirectionSampler) 
         "s": torch.zeros((), dtype=torch.bfloat16),
         "b": torch.zeros(3, dtype=torch.float32),
     }
-    drawn = sampler.draw(Key(seed=5), 2, 6, params)
-    joint = sampler.flat(Key(seed=5), 2, 6, torch.zeros(8, dtype=torch.float64))
+    drawn = sampler.draw(key_of(seed=5), 2, 6, params)
+    joint = sampler.flat(key_of(seed=5), 2, 6, torch.zeros(8, dtype=torch.float64))
     expected = tree.unflatten(joint, params)
     assert list(drawn) == list(params)
     for name, value in params.items():
@@ -139,11 +141,11 @@ def test_length_is_the_root_of_the_dimension(sampler: DirectionSampler, dtype: t
     # Entries are rounded by at most eps/2. Norms and factors must not be rounded too, as they are below float32.
     roundings = 8 if dtype in (torch.float32, torch.float64) else 0.5
     for size in (1, 7, 100):
-        rows = sampler.flat(Key(), 0, 5, torch.zeros(size, dtype=dtype)).double()
+        rows = sampler.flat(key_of(), 0, 5, torch.zeros(size, dtype=dtype)).double()
         lengths = rows.norm(dim=1) / size**0.5
         torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=roundings * torch.finfo(dtype).eps)
 
 
 @every_sampler
 def test_an_empty_range_is_an_empty_tensor(sampler: DirectionSampler) -> None:
-    assert sampler.flat(Key(), 0, 0, torch.zeros(3)).shape == (0, 3)
+    assert sampler.flat(key_of(), 0, 0, torch.zeros(3)).shape == (0, 3)

@@ -25,11 +25,11 @@ from lightning_bilevel import (
     hypergradient,
     tree,
 )
-from lightning_bilevel.directions import Gaussian, Key
+from lightning_bilevel.directions import Gaussian
 from lightning_bilevel.tree import Params
 from tests.support.nets import CASES, DIFFERENCES, FORWARD, STATISTICS, STRATEGIES, Weighted, data, every_net
 from tests.support.problems import assert_close, directional_difference, draw, plain_value, train
-from tests.support.seeds import forked
+from tests.support.seeds import forked, key_of, masks
 
 
 @cache
@@ -55,7 +55,7 @@ def test_plain_unroll_equals_differences_of_a_plain_loop(name: str) -> None:
 @every_net
 def test_value_and_state_are_those_of_a_plain_loop(name: str) -> None:
     module, episode, result = problem(name)
-    with sdpa_kernel(SDPBackend.MATH), forked(Key().masks):
+    with sdpa_kernel(SDPBackend.MATH), forked(masks()):
         trained = train(module, episode)
     assert_close(result.state.params, tree.detach(trained.inner_named()))
     with sdpa_kernel(SDPBackend.MATH):
@@ -96,8 +96,8 @@ def test_masks_are_replayed_along_every_coordinate(name: str) -> None:
 def contracted(name: str) -> Params:
     """Return ½ Σ ⟨∇h, v_i⟩ v_i for the two directions that the estimates below draw."""
     grads = problem(name)[2].grads
-    v = Gaussian().draw(Key(seed=0), 0, 2, grads)
-    return tree.combine(tree.inner_products(v, grads) / 2, v)
+    v = Gaussian().draw(key_of(seed=0), 0, 2, grads)
+    return tree.combine(tree.rows_dot(v, grads) / 2, v)
 
 
 def check_equal(name: str, strategy: HypergradientStrategy, expected: Params) -> None:

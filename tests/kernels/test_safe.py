@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import HypergradientStrategy, ReverseUnroll, hypergradient
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.randomness import RngState
 from tests.support.nets import STRATEGIES, Weighted, data
 from tests.support.problems import assert_close
 
@@ -72,8 +72,8 @@ def test_generators_of_accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(getattr(torch, kind), "get_rng_state", get)
     monkeypatch.setattr(getattr(torch, kind), "set_rng_state", put)
-    randomness = Randomness(device)
-    with randomness.preserved():
+    randomness = RngState(device)
+    with randomness.fork():
         first = torch.rand(3, generator=there)
     again = torch.rand(3, generator=there)
     randomness.restore()

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
+from lightning_bilevel.linear_solvers import (
+    ConjugateGradient,
+    Dense,
+    Identity,
+    LinearSolver,
+    LinearSystem,
+    Neumann,
+    Nystrom,
+)
 from lightning_bilevel.tree import Params
 from tests.support.matrices import (
     EYE,
@@ -43,7 +51,7 @@ EXACT: dict[str, tuple[LinearSolver, float]] = {  # solver, what it adds to the 
 def test_agrees_with_torch_linalg_solve(solver: LinearSolver, shift: float) -> None:
     matrix, b = symmetric(SPECTRUM), right_hand_side()
     expected = torch.linalg.solve(matrix + shift * EYE, tree.flatten(b))
-    value = solver.solve(Spy(matrix), b).value
+    value = solver.solve(LinearSystem(Spy(matrix), b)).value
     assert {name: part.shape for name, part in value.items()} == {name: part.shape for name, part in b.items()}
     torch.testing.assert_close(tree.flatten(value), expected, rtol=1e-9, atol=1e-9)
 
@@ -62,13 +70,13 @@ PRODUCTS: list[tuple[LinearSolver, int]] = [
 @pytest.mark.parametrize(("solver", "products"), PRODUCTS, ids=class_name)
 def test_takes_the_documented_number_of_products(solver: LinearSolver, products: int) -> None:
     spy = Spy(symmetric(SPECTRUM))
-    assert solver.solve(spy, right_hand_side()).iterations == products
+    assert solver.solve(LinearSystem(spy, right_hand_side())).iterations == products
     assert spy.calls == products
 
 
 @every_solver
 def test_zero_right_hand_side(make: Callable[[], LinearSolver]) -> None:
-    solution = make().solve(Spy(symmetric(SPECTRUM)), tree.zeros_like(right_hand_side()))
+    solution = make().solve(LinearSystem(Spy(symmetric(SPECTRUM)), tree.zeros_like(right_hand_side())))
     assert tree.norm(solution.value) == 0
     assert solution.converged in (None, True)
     assert solution.residual in (None, 0)
@@ -89,7 +97,7 @@ def test_hessian_products_by_autograd_leave_no_graph(make: Callable[[], LinearSo
 
     b = tree.map(lambda part: part.requires_grad_(), right_hand_side())
     with torch.set_grad_enabled(grad_enabled):
-        value = make().solve(matvec, b).value
+        value = make().solve(LinearSystem(matvec, b)).value
     assert not any(part.requires_grad for part in value.values())
     torch.testing.assert_close(tree.flatten(value), solve_flat(make(), matrix))
 
@@ -148,10 +156,10 @@ def test_failure_is_reported_every_time_and_warned_about_once(
     solver: LinearSolver, matrix: Tensor, message: str
 ) -> None:
     with pytest.warns(UserWarning, match=message):
-        first = solver.solve(Spy(matrix), right_hand_side())
+        first = solver.solve(LinearSystem(Spy(matrix), right_hand_side()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = solver.solve(Spy(matrix), right_hand_side())
+        second = solver.solve(LinearSystem(Spy(matrix), right_hand_side()))
     assert first.converged is False
     assert second.converged is False
 
@@ -159,7 +167,7 @@ def test_failure_is_reported_every_time_and_warned_about_once(
 @pytest.mark.parametrize("solver", [Neumann(step_size=0.1), ConjugateGradient()], ids=class_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nan_products_are_not_hidden(solver: LinearSolver) -> None:
-    assert tree.first_nonfinite(solver.solve(Spy(NAN_MATRIX), right_hand_side()).value) is not None
+    assert tree.first_nonfinite(solver.solve(LinearSystem(Spy(NAN_MATRIX), right_hand_side())).value) is not None
 
 
 WHOLE, POSITIVE, NOT_NEGATIVE = "a positive integer", "a positive number", "a non-negative number"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.linear_solvers import Dense
+from lightning_bilevel.linear_solvers import Dense, LinearSystem
 from tests.support.matrices import M, Spy, right_hand_side, with_eigenvalue
 
 
@@ -22,4 +22,4 @@ def test_dense_refuses_a_singular_matrix(matrix: Tensor, dtype: torch.dtype) -> 
         r"`ConjugateGradient\(damping=\.\.\.\)`\.$"
     )
     with pytest.raises(MisconfigurationError, match=message):
-        Dense().solve(Spy(matrix.to(dtype)), b)
+        Dense().solve(LinearSystem(Spy(matrix.to(dtype)), b))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.linear_solvers import Neumann
+from lightning_bilevel.linear_solvers import LinearSystem, Neumann
 from tests.support.matrices import EYE, SPECTRUM, Spy, right_hand_side, solve_flat, symmetric, with_eigenvalue
 
 
@@ -25,4 +25,4 @@ def test_neumann_is_silent_at_the_edge_of_its_assumption(lowest: float, dtype: t
     # Terms that keep their norm but for rounding, at α = 2/λ_max or in the null space of A, do not diverge.
     matrix, b = with_eigenvalue(lowest).to(dtype), tree.map(lambda part: part.to(dtype), right_hand_side())
     for terms in (2, 100, 1000, 1001):
-        assert Neumann(terms, step_size=0.5).solve(Spy(matrix), b).converged is None
+        assert Neumann(terms, step_size=0.5).solve(LinearSystem(Spy(matrix), b)).converged is None

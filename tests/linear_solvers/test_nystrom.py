@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.linear_solvers import Nystrom
+from lightning_bilevel.linear_solvers import LinearSystem, Nystrom
 from tests.support.matrices import EYE, SPECTRUM, M, Spy, right_hand_side, solve_flat, symmetric, with_eigenvalue
 
 
@@ -25,7 +25,7 @@ def test_nystrom_is_exact_on_a_matrix_of_its_rank() -> None:
 @pytest.mark.parametrize("rank", [1, 5, M])
 def test_nystrom_stays_bounded_on_an_indefinite_matrix(lowest: float, rank: int) -> None:
     b = right_hand_side()
-    value = Nystrom(rank, rho=0.1).solve(Spy(with_eigenvalue(lowest)), b).value
+    value = Nystrom(rank, rho=0.1).solve(LinearSystem(Spy(with_eigenvalue(lowest)), b)).value
     assert tree.norm(value) <= tree.norm(b) / 0.1 * (1 + 1e-9)
 
 

@@ -117,7 +117,7 @@ def test_resume_and_validate(tmp_path: Path) -> None:
     resumed = run("fit", tmp_path, schedule, **{"trainer.max_steps": 4, "ckpt_path": last})
     assert resumed.trainer.global_step == 4
     assert differing(parameters(resumed.model), parameters(whole.model)) == []
-    assert identical(resumed.model.inner_state_dict(), whole.model.inner_state_dict())
+    assert identical(resumed.model.fit_context.state_dict(), whole.model.fit_context.state_dict())
     (last,) = Path(whole.trainer.logger.log_dir).rglob("last.ckpt")
     judged = run("validate", tmp_path, schedule, ckpt_path=last)
     assert differing(parameters(judged.model), parameters(whole.model)) == []

@@ -28,9 +28,9 @@ from lightning_bilevel import (
     ZerothOrder,
     tree,
 )
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
 from tests.support.problems import Mlp, episodes
+from tests.support.seeds import call_of
 
 T, N = 7, 5  # N is the module's number of outer parameters, see the test of it
 
@@ -56,11 +56,11 @@ def costs(strategy: HypergradientStrategy, monkeypatch: pytest.MonkeyPatch, step
     losses = {name: spied(name, getattr(functional.problem, name)) for name in ("inner_loss", "outer_loss")}
     problem = replace(functional.problem, **losses)
     with functional.session():
-        memory = module._memory.recall(functional, episode)
+        memory = module.fit_context.memory.recall(functional, episode)
         counted.clear()
         with monkeypatch.context() as patch:
             patch.setattr(torch.autograd, "grad", grad)
-            strategy.estimate(problem, memory, functional.phi(), episode, Key())
+            strategy.estimate(problem, memory, functional.phi(), episode, call_of())
     return dict(counted)
 
 

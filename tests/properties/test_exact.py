@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import Episode, Hypergradient, ReverseUnroll, hypergradient, tree
-from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
@@ -39,7 +38,7 @@ from tests.support.problems import (
     plain_value,
     train,
 )
-from tests.support.seeds import forked
+from tests.support.seeds import call_of, forked
 from tests.support.tables import EXACT, Row, every_exact_strategy, every_strategy, every_strategy_of_several_episodes
 
 both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
@@ -270,7 +269,7 @@ def test_warm_start_goes_on_as_one_long_run(row: Row) -> None:
     phi, problem = functional.phi(), functional.problem
     first = hypergradient(module, ReverseUnroll(), episode)
     with functional.session():
-        result = row.build(module).estimate(problem, first.state, phi, episode, Key())
+        result = row.build(module).estimate(problem, first.state, phi, episode, call_of())
     assert result.state.steps == 2 * module.inner_steps
 
     trained = deepcopy(module)

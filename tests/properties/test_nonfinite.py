@@ -54,7 +54,7 @@ class Steps(Callback):
         self.strategy, self.seen, self.logged = strategy, [], []
 
     def on_train_batch_end(self, running: Any, module: Any, *_: Any) -> None:
-        inner = {name: value for name, value in module.inner_state_dict().items() if name not in COUNTED}
+        inner = {name: value for name, value in module.fit_context.state_dict().items() if name not in COUNTED}
         state = [module.state_dict(), inner, self.strategy.state_dict(), running.optimizers[0].state_dict()["state"]]
         self.seen.append(copy.deepcopy(state))
         self.logged.append({name: value.item() for name, value in running.callback_metrics.items()})
@@ -167,7 +167,7 @@ def test_skipping_goes_on_as_if_the_batch_had_not_been_there(strategy):
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2 and self.counted:
-                self._memory.estimates += 1
+                self.fit_context.memory.estimates += 1
 
     def last(batches: list[Episode], counted: bool) -> Any:
         module = seeded(lambda: Counting(lambda: SGD(lr=0.1), inner_steps=1, on_nonfinite="skip"))
@@ -205,4 +205,4 @@ def test_the_warning_comes_once_and_barebones_logs_nothing():
             enable_checkpointing=None,
         ).fit(module, listed(episodes((0, "inner"), (3, "inner"))))  # fmt: skip
     assert sum("Skipped an outer step" in str(each.message) for each in warned) == 1
-    assert module._memory.skipped == 2
+    assert module.fit_context.memory.skipped == 2

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_bilevel import PZOBO, ForwardGradient, HypergradientStrategy, ZerothOrder, tree
-from lightning_bilevel.directions import Key, Orthogonal
+from lightning_bilevel.directions import Orthogonal
 from tests.support.pure import EPISODE, GOOD, MEMORY, PHI, PROBLEM, STEPS, N, estimate
+from tests.support.seeds import key_of
 
 DIRECTION_PARALLEL: dict[str, HypergradientStrategy] = {
     "plain": ForwardGradient(4),
@@ -37,7 +38,7 @@ def test_the_mean_over_shares_is_the_whole(name: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("name", DIRECTION_PARALLEL)
 def test_an_empty_share_still_takes_the_inner_steps(name: str) -> None:
-    keys = Key(3), Key(3, share=(4, 5))
+    keys = key_of(3), Key(3, share=(4, 5))
     whole, empty = (DIRECTION_PARALLEL[name].estimate(PROBLEM, MEMORY, PHI, EPISODE, key) for key in keys)
     explicit = 0.2 * tree.flatten(PHI) if "PZOBO" in name else torch.zeros(N, dtype=torch.float64)
     torch.testing.assert_close(tree.flatten(empty.grads), explicit)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ForwardGradient, Hypergradient, HypergradientStrategy, TruncatedReverse, tree
-from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
 from lightning_bilevel.problem import InnerState
+from lightning_bilevel.randomness import Key
 from lightning_bilevel.strategies import chunks
 from lightning_bilevel.tree import Params
 from tests.support.problems import Quadratic
+from tests.support.seeds import key_of
 from tests.support.statistics import UnitLength, check_error, check_mean
 from tests.support.tables import SAMPLERS
 
@@ -36,7 +38,7 @@ def estimates(strategy: HypergradientStrategy, count: int) -> Tensor:
     """Return independent estimates, ``(count, N)``."""
     functional = MODULE.functional()
     phi, memory = functional.phi(), InnerState({})
-    keys = [Key(seed=7, estimate=i) for i in range(count)]
+    keys = [key_of(seed=7, estimate=i) for i in range(count)]
     return torch.stack(
         [tree.flatten(strategy.estimate(functional.problem, memory, phi, EPISODE, key).grads) for key in keys]
     )
@@ -49,7 +51,7 @@ def derivatives_in_closed_form() -> Iterator[None]:
 
     def derivatives(*args: Any) -> tuple[Tensor, Hypergradient]:
         directions: Params = args[4]
-        return tree.inner_products(directions, SOLUTION.grads), run
+        return tree.rows_dot(directions, SOLUTION.grads), run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "directional_derivatives", derivatives)

@@ -18,10 +18,12 @@ from lightning_bilevel import (
     TruncatedReverse,
     hypergradient,
 )
-from lightning_bilevel.directions import DirectionSampler, Gaussian, Key, Orthogonal, Rademacher
+from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.randomness import Key
 from tests.support.problems import RidgeSolver, assert_close
 from tests.support.pure import BAD, EPISODE, EXACT, GOOD, MEMORY, PHI, PROBLEM, Given, N, estimate, partly_right
+from tests.support.seeds import key_of
 from tests.support.statistics import UnitLength, check_error, check_mean
 
 SAMPLERS = [Rademacher(), Gaussian(), Orthogonal()]
@@ -71,7 +73,7 @@ def test_directions_of_the_guide_are_independent_of_the_others() -> None:
 def by_hand(seed: int, guide: Given = BAD, project: bool = True, divisor: int = 2) -> Tensor:
     """Return s·u + (1/(b−1)) Σ ⟨∇h, p⟩ p of three directions from the exact ∇h."""
     u = guide.direction / guide.direction.norm()
-    v = Rademacher().flat(Key(seed), 0, 2, EXACT)
+    v = Rademacher().flat(key_of(seed), 0, 2, EXACT)
     p = v - torch.outer(v @ u, u) if project else v
     return (EXACT @ u) * u + p.T @ (p @ EXACT) / divisor
 
@@ -170,7 +172,7 @@ def test_what_the_guide_refuses_is_refused() -> None:
 
 def test_the_state_of_the_guide_is_kept() -> None:
     problem = replace(PROBLEM, inner_steps=1, warm=True)
-    arguments = problem, MEMORY, PHI, EPISODE, Key()
+    arguments = problem, MEMORY, PHI, EPISODE, key_of()
     strategy, resumed = ForwardGradient(2, guide=FSLA()), ForwardGradient(2, guide=FSLA())
     strategy.estimate(*arguments)
     resumed.load_state_dict(strategy.state_dict())

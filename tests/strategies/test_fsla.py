@@ -22,13 +22,13 @@ from lightning_bilevel import (
     TruncatedReverse,
     hypergradient,
 )
-from lightning_bilevel.directions import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.tree import Params
 from tests.support.fits import fit
 from tests.support.modules import Calls, differing, listed, parameters, trainer
 from tests.support.problems import Problem, RidgeSolver, assert_close, draw
+from tests.support.seeds import call_of
 
 SIZE = 5
 Sample = tuple[Tensor, Tensor, Tensor]
@@ -118,7 +118,7 @@ def advance(strategy: FSLA, module: Synthetic, omega: Tensor, lam: Tensor, data:
         module.lam.copy_(lam)
     functional = module.functional()
     with functional.session():
-        return strategy.estimate(functional.problem, InnerState({"omega": omega}), functional.phi(), data, Key())
+        return strategy.estimate(functional.problem, InnerState({"omega": omega}), functional.phi(), data, call_of())
 
 
 def path(k: int) -> Tensor:

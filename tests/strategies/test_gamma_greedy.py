@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import Episode, GammaGreedy, ReverseUnroll, TruncatedReverse, hypergradient, tree
-from lightning_bilevel.directions import Key
 from lightning_bilevel.tree import Params
 from tests.support.problems import INNER_OPTIMIZERS, Mlp, Quadratic, assert_close, episodes, plain_value, train
-from tests.support.seeds import forked
+from tests.support.seeds import forked, masks
 
 GAMMAS = [0.0, 0.5, 0.99, 1.0]
 
@@ -194,7 +193,7 @@ def test_masks_of_earlier_outer_losses_leave_the_run_as_it_is() -> None:
 
     module, (episode,) = Dropout(), episodes(1)
     result = hypergradient(module, GammaGreedy(0.9), episode, seed=3)
-    with forked(Key(3).masks):
+    with forked(masks(3)):
         trained = train(module, episode)
     assert_close(result.state.params, tree.detach(trained.inner_named()), 1e-12)
     assert result.value.item() == pytest.approx(plain_value(module, episode, seed=3), rel=1e-12)

@@ -20,8 +20,7 @@ from lightning_bilevel import (
     hypergradient,
     tree,
 )
-from lightning_bilevel.directions import Gaussian, Key
-from lightning_bilevel.kernels.safe import Randomness
+from lightning_bilevel.directions import Gaussian
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
@@ -39,7 +38,7 @@ from tests.support.differences import (
     plain_gradients,
 )
 from tests.support.problems import Mlp, NoisyMlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, train
-from tests.support.seeds import forked
+from tests.support.seeds import call_of, forked, key_of
 from tests.support.statistics import check_mean
 
 # --- Bias ---
@@ -51,7 +50,7 @@ def check_order(make: Make, order: int) -> None:
     exact = hypergradient(module, ForwardGradient(4, Gaussian()), episode, seed=1).grads
     if make is PZOBO:  # its explicit part is taken as a whole, not along the directions
         _, _, c = plain_gradients(module, episode)
-        v = Gaussian().draw(Key(seed=1), 0, 4, c)
+        v = Gaussian().draw(key_of(seed=1), 0, 4, c)
         exact = tree.add(exact, tree.sub(c, along(inner_products(c, v), v)))
     errors = [
         tree.norm(tree.sub(hypergradient(module, make(4, mu), episode, seed=1).grads, exact)).item()
@@ -116,8 +115,8 @@ class Noisy(NoisyMlp):
         start = InnerState(tree.detach(self.inner_named()), {name: b.clone() for name, b in self.named_buffers()})
         functional = self.functional()
         with functional.session(), forked(0):
-            state = ReverseUnroll().estimate(functional.problem, start, functional.phi(), episode, Key()).state
-        assert all(value.abs().max() > 0 for value in state.slots["momentum"].values())
+            state = ReverseUnroll().estimate(functional.problem, start, functional.phi(), episode, call_of()).state
+        assert all(value.abs().max() > 0 for value in state.opt_state["momentum"].values())
         assert state.buffers["net.1.running_mean"].abs().max() > 0
         return state
 
@@ -141,7 +140,7 @@ class Repeated(NamedTuple):
     def at(self, mu: float, count: int = 1) -> tuple[Params, Tensor]:
         """Return θ_T and h, stacked, at φ + μu."""
         with self.functional.session():
-            directions = Gaussian().draw(Key(), 0, count, self.runs.phi)
+            directions = Gaussian().draw(key_of(), 0, count, self.runs.phi)
             return self.runs.solutions(directions, mu), self.runs.values(directions, mu)
 
     def value(self) -> Tensor:
@@ -200,7 +199,7 @@ def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) ->
 
     def grads(strategy: HypergradientStrategy) -> Params:
         with functional.session(), forked(1):
-            return strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()).grads
+            return strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of()).grads
 
     looped = grads(make(4, 0.1, chunk_size=1))
     strategy = make(4, 0.1, chunk_size=None)
@@ -218,7 +217,7 @@ def test_chunks_change_nothing(make: Make, shared: bool) -> None:
     for chunk_size in (1, 3, None):
         strategy = make(4, 0.1, chunk_size=chunk_size)
         with functional.session(), forked(1):
-            results.append(strategy.estimate(functional.problem, memory, functional.phi(), episode, Key()))
+            results.append(strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of()))
     for result in results[1:]:
         assert_close(result.grads, results[0].grads, 1e-10)
         assert torch.equal(result.value, results[0].value)
@@ -242,7 +241,7 @@ def test_the_generator_is_left_where_a_plain_run_leaves_it(make: Make, chunk_siz
         expected = torch.get_rng_state()
     for strategy in (FirstOrder(), make(3, 0.01, chunk_size=chunk_size)):
         with forked(7), functional.session():
-            result = strategy.estimate(functional.problem, memory, functional.phi(), episode, Key())
+            result = strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of())
             assert torch.equal(torch.get_rng_state(), expected)
         assert_close(result.state.params, tree.detach(plain.inner_named()), 1e-12)
 
@@ -258,7 +257,7 @@ def test_ridge_regression_by_a_solver(name: str, mu: float, rtol: float, kind: A
     module = kind()
     episode = module.episode()
     optimum = module.optimum(episode)
-    v = Gaussian().draw(Key(seed=4), 0, 5, optimum.grads)
+    v = Gaussian().draw(key_of(seed=4), 0, 5, optimum.grads)
     result = hypergradient(module, EVERY[name](5, mu), episode, seed=4)
     assert_close(result.grads, along(inner_products(optimum.grads, v), v), rtol)
     assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import PZOBO, hypergradient, tree
-from lightning_bilevel.directions import Gaussian, Key
+from lightning_bilevel.directions import Gaussian
 from tests.support.differences import FORWARD, Make, UnitPerTensor, along, both_ways, inner_products, plain_gradients
 from tests.support.problems import Mlp, Quadratic, assert_close, episodes, perturbed, train
+from tests.support.seeds import key_of
 
 
 @both_ways
 def test_pzobo_is_differences_of_plain_responses(shared: bool) -> None:
     mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
-    u = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
+    u = Gaussian().draw(key_of(seed=3), 0, 3, tree.detach(module.outer_named()))
     theta, d, c = plain_gradients(module, episode)
 
     def slope(i: int) -> float:
@@ -47,7 +48,7 @@ def check_linear_response(make: Make, mu: float, **options: Any) -> None:
     module = Quadratic(**options)
     episode = module.episode()
     phi = tree.detach(module.outer_named())
-    u = Gaussian().draw(Key(seed=2), 0, 4, phi)
+    u = Gaussian().draw(key_of(seed=2), 0, 4, phi)
     _, d, c = plain_gradients(module, episode)
     slopes = inner_products(tree.unflatten(tree.flatten(d) @ response(module), phi), u)
     assert_close(hypergradient(module, make(4, mu), episode, seed=2).grads, tree.add(c, along(slopes, u)), 1e-9)

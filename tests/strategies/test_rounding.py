@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bilevel import PZOBO, Episode, ZerothOrder, hypergradient
-from lightning_bilevel.directions import Key
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.strategies.rounding import CoarsestDtype
 from tests.support.modules import listed, trainer
 from tests.support.precisions import EPISODE, Cleaning, by_hand
 from tests.support.problems import Quadratic, RidgeBlackBox, draw
-from tests.support.seeds import seeded
+from tests.support.seeds import key_of, seeded
 
 
 def test_warns_once_of_differences_that_are_rounding() -> None:
@@ -27,7 +26,7 @@ def test_warns_once_of_differences_that_are_rounding() -> None:
     module.A, module.B, module.C = module.A.float(), module.B.float(), module.C.float()
     episode = Episode([draw(4, seed=10).float()], draw(5, seed=20).float())
     functional, strategy = module.functional(), ZerothOrder(2, mu=1e-5)
-    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, Key()
+    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, key_of()
     message = r"^`ZerothOrder\(mu=1e-05\)` is small for torch\.float32: .* Raise `mu` to about 0\.00\d, or use float64"
     with pytest.warns(UserWarning, match=message):
         strategy.estimate(*arguments)

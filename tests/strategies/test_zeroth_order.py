@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 from lightning_bilevel import ZerothOrder, hypergradient, tree
-from lightning_bilevel.directions import Gaussian, Key, Rademacher
+from lightning_bilevel.directions import Gaussian, Rademacher
 from tests.support.differences import BOTH, CENTRAL, Make, along, both_ways, inner_products
 from tests.support.problems import Mlp, Quadratic, assert_close, episodes, perturbed, plain_value
+from tests.support.seeds import key_of
 
 
 @both_ways
 @pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 def test_zeroth_order_is_differences_of_plain_loops(make: Make, shared: bool) -> None:
     mu, module, (episode,) = 0.05, Mlp("Adam", shared), episodes(1)
-    v = Gaussian().draw(Key(seed=3), 0, 3, tree.detach(module.outer_named()))
+    v = Gaussian().draw(key_of(seed=3), 0, 3, tree.detach(module.outer_named()))
 
     def value(i: int, scale: float) -> float:
         return perturbed(module, tree.index(v, i), scale, lambda: plain_value(module, episode))
@@ -33,7 +34,7 @@ def test_central_differences_have_no_bias_on_a_quadratic(mu: float) -> None:
     module = Quadratic(momentum=0.8, shared=True)
     episode = module.episode()
     exact = module.solution(episode).grads
-    v = Rademacher().draw(Key(seed=2), 0, 4, exact)
+    v = Rademacher().draw(key_of(seed=2), 0, 4, exact)
     result = hypergradient(module, CENTRAL(4, mu, directions=Rademacher()), episode, seed=2)
     assert_close(result.grads, along(inner_products(exact, v), v), 1e-9)
 

@@ -82,8 +82,8 @@ def failing(report: Audit) -> set[str]:
 class Broken(HypergradientStrategy):
     """A strategy that does not work."""
 
-    exact = unbiased = second_order = False
-    requires = "solve"
+    exact = unbiased = False
+    differentiates = frozenset()
     memory = cost = "none"
 
     def estimate(self, *args: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.linear_solvers import LinearSolver
+from lightning_bilevel.linear_solvers import LinearSolver, LinearSystem
 from lightning_bilevel.tree import Params
 
 M = 10
@@ -44,7 +44,7 @@ class Spy:
 
 
 def solve_flat(solver: LinearSolver, matrix: Tensor, b: Params | None = None) -> Tensor:
-    return tree.flatten(solver.solve(Spy(matrix), b or right_hand_side()).value)
+    return tree.flatten(solver.solve(LinearSystem(Spy(matrix), b or right_hand_side())).value)
 
 
 def with_eigenvalue(value: float) -> Tensor:

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode, RMSprop, tree
-from lightning_bilevel.directions import Key
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
-from tests.support.seeds import forked
+from tests.support.seeds import forked, masks
 
 DIFFERENCE = 1e-5
 """Step of central differences in float64: truncation is then about 1e-10, rounding 1e-11."""
@@ -95,7 +94,7 @@ def descend(module: Problem, optimizer: Any, episode: Episode) -> None:
 
 def plain_value(module: Problem, episode: Episode, seed: int = 0) -> float:
     """Return h(φ) = f(θ_T(φ), φ), with the masks of an estimate under ``seed``."""
-    with forked(Key(seed).masks):
+    with forked(masks(seed)):
         trained = train(module, episode)
         return trained.outer_loss(episode.outer).item()
 
@@ -411,13 +410,13 @@ class InPlace:
 
     def __init__(self, module: Problem, configure: Callable[[], InnerOptimizer]) -> None:
         self.params, self.configure, self.steps = module.inner_named(), configure, 0
-        self.slots = configure().init(tree.detach(self.params))
+        self.opt_state = configure().init(tree.detach(self.params))
 
     @torch.no_grad()
     def step(self) -> None:
         self.steps += 1
         grads = {name: parameter.grad for name, parameter in self.params.items()}
-        params, self.slots = self.configure().update(tree.detach(self.params), grads, self.slots, self.steps)
+        params, self.opt_state = self.configure().update(tree.detach(self.params), grads, self.opt_state, self.steps)
         for name, value in params.items():
             self.params[name].copy_(value)
 

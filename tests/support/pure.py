@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import Episode, Hypergradient, HypergradientStrategy, tree
-from lightning_bilevel.directions import Key
-from lightning_bilevel.problem import BilevelProblem, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, InnerState
 from lightning_bilevel.tree import Params
 from tests.support.problems import draw
+from tests.support.seeds import call_of
 
 M, N = 3, 8
 ETA, STEPS = 0.4, 2
 A = torch.diag(torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64))
 B, START, TARGET = draw(M, N, seed=1), draw(M, seed=2), draw(M, seed=3)
 PHI = {"a": draw(2, 2, seed=4), "b": draw(4, seed=5)}
-MEMORY, EPISODE = InnerState({"w": START}), Episode([None], None)
+CARRY, EPISODE = Carry(InnerState({"w": START})), Episode([None], None)
 
 
 def inner_loss(theta: Params, phi: Params, batch: Any, buffers: Params) -> tuple[Tensor, Params]:
@@ -33,11 +33,8 @@ def outer_loss(theta: Params, phi: Params, batch: Any, buffers: Params) -> Tenso
 PROBLEM = BilevelProblem(
     inner_loss=inner_loss,
     outer_loss=outer_loss,
-    initial=lambda memory, phi: memory,
-    init_slots=lambda params, phi: {},
-    update=lambda params, grads, slots, phi, step: (tree.add(params, grads, alpha=-ETA), slots),
+    update=lambda params, grads, opt_state, phi, step: (tree.add(params, grads, alpha=-ETA), opt_state),
     inner_steps=STEPS,
-    update_uses_phi=False,
 )
 
 
@@ -51,8 +48,8 @@ def closed_form() -> Tensor:
 EXACT = closed_form()
 
 
-def estimate(strategy: HypergradientStrategy, seed: int = 0, share: tuple[int, int] = (0, 1)) -> Tensor:
-    grads = strategy.estimate(PROBLEM, MEMORY, PHI, EPISODE, Key(seed, share=share)).grads
+def estimate(strategy: HypergradientStrategy, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> Tensor:
+    grads = strategy.estimate(PROBLEM, CARRY, PHI, EPISODE, call_of(seed, shard=shard)).grads
     assert list(grads) == list(PHI)
     return tree.flatten(grads)
 
@@ -60,15 +57,15 @@ def estimate(strategy: HypergradientStrategy, seed: int = 0, share: tuple[int, i
 class Given(HypergradientStrategy):
     """A guide that always points the same way."""
 
-    exact = unbiased = second_order = False
-    requires = "solve"
+    exact = unbiased = False
+    differentiates = frozenset()
     memory = cost = "O(1)"
 
     def __init__(self, direction: Tensor) -> None:
         self.direction = direction
 
     def estimate(self, *args: Any) -> Hypergradient:
-        return Hypergradient(torch.tensor(0.0), tree.unflatten(self.direction, PHI), MEMORY, {})
+        return Hypergradient(torch.tensor(0.0), tree.unflatten(self.direction, PHI), CARRY.inner, {})
 
 
 def partly_right(cosine: float) -> Tensor:

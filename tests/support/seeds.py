@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_bilevel.randomness import Call, Key
+
 
 @contextmanager
 def forked(seed: int) -> Iterator[None]:
@@ -21,3 +23,18 @@ def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """Return what ``build`` makes under a seed; the global generator stays as it was."""
     with forked(seed):
         return build()
+
+
+def key_of(seed: int = 0, estimate: int = 0, rank: int = 0) -> Key:
+    """Return the key of an estimate, as a fit and :func:`hypergradient` make it."""
+    return Key((seed, estimate, 0, rank))
+
+
+def call_of(seed: int = 0, estimate: int = 0, rank: int = 0, shard: tuple[int, int] = (0, 1), step: int = 0) -> Call:
+    """Return what names an estimate."""
+    return Call(key_of(seed, estimate, rank), shard, step)
+
+
+def masks(seed: int = 0) -> int:
+    """Return the seed of what the losses draw in the estimate under ``seed``."""
+    return key_of(seed).fold_in(-1).seed

@@ -176,7 +176,7 @@ def test_a_checkpoint_brings_the_momentum_along_for_a_wrapped_module_without_a_s
     other = wrapped()
     trainer().validate(other, listed([examples(0)]), ckpt_path=tmp_path / "end.ckpt", verbose=False)
     assert other.module.loaded
-    assert identical(other.inner_state_dict(), module.inner_state_dict())
+    assert identical(other.fit_context.state_dict(), module.fit_context.state_dict())
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(None, 2), (0, 0), (1, 1), (5, 5)])

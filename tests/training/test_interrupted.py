@@ -53,7 +53,7 @@ def ended(*saver: Callback, error: BaseException | None = None, ckpt_path: Path 
         running = fit(ForwardGradient(2), *saver, module=module, batches=loader(shuffle=True), **options)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored after a Ctrl-C
-    return [module.state_dict(), running.optimizers[0].state_dict(), module.inner_state_dict()]
+    return [module.state_dict(), running.optimizers[0].state_dict(), module.fit_context.state_dict()]
 
 
 @pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt(), SystemExit), (RuntimeError("bug"), RuntimeError)])

@@ -28,7 +28,7 @@ def test_fitting_twice_goes_on():
     for _ in range(2):
         trainer(ReverseUnroll()).fit(again, loader())
     assert len(again.values) == 8
-    assert module._memory.estimates == again._memory.estimates == 4
+    assert module.fit_context.memory.estimates == again.fit_context.memory.estimates == 4
 
 
 RESUMED: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any]]] = {
@@ -67,7 +67,7 @@ def test_resuming_equals_going_on_bit_for_bit(name, first, limits, when, done, t
     resumed, resumed_fit = run(2, limits, ckpt_path=tmp_path / f"step={done}.ckpt", **SAFELY)
     assert torch.equal(torch.stack(whole.values[done:]), torch.stack(resumed.values))
     assert differing(parameters(whole), parameters(resumed)) == []
-    assert identical(whole.inner_state_dict(), resumed.inner_state_dict())
+    assert identical(whole.fit_context.state_dict(), resumed.fit_context.state_dict())
     assert identical(whole_fit.optimizers[0].state_dict(), resumed_fit.optimizers[0].state_dict())
 
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_from_elsewhere_is_where_reset_returns_to(tmp_path):
     second = Cleaning(inner_start="reset")
     with pytest.warns(UserWarning, match="This checkpoint has no inner state"):
         trainer(ReverseUnroll(), max_steps=2).fit(second, loader(), ckpt_path=tmp_path / "other.ckpt", **SAFELY)
-    initial = second.inner_state_dict()["initial"]
+    initial = second.fit_context.state_dict()["initial"]
     assert initial
     assert all(torch.equal(value, checkpoint["state_dict"][name]) for name, value in initial.items())
 
@@ -91,6 +91,6 @@ def test_inner_steps_may_change_during_a_fit():
         def on_train_epoch_start(self):
             self.inner_steps = 1 + self.current_epoch
 
-    calls = Calls(lambda module: module._memory.steps)
+    calls = Calls(lambda module: module.fit_context.memory.steps)
     trainer(ReverseUnroll(), calls, max_epochs=2).fit(Module(), loader())
     assert calls.seen == [1, 2, 3, 4, 6, 8, 10, 12]

@@ -29,13 +29,13 @@ from lightning_bilevel import (
     ReverseUnroll,
     tree,
 )
-from lightning_bilevel.directions.base import Key
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.training.parallel import Ranks
 from tests.support.modules import identical, trainer
 from tests.support.processes import ran
+from tests.support.seeds import key_of
 from tests.support.tables import ROWS
 from tests.support.workers.parallel import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
 
@@ -96,9 +96,9 @@ def test_the_averaged_hypergradient_is_the_mean_of_one_process_estimates(ranks, 
     for rank, found in enumerate(ranks):
         module = Noisy(**case.options)
         module.load_state_dict(found[name]["start"])
-        functional, strategy, key = module.functional(), case.strategy(), Key(SEED, rank=rank)
+        functional, strategy, key = module.functional(), case.strategy(), key_of(SEED, rank=rank)
         with functional.session(), RngState(functional.device).fork(key.masks):
-            memory = module._memory.recall(functional, found[name]["batch"])
+            memory = module.fit_context.memory.recall(functional, found[name]["batch"])
             estimate = strategy.estimate(functional.problem, memory, functional.phi(), found[name]["batch"], key)
         estimates.append(estimate)
     assert not identical(ranks[0][name]["batch"], ranks[1][name]["batch"])

@@ -177,7 +177,11 @@ def fit(
         error = None
     except Exception as caught:
         error = (type(caught).__name__, str(caught))
-    after = {"module": dict(module.state_dict()), "inner": module.inner_state_dict(), "strategy": strategy.state_dict()}
+    after = {
+        "module": dict(module.state_dict()),
+        "inner": module.fit_context.state_dict(),
+        "strategy": strategy.state_dict(),
+    }
     return {**watch.seen, **after, "error": error}
 
 

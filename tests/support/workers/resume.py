@@ -98,7 +98,12 @@ def fit(case: Case, num_workers: int, folder: Path, seed: int, killed: int | Non
     options = {"max_epochs": -1, "max_steps": STEPS, "enable_checkpointing": True}
     running = trainer(strategy, saver, watch, *monitors, **options)
     running.fit(module, loader(num_workers), ckpt_path=max(map(str, folder.glob("*.ckpt")), default=None))
-    ended = [module.state_dict(), running.optimizers[0].state_dict(), module.inner_state_dict(), strategy.state_dict()]
+    ended = [
+        module.state_dict(),
+        running.optimizers[0].state_dict(),
+        module.fit_context.state_dict(),
+        strategy.state_dict(),
+    ]
     return {"ended": ended, "logged": watch.logged}
 
 
