@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_bilevel.errors import combination_error, integer, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, value_error
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy, kept_of
@@ -80,6 +80,9 @@ class HypergradientSchedule(HypergradientStrategy):
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the strategy of every phase."""
         return {f"phase {number}": strategy for number, (strategy, _) in enumerate(self.phases)}
+
+    def _refused_solver(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        return []  # its facts are those of its phases, which refuse for themselves
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of phases, which a resumed run has to have."""

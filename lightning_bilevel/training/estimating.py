@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ def estimating(
     twice: bool = True,
     carry: Carry | None = None,
     inner_steps: int | None = None,
+    check: Callable[[BilevelProblem], None] = lambda problem: None,
 ) -> Iterator[Surroundings]:
     """Enter safe kernels, record logs, seed what the losses draw, and look at the losses once.
 
@@ -60,6 +61,7 @@ def estimating(
         twice: whether losses are differentiated twice.
         carry: goes before ``memory``: what the strategy carries, buffers, and θ where it is warm.
         inner_steps: other than the module's.
+        check: refuses the problem before anything of it is evaluated.
 
     Raises:
         MisconfigurationError: a level that the losses do not see, or a warm start of several episodes.
@@ -72,6 +74,10 @@ def estimating(
             "Use `inner_start='reset'`, or one episode per batch",
         )
     with functional.session(twice), RngState(functional.device).fork(masks.fold_in(-1).seed):
+        problem = functional.problem
+        if inner_steps is not None:
+            problem = replace(problem, inner_steps=inner_steps)
+        check(problem)
         examination = examination_of(functional, memory.values(functional), episodes[0])
         if examination.unreached:
             raise missing_error(
@@ -85,9 +91,6 @@ def estimating(
         if carry is not None:
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
-        problem = functional.problem
-        if inner_steps is not None:
-            problem = replace(problem, inner_steps=inner_steps)
         yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination)
 
 
@@ -114,7 +117,7 @@ def estimated(
         inner_steps: see :func:`estimating`.
     """
     options: dict[str, Any] = {"twice": strategy.second_order, "carry": carry, "inner_steps": inner_steps}
-    with estimating(functional, memory, episodes, masks or call.key, **options) as at:
+    with estimating(functional, memory, episodes, masks or call.key, **options, check=strategy.check) as at:
         refuse(_refusals(functional, strategy, at.examination))
         size = _chunk_size(functional, at) if len(episodes) > 1 else 1
         return estimate(at.problem, strategy, at.carried, at.phi, episodes, call, size, at.kept)
