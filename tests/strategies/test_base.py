@@ -16,10 +16,12 @@ def test_every_public_strategy_is_in_the_table() -> None:
 @every_strategy
 def test_strategies_state_their_facts(row: Row) -> None:
     strategy = row.strategy
-    facts = {"exact": bool, "unbiased": bool, "second_order": bool, "requires": str, "memory": str, "cost": str}
+    facts = {"exact": bool, "unbiased": bool, "differentiates": frozenset, "memory": str, "cost": str}
     for fact, kind in facts.items():
         assert fact in vars(type(strategy)), f"{type(strategy).__name__} does not state `{fact}`"
         assert type(getattr(strategy, fact)) is kind
-    assert type(strategy.direction_parallel) is bool
-    assert strategy.requires in ("solve", "step", "inner_loss")
+    for fact in ("needs_steps", "direction_parallel", "supports_stacking", "second_order"):
+        assert type(getattr(strategy, fact)) is bool
+    assert strategy.differentiates <= {"run", "inner_gradient"}
+    assert strategy.second_order == bool(strategy.differentiates)
     assert strategy.unbiased or not strategy.exact

@@ -17,13 +17,16 @@ from lightning_bilevel import (
     ReverseUnroll,
     TruncatedReverse,
     hypergradient,
+    tree,
 )
 from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.problem import Traits
 from lightning_bilevel.randomness import Key
+from tests.support.modules import identical
 from tests.support.problems import RidgeSolver, assert_close
-from tests.support.pure import BAD, EPISODE, EXACT, GOOD, MEMORY, PHI, PROBLEM, Given, N, estimate, partly_right
-from tests.support.seeds import key_of
+from tests.support.pure import BAD, CARRY, EPISODE, EXACT, GOOD, PHI, PROBLEM, Given, N, estimate, partly_right
+from tests.support.seeds import call_of, key_of
 from tests.support.statistics import UnitLength, check_error, check_mean
 
 SAMPLERS = [Rademacher(), Gaussian(), Orthogonal()]
@@ -145,15 +148,19 @@ def test_a_perfect_guide_gives_the_exact_answer(length: float) -> None:
 def test_without_a_direction_it_goes_on_unguided_and_says_so_once(entry: float) -> None:
     guide = Given(torch.zeros(N, dtype=torch.float64))
     guide.direction[0] = entry
-    strategy = ForwardGradient(4, guide=guide)
+    strategy, problem = ForwardGradient(4, guide=guide), replace(PROBLEM, findings={})
+
+    def guided(seed: int) -> Tensor:
+        return tree.flatten(strategy.estimate(problem, CARRY, PHI, EPISODE, call_of(seed)).grads)
+
     with pytest.warns(
         UserWarning, match=f"^The guide `Given` gave an estimate of norm {entry}; `ForwardGradient` goes on"
     ):
-        first = estimate(strategy)
+        first = guided(0)
     torch.testing.assert_close(first, estimate(ForwardGradient(4)), rtol=0, atol=0)
-    torch.testing.assert_close(estimate(strategy, 1), estimate(ForwardGradient(4), 1), rtol=0, atol=0)
+    torch.testing.assert_close(guided(1), estimate(ForwardGradient(4), 1), rtol=0, atol=0)
     guide.direction = EXACT
-    torch.testing.assert_close(estimate(strategy, 2), EXACT)
+    torch.testing.assert_close(guided(2), EXACT)
 
 
 def test_a_guide_needs_a_second_direction() -> None:
@@ -165,17 +172,27 @@ def test_a_guide_needs_a_second_direction() -> None:
 
 def test_what_the_guide_refuses_is_refused() -> None:
     module = RidgeSolver()
-    with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
-        hypergradient(module, ForwardGradient(2, guide=TruncatedReverse(1)), module.episode())
+    with pytest.raises(MisconfigurationError, match="^Cannot use `FSLA` with `solve_inner`"):
+        hypergradient(module, ForwardGradient(2, guide=FSLA()), module.episode())
     hypergradient(module, ForwardGradient(2, guide=PZOBO()), module.episode())
 
 
-def test_the_state_of_the_guide_is_kept() -> None:
-    problem = replace(PROBLEM, inner_steps=1, warm=True)
-    arguments = problem, MEMORY, PHI, EPISODE, key_of()
-    strategy, resumed = ForwardGradient(2, guide=FSLA()), ForwardGradient(2, guide=FSLA())
-    strategy.estimate(*arguments)
-    resumed.load_state_dict(strategy.state_dict())
-    assert_close(strategy.estimate(*arguments).grads, resumed.estimate(*arguments).grads, 1e-12)
-    assert resumed.state_dict()["guide"]["tracked"]["k"] == 2
-    assert ForwardGradient(2).state_dict() == {}
+def test_truncation_guides_perfectly_through_a_solver() -> None:
+    """A user's solver is a run of one step."""
+    module = RidgeSolver()
+    grads = hypergradient(module, ForwardGradient(2, guide=TruncatedReverse(1)), module.episode()).grads
+    assert_close(grads, module.optimum(module.episode()).grads, 1e-10)
+
+
+def test_what_the_guide_carries_is_carried() -> None:
+    problem = replace(PROBLEM, inner_steps=1, traits=Traits(warm=True))
+    strategy, alone, carry, own = ForwardGradient(2, guide=FSLA()), FSLA(), CARRY, CARRY
+    for k in (1, 2, 3):
+        result = strategy.estimate(problem, carry, PHI, EPISODE, call_of())
+        guess = alone.estimate(problem, own, PHI, EPISODE, call_of())
+        given = ForwardGradient(2, guide=Given(tree.flatten(guess.grads)))
+        assert_close(result.grads, given.estimate(problem, carry, PHI, EPISODE, call_of()).grads, 1e-12)
+        assert result.kept["guide/k"]["k"] == k
+        assert identical(result.carry.of("guide").strategy, guess.kept)
+        carry, own = result.carry, guess.carry
+    assert ForwardGradient(2).estimate(problem, carry, PHI, EPISODE, call_of()).kept == {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 from lightning_bilevel import (
@@ -23,10 +24,10 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.problem import Hypergradient, InnerState
+from lightning_bilevel.problem import Carry, Hypergradient, InnerState
 from lightning_bilevel.tree import Params
-from tests.support.fits import fit
-from tests.support.modules import Calls, differing, listed, parameters, trainer
+from tests.support.fits import Before, fit
+from tests.support.modules import Calls, differing, identical, listed, parameters, trainer
 from tests.support.problems import Problem, RidgeSolver, assert_close, draw
 from tests.support.seeds import call_of
 
@@ -112,13 +113,18 @@ class ByHand:
         return new, self.d
 
 
-def advance(strategy: FSLA, module: Synthetic, omega: Tensor, lam: Tensor, data: Episode) -> Hypergradient:
-    """Take one step of the strategy at (ω, λ)."""
+Kept = dict[str, Params]
+
+
+def advance(
+    strategy: FSLA, module: Synthetic, omega: Tensor, lam: Tensor, data: Episode, kept: Kept | None = None
+) -> Hypergradient:
+    """Take one step of the strategy at (ω, λ), from what the last one kept."""
     with torch.no_grad():
         module.lam.copy_(lam)
-    functional = module.functional()
+    functional, carry = module.functional(), Carry(InnerState({"omega": omega}), kept or {})
     with functional.session():
-        return strategy.estimate(functional.problem, InnerState({"omega": omega}), functional.phi(), data, call_of())
+        return strategy.estimate(functional.problem, carry, functional.phi(), data, call_of())
 
 
 def path(k: int) -> Tensor:
@@ -143,10 +149,11 @@ def test_steps_are_those_of_the_algorithm(options: dict[str, Any]) -> None:
     module, strategy = Synthetic(rho=0.2), FSLA(beta=0.2, **options)
     tau, eta = options.get("tau", 0.3), options.get("eta", 0.9)
     by_hand = ByHand(tau, 0.2, eta, 0.2, inverse_sqrt="schedule" in options)
-    omega = module.omega.detach()
+    omega, kept = module.omega.detach(), {}
     for k in range(4):
         data = episode(k)
-        result = advance(strategy, module, omega, path(k), data)
+        result = advance(strategy, module, omega, path(k), data, kept)
+        kept = result.kept
         value = Synthetic.outer_loss(module_at(module, result), data.outer)
         omega, d = by_hand.step(omega, path(k), data.inner, data.outer)
         assert_close(result.state.params, {"omega": omega}, 1e-12)
@@ -166,8 +173,9 @@ def test_the_comparison_sees_which_sample_goes_where() -> None:
     omega = module.omega.detach()
     for order in ([1, 0, 2], [0, 2, 1], [2, 1, 0]):
         strategy, by_hand = FSLA(beta=0.2), ByHand(0.3, 0.2, 0.9, 0.0)
+        result = None
         for k in range(2):
-            result = advance(strategy, module, omega, path(k), data)
+            result = advance(strategy, module, omega, path(k), data, result and result.kept)
             _, d = by_hand.step(omega, path(k), [data.inner[i] for i in order], data.outer)
             after = by_hand.old[1]
         with pytest.raises(AssertionError, match=r"^(omega|lam): "):
@@ -177,70 +185,73 @@ def test_the_comparison_sees_which_sample_goes_where() -> None:
 @pytest.mark.parametrize("batches", [1, 2])
 def test_fewer_inner_batches_are_cycled(batches: int) -> None:
     module, strategy, by_hand = Synthetic(), FSLA(beta=0.2), ByHand(0.3, 0.2, 0.9, 0.0)
-    omega = module.omega.detach()
+    omega, kept = module.omega.detach(), {}
     for k in range(2):
         data = episode(k, batches)
-        result = advance(strategy, module, omega, path(k), data)
+        result = advance(strategy, module, omega, path(k), data, kept)
+        kept = result.kept
         omega, d = by_hand.step(omega, path(k), [data.inner[i % batches] for i in range(3)], data.outer)
         assert_close(result.grads, {"lam": d}, 1e-11)
 
 
 def test_without_momentum_the_past_enters_by_v_only() -> None:
     module, strategy = Synthetic(), FSLA(beta=0.2, eta=1.0)
-    other = FSLA(beta=0.2, eta=1.0)
-    for one in (strategy, other):
-        advance(one, module, module.omega.detach(), path(0), episode(0))
-    state = deepcopy(other.state_dict())
-    state["tracked"]["d"] = {"lam": torch.full((SIZE,), 100.0, dtype=torch.float64)}
-    other.load_state_dict(state)
-    results = [advance(one, module, module.omega.detach(), path(1), episode(1)).grads for one in (strategy, other)]
-    assert_close(*results, 1e-12)
+    kept = advance(strategy, module, module.omega.detach(), path(0), episode(0)).kept
+
+    def second(**changed: Params) -> Params:
+        return advance(strategy, module, module.omega.detach(), path(1), episode(1), {**kept, **changed}).grads
+
+    far = torch.full((SIZE,), 100.0, dtype=torch.float64)
+    assert_close(second(d={"lam": far}), second(), 1e-12)
+    with pytest.raises(AssertionError, match="^lam: "):
+        assert_close(second(v={"omega": far}), second(), 1e-2)
 
 
-# --- Its state ---
+# --- What it carries ---
 
 
-def test_state_dict_round_trip_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_what_was_saved_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     module, strategy = Synthetic(rho=0.2), FSLA(schedule="inverse_sqrt")
-    omega = module.omega.detach()
-    assert FSLA().state_dict() == {"tracked": None}
+    omega, kept = module.omega.detach(), {}
     for k in range(3):
-        omega = advance(strategy, module, omega, path(k), episode(k)).state.params["omega"]
-    torch.save(strategy.state_dict(), tmp_path / "state.pt")
-    resumed = FSLA(schedule="inverse_sqrt")
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        result = advance(strategy, module, omega, path(k), episode(k), kept)
+        omega, kept = result.state.params["omega"], result.kept
+    torch.save(kept, tmp_path / "kept.pt")
+    saved = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert saved["k"]["k"] == 3
     for k in range(3, 5):
-        results = [advance(one, module, omega, path(k), episode(k)) for one in (strategy, resumed)]
+        results = [advance(FSLA(schedule="inverse_sqrt"), module, omega, path(k), episode(k), saved)]
+        results.append(advance(strategy, module, omega, path(k), episode(k), kept))
         assert torch.equal(results[0].grads["lam"], results[1].grads["lam"])
-        omega = results[0].state.params["omega"]
-    fresh = advance(FSLA(schedule="inverse_sqrt"), module, omega, path(5), episode(5))
-    assert not torch.equal(fresh.grads["lam"], advance(resumed, module, omega, path(5), episode(5)).grads["lam"])
-    fresh_again = FSLA(schedule="inverse_sqrt")
-    fresh_again.load_state_dict({"tracked": None})
-    assert torch.equal(fresh.grads["lam"], advance(fresh_again, module, omega, path(5), episode(5)).grads["lam"])
+        omega, saved, kept = results[0].state.params["omega"], results[0].kept, results[1].kept
+    fresh, anew = (advance(each, module, omega, path(5), episode(5)) for each in (FSLA(), strategy))
+    assert torch.equal(fresh.grads["lam"], anew.grads["lam"])  # the object itself remembers nothing
+    assert not torch.equal(fresh.grads["lam"], advance(strategy, module, omega, path(5), episode(5), kept).grads["lam"])
 
 
-def test_a_single_estimate_does_not_advance_the_strategy() -> None:
+def test_a_single_estimate_goes_on_only_from_what_it_is_given() -> None:
     module, strategy = Synthetic(), FSLA()
+    settings = deepcopy(vars(strategy))
     first = hypergradient(module, strategy, episode(0))
-    assert strategy.state_dict() == {"tracked": None}
-    advance(strategy, module, module.omega.detach(), path(0), episode(0))
-    before = deepcopy(strategy.state_dict()["tracked"])
-    values = [hypergradient(module, strategy, episode(1)).grads["lam"] for _ in range(2)]
-    assert torch.equal(*values)
-    assert strategy.state_dict()["tracked"]["k"] == before["k"] == 1
-    assert torch.equal(strategy.state_dict()["tracked"]["d"]["lam"], before["d"]["lam"])
-    assert not torch.equal(first.grads["lam"], values[0])
+    before = deepcopy(first.kept)
+    second, again = (hypergradient(module, strategy, episode(1), carry=first.carry) for _ in range(2))
+    fresh = hypergradient(module, strategy, episode(1))
+    assert [int(result.kept["k"]["k"]) for result in (first, second, again, fresh)] == [1, 2, 2, 1]
+    assert torch.equal(second.grads["lam"], again.grads["lam"])
+    assert not torch.equal(second.grads["lam"], fresh.grads["lam"])
+    assert identical(first.kept, before)
+    assert vars(strategy) == settings
+    assert module.fit_context.memory.strategy == {}
 
 
 def test_what_is_kept_is_not_changed_in_place() -> None:
     module, strategy = Synthetic(), FSLA()
-    advance(strategy, module, module.omega.detach(), path(0), episode(0))
+    kept = advance(strategy, module, module.omega.detach(), path(0), episode(0)).kept
     with torch.no_grad():
         module.lam.fill_(7.0)
         module.omega.fill_(7.0)
-    assert torch.equal(strategy.state_dict()["tracked"]["phi"]["lam"], path(0))
-    assert strategy.state_dict()["tracked"]["theta"]["omega"].ne(7.0).all()
+    assert torch.equal(kept["phi"]["lam"], path(0))
+    assert kept["theta"]["omega"].ne(7.0).all()
 
 
 # --- In a Trainer ---
@@ -257,9 +268,9 @@ def exact_hypergradient(module: Synthetic, data: Episode) -> Tensor:
 
 def test_tracks_the_exact_hypergradient_of_the_papers_problem_at_a_fixed_outer_point() -> None:
     module, data = Synthetic(lr=0.0), Episode([sample(300, 1)], sample(300, 2))
-    strategy, exact, errors = FSLA(beta=0.3, eta=0.9), exact_hypergradient(module, data), []
-    record = Calls(lambda module: errors.append((strategy.state_dict()["tracked"]["d"]["lam"] - exact).norm()))
-    trainer(strategy, record).fit(module, listed([data] * 250))
+    exact, errors = exact_hypergradient(module, data), []
+    record = Calls(lambda module: errors.append((module.fit_context.memory.strategy["d"]["lam"] - exact).norm()))
+    trainer(FSLA(beta=0.3, eta=0.9), record).fit(module, listed([data] * 250))
     assert errors[0] > 0.1 * exact.norm()
     assert errors[-1] < 1e-3 * errors[0]
 
@@ -272,10 +283,10 @@ def test_converges_on_the_papers_problem() -> None:
     assert exact_hypergradient(module, data).norm() < 1e-3 * start
 
 
-def fitted(strategy: Any, epochs: int, ckpt_path: Path | None = None) -> tuple[Params, Any]:
+def fitted(strategy: Any, epochs: int, ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[Params, Any]:
     """Fit on three episodes in an epoch and return the parameters."""
     data = [episode(k) for k in range(3)]
-    running = fit(strategy, module=Synthetic(rho=0.1), batches=data, max_epochs=epochs, ckpt_path=ckpt_path)
+    running = fit(strategy, *callbacks, module=Synthetic(rho=0.1), batches=data, max_epochs=epochs, ckpt_path=ckpt_path)
     return parameters(running.lightning_module), running
 
 
@@ -307,6 +318,16 @@ def test_a_second_fit_starts_anew(wrap: Any) -> None:
     strategy = wrap(FSLA())
     (first, _), (second, _) = fitted(strategy, 1), fitted(strategy, 1)
     assert differing(first, second) == []
+
+
+def test_a_single_estimate_does_not_advance_a_fit() -> None:
+    """It is the one that the fit makes next, and leaves what the fit carries alone."""
+    looks = Before(lambda module, data: [hypergradient(module, FSLA(), data).grads["lam"].norm() for _ in range(2)])
+    looked, _ = fitted(FSLA(), 1, None, looks)
+    undisturbed, _ = fitted(FSLA(), 1)
+    assert differing(looked, undisturbed) == []
+    assert [pair[0].item() for pair in looks.values] == [pair[1].item() for pair in looks.values]
+    assert [pair[0].item() for pair in looks.values] == looks.logged("hypergradient_norm")
 
 
 # --- Refusals ---
@@ -369,9 +390,9 @@ def test_refuses_accumulation(inside: bool) -> None:
     [
         ({"beta": 0}, r"beta=\.\.\.\)` to be a positive number, got 0"),
         ({"beta": float("inf")}, r"beta=\.\.\.\)` to be a positive number, got inf"),
-        ({"eta": -0.1}, r"eta=\.\.\.\)` to be a positive number, got -0.1"),
-        ({"eta": True}, r"eta=\.\.\.\)` to be a positive number, got True"),
-        ({"eta": 1.5}, r"eta=\.\.\.\)` to be at most 1, got 1.5"),
+        ({"eta": -0.1}, r"eta=\.\.\.\)` to be a number in \(0, 1\], got -0.1"),
+        ({"eta": True}, r"eta=\.\.\.\)` to be a number in \(0, 1\], got True"),
+        ({"eta": 1.5}, r"eta=\.\.\.\)` to be a number in \(0, 1\], got 1.5"),
         ({"tau": 0.0}, r"tau=\.\.\.\)` to be a positive number, got 0.0"),
         ({"schedule": "linear"}, r"schedule=\.\.\.\)` to be 'constant' or 'inverse_sqrt', got 'linear'"),
     ],

@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import Episode, GammaGreedy, ReverseUnroll, TruncatedReverse, hypergradient, tree
+from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.tree import Params
-from tests.support.problems import INNER_OPTIMIZERS, Mlp, Quadratic, assert_close, episodes, plain_value, train
+from tests.support.problems import (
+    INNER_OPTIMIZERS,
+    Mlp,
+    Quadratic,
+    RidgeBlackBox,
+    RidgeSolver,
+    assert_close,
+    episodes,
+    plain_value,
+    train,
+)
 from tests.support.seeds import forked, masks
 
 GAMMAS = [0.0, 0.5, 0.99, 1.0]
@@ -182,7 +193,27 @@ def test_theorem_is_a_descent_direction_elsewhere() -> None:
         assert tree.norm(tree.sub(grads, exact)) > 1e-2 * tree.norm(exact)
 
 
-# --- RngState, arguments ---
+# --- A user's own solver is a run of one step ---
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_exact_through_a_solver(gamma: float) -> None:
+    module = RidgeSolver()
+    episode = module.episode()
+    result, optimum = hypergradient(module, GammaGreedy(gamma), episode), module.optimum(episode)
+    assert_close(result.grads, optimum.grads, 1e-10)
+    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
+    torch.testing.assert_close(result.value, optimum.value)
+
+
+def test_refuses_a_solver_without_derivatives() -> None:
+    module = RidgeBlackBox()
+    message = "^Cannot use `GammaGreedy` with `solve_inner` and `differentiable_solve = False`"
+    with pytest.raises(MisconfigurationError, match=message):
+        hypergradient(module, GammaGreedy(), module.episode())
+
+
+# --- Masks, arguments ---
 
 
 def test_masks_of_earlier_outer_losses_leave_the_run_as_it_is() -> None:

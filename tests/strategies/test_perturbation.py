@@ -22,7 +22,8 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Gaussian
 from lightning_bilevel.modules.functional import FunctionalModule
-from lightning_bilevel.problem import InnerState
+from lightning_bilevel.problem import Carry, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.tree import Params
 from tests.support.differences import (
@@ -115,7 +116,8 @@ class Noisy(NoisyMlp):
         start = InnerState(tree.detach(self.inner_named()), {name: b.clone() for name, b in self.named_buffers()})
         functional = self.functional()
         with functional.session(), forked(0):
-            state = ReverseUnroll().estimate(functional.problem, start, functional.phi(), episode, call_of()).state
+            problem, phi = functional.problem, functional.phi()
+            state = ReverseUnroll().estimate(problem, Carry(start), phi, episode, call_of()).state
         assert all(value.abs().max() > 0 for value in state.opt_state["momentum"].values())
         assert state.buffers["net.1.running_mean"].abs().max() > 0
         return state
@@ -126,16 +128,16 @@ class Repeated(NamedTuple):
 
     functional: FunctionalModule
     episode: Episode
-    memory: InnerState
+    warm: InnerState
     runs: PerturbedRuns
 
     @classmethod
     def of(cls, shared: bool, chunk_size: int | None) -> Repeated:
         module, (episode,) = Noisy(shared), episodes(1)
-        memory, functional = module.warm(episode), module.functional()
+        warm, functional = module.warm(episode), module.functional()
         with functional.session(), forked(1):
-            runs = PerturbedRuns(functional.problem, memory, functional.phi(), episode, chunk_size)
-        return cls(functional, episode, memory, runs)
+            runs = PerturbedRuns(functional.problem, warm, functional.phi(), episode, chunk_size)
+        return cls(functional, episode, warm, runs)
 
     def at(self, mu: float, count: int = 1) -> tuple[Params, Tensor]:
         """Return θ_T and h, stacked, at φ + μu."""
@@ -147,7 +149,7 @@ class Repeated(NamedTuple):
         """Return h of the base run."""
         problem, phi = self.functional.problem, self.runs.phi
         with self.functional.session(), forked(1):
-            state = PerturbedRuns(problem, self.memory, phi, self.episode, 1).base.state  # moves the generator on
+            state = PerturbedRuns(problem, self.warm, phi, self.episode, 1).base.state  # moves the generator on
             return problem.outer_loss(state.params, phi, self.episode.outer, state.buffers)
 
 
@@ -158,19 +160,19 @@ def tensors(state: InnerState) -> Params:
 @both_ways
 def test_without_a_perturbation_the_run_repeats_bit_for_bit(shared: bool) -> None:
     repeated = Repeated.of(shared, chunk_size=1)
-    base, memory, value = tensors(repeated.runs.base.state), tensors(repeated.memory), repeated.value()
+    base, warm, value = tensors(repeated.runs.base.state), tensors(repeated.warm), repeated.value()
     for mu in (0.0, 1.0, 0.0):  # a run elsewhere in between leaves no trace
         theta, h = repeated.at(mu)
         assert set(theta) == set(repeated.runs.base.state.params)
         assert all(torch.equal(values[0], base[name]) for name, values in theta.items()) == (mu == 0)
         assert torch.equal(h[0], value) == (mu == 0)
-    for before, state in ((base, repeated.runs.base.state), (memory, repeated.memory)):
+    for before, state in ((base, repeated.runs.base.state), (warm, repeated.warm)):
         assert all(torch.equal(value, before[name]) for name, value in tensors(state).items())
 
 
 def test_the_repetition_check_sees_masks_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     repeated = Repeated.of(shared=False, chunk_size=1)
-    monkeypatch.setattr(Randomness, "restore", lambda self: None)
+    monkeypatch.setattr(RngState, "restore", lambda self: None)
     theta, _ = repeated.at(0.0)
     assert not torch.equal(theta["net.0.weight"][0], repeated.runs.base.state.params["net.0.weight"])
 
@@ -195,11 +197,11 @@ class Branching(Noisy):
 @every_kind
 def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) -> None:
     module, (episode,) = Branching(False), episodes(1)
-    memory, functional = module.warm(episode), module.functional()
+    carry, functional = Carry(module.warm(episode)), module.functional()
 
     def grads(strategy: HypergradientStrategy) -> Params:
         with functional.session(), forked(1):
-            return strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of()).grads
+            return strategy.estimate(functional.problem, carry, functional.phi(), episode, call_of()).grads
 
     looped = grads(make(4, 0.1, chunk_size=1))
     strategy = make(4, 0.1, chunk_size=None)
@@ -212,12 +214,12 @@ def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) ->
 @every_kind
 def test_chunks_change_nothing(make: Make, shared: bool) -> None:
     module, (episode,) = Noisy(shared), episodes(1)
-    memory, functional = module.warm(episode), module.functional()
+    carry, functional = Carry(module.warm(episode)), module.functional()
     results = []
     for chunk_size in (1, 3, None):
         strategy = make(4, 0.1, chunk_size=chunk_size)
         with functional.session(), forked(1):
-            results.append(strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of()))
+            results.append(strategy.estimate(functional.problem, carry, functional.phi(), episode, call_of()))
     for result in results[1:]:
         assert_close(result.grads, results[0].grads, 1e-10)
         assert torch.equal(result.value, results[0].value)
@@ -234,14 +236,14 @@ def test_the_generator_is_left_where_a_plain_run_leaves_it(make: Make, chunk_siz
 
     module, (episode,) = Dropout(), episodes(1)
     functional = module.functional()
-    memory = InnerState({} if shared else functional.theta())
+    carry = Carry(InnerState({} if shared else functional.theta()))
     with forked(7):
         plain = train(module, episode)
         plain.outer_loss(episode.outer)
         expected = torch.get_rng_state()
     for strategy in (FirstOrder(), make(3, 0.01, chunk_size=chunk_size)):
         with forked(7), functional.session():
-            result = strategy.estimate(functional.problem, memory, functional.phi(), episode, call_of())
+            result = strategy.estimate(functional.problem, carry, functional.phi(), episode, call_of())
             assert torch.equal(torch.get_rng_state(), expected)
         assert_close(result.state.params, tree.detach(plain.inner_named()), 1e-12)
 

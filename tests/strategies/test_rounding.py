@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bilevel import PZOBO, Episode, ZerothOrder, hypergradient
-from lightning_bilevel.problem import InnerState
+from lightning_bilevel.problem import Carry, InnerState
 from lightning_bilevel.strategies.rounding import CoarsestDtype
 from tests.support.modules import listed, trainer
 from tests.support.precisions import EPISODE, Cleaning, by_hand
 from tests.support.problems import Quadratic, RidgeBlackBox, draw
-from tests.support.seeds import key_of, seeded
+from tests.support.seeds import call_of, seeded
 
 
 def test_warns_once_of_differences_that_are_rounding() -> None:
@@ -26,7 +26,7 @@ def test_warns_once_of_differences_that_are_rounding() -> None:
     module.A, module.B, module.C = module.A.float(), module.B.float(), module.C.float()
     episode = Episode([draw(4, seed=10).float()], draw(5, seed=20).float())
     functional, strategy = module.functional(), ZerothOrder(2, mu=1e-5)
-    arguments = functional.problem, InnerState(functional.theta()), functional.phi(), episode, key_of()
+    arguments = functional.problem, Carry(InnerState(functional.theta())), functional.phi(), episode, call_of()
     message = r"^`ZerothOrder\(mu=1e-05\)` is small for torch\.float32: .* Raise `mu` to about 0\.00\d, or use float64"
     with pytest.warns(UserWarning, match=message):
         strategy.estimate(*arguments)
@@ -109,10 +109,19 @@ def test_a_solver_has_the_rounding_of_what_it_returns() -> None:
 
 @pytest.mark.parametrize("kind", [PZOBO, ZerothOrder])
 def test_looking_changes_no_bit(kind: Any) -> None:
-    unseeing = kind(3, mu=0.1)
-    unseeing._looked = True
-    found = [by_hand(seeded(Cleaning), strategy, FLOAT) for strategy in (kind(3, mu=0.1), unseeing)]
-    assert torch.equal(*found)
+    module = seeded(Cleaning)
+    with pytest.warns(UserWarning, match="is small"):
+        looked = by_hand(module, kind(3, mu=1e-6), FLOAT)
+    assert torch.equal(by_hand(module, kind(3, mu=1e-6), FLOAT), looked)  # of one module there is one look
+
+
+@pytest.mark.parametrize("kind", [PZOBO, ZerothOrder])
+def test_another_mu_is_another_look(kind: Any) -> None:
+    module = seeded(Cleaning)
+    by_hand(module, kind(3, mu=0.1), FLOAT)
+    for mu in (1e-6, 1e-7):
+        with pytest.warns(UserWarning, match=rf"^`{kind.__name__}\(mu={mu}\)` is small"):
+            by_hand(module, kind(3, mu=mu), FLOAT)
 
 
 def test_one_look_a_fit() -> None:

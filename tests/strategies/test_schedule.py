@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Dense
+from lightning_bilevel.problem import Carry, Traits
 from tests.support.fits import Before, fit
-from tests.support.modules import differing, parameters
+from tests.support.modules import differing, identical, parameters
 from tests.support.problems import Mlp, RidgeBlackBox, RidgeSolver, assert_close, episodes
+from tests.support.pure import CARRY, EPISODE, PHI, PROBLEM
+from tests.support.seeds import call_of
 
 PHASES = [(TruncatedReverse(1), 1), (ReverseUnroll(), 1), (FirstOrder(), None)]
 
@@ -72,15 +76,19 @@ def test_a_single_estimate_is_that_of_the_first_phase() -> None:
 
 
 def test_facts_of_a_schedule_are_what_is_true_of_all_phases() -> None:
+    facts = ("exact", "unbiased", "second_order", "direction_parallel", "supports_stacking")
+
     def facts_of(*members: HypergradientStrategy) -> tuple[bool, ...]:
         schedule = HypergradientSchedule([*((member, 1) for member in members[:-1]), (members[-1], None)])
-        return schedule.exact, schedule.unbiased, schedule.second_order, schedule.direction_parallel, schedule.stacks
+        return tuple(getattr(schedule, fact) for fact in facts)
 
     assert facts_of(ReverseUnroll()) == (True, True, True, False, True)
     assert facts_of(ReverseUnroll(), ForwardGradient()) == (False, True, True, False, True)
     assert facts_of(PZOBO(), ForwardGradient()) == (False, False, True, True, True)
     assert facts_of(PZOBO(), ZerothOrder()) == (False, False, False, True, True)
     assert facts_of(FirstOrder(), FSLA()) == (False, False, True, False, False)
+    both = HypergradientSchedule([(TruncatedReverse(1), 1), (FSLA(), None)])
+    assert both.differentiates == {"run", "inner_gradient"}
 
 
 def test_what_a_phase_refuses_is_refused() -> None:
@@ -88,12 +96,21 @@ def test_what_a_phase_refuses_is_refused() -> None:
     schedule = HypergradientSchedule([(TruncatedReverse(1), 5), (ImplicitGradient(Dense()), None)])
     with pytest.raises(MisconfigurationError, match="^Cannot use `ImplicitGradient` with parameters shared"):
         hypergradient(module, schedule, episode)
-    ridge = RidgeSolver()
+    ridge = RidgeBlackBox()
     with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
         hypergradient(ridge, schedule, ridge.episode())
     nested = HypergradientSchedule([(FirstOrder(), 1), (schedule, None)])
     with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
         hypergradient(ridge, nested, ridge.episode())
+    single = HypergradientSchedule([(FirstOrder(), 1), (FSLA(), None)])
+    with pytest.raises(MisconfigurationError, match="^Cannot use `FSLA` with `solve_inner`"):
+        hypergradient(RidgeSolver(inner_start="warm", inner_steps=1), single, ridge.episode())
+
+
+def test_a_phase_through_a_solver() -> None:
+    module = RidgeSolver()
+    grads = hypergradient(module, HypergradientSchedule(PHASES), module.episode()).grads
+    assert_close(grads, module.optimum(module.episode()).grads, 1e-10)
 
 
 def test_a_schedule_as_such_refuses_nothing() -> None:
@@ -107,16 +124,38 @@ def test_a_schedule_as_such_refuses_nothing() -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_state_of_every_phase_is_kept() -> None:
-    def schedule() -> HypergradientSchedule:
-        return HypergradientSchedule([(ReverseUnroll(), 2), (ForwardGradient(2, guide=FSLA()), 2), (FSLA(), None)])
+def test_what_every_phase_carries_is_kept() -> None:
+    problem = replace(PROBLEM, inner_steps=1, traits=Traits(warm=True))
+    guided = ForwardGradient(2, guide=FSLA())
+    schedule = HypergradientSchedule([(ReverseUnroll(), 2), (guided, 2), (FSLA(), None)])
+    carry, steps = CARRY, []
+    alone = {"phase 1": Carry(CARRY.inner), "phase 2": Carry(CARRY.inner)}
+    for step in range(7):
+        call = call_of(step, step=step)
+        result = schedule.estimate(problem, carry, PHI, EPISODE, call)
+        if step >= 2:  # each phase goes on from what it carried itself, whatever ran in between
+            name, member = ("phase 1", guided) if step < 4 else ("phase 2", FSLA())
+            expected = member.estimate(problem, Carry(carry.inner, alone[name].strategy), PHI, EPISODE, call)
+            assert_close(result.grads, expected.grads, 1e-12)
+            alone[name] = expected.carry
+            assert all(identical(result.carry.of(each).strategy, kept.strategy) for each, kept in alone.items())
+        carry = result.carry
+        steps.append({name: int(kept["k"]) for name, kept in carry.strategy.items() if name.endswith("/k")})
+    first, both = {"phase 1/guide/k": 2}, {"phase 1/guide/k": 2, "phase 2/k": 3}
+    assert steps[:4] == [{}, {}, {"phase 1/guide/k": 1}, first]
+    assert steps[4:] == [{**first, "phase 2/k": 1}, {**first, "phase 2/k": 2}, both]
 
-    one, other = schedule(), schedule()
-    state = one.state_dict()
-    assert state == {"phases": [{}, {"guide": {"tracked": None}}, {"tracked": None}]}
-    state["phases"][2]["tracked"] = {"k": 3, "v": {}, "d": {}, "phi": {}, "theta": {}}
-    other.load_state_dict(state)
-    assert other.state_dict() == state
+
+def test_a_fit_goes_on_with_as_many_phases_as_it_had(tmp_path: Path) -> None:
+    fit(HypergradientSchedule(PHASES)).save_checkpoint(tmp_path / "middle.ckpt")
+    other = HypergradientSchedule([(FirstOrder(), 1), (ReverseUnroll(), None)])
+    message = (
+        "^Cannot use a `HypergradientSchedule` of 2 phases with this checkpoint. This is because it was written with 3"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        fit(other, max_epochs=2, ckpt_path=tmp_path / "middle.ckpt")
+    longer = HypergradientSchedule([(TruncatedReverse(1), 5), (ReverseUnroll(), 5), (FirstOrder(), None)])
+    fit(longer, max_epochs=2, ckpt_path=tmp_path / "middle.ckpt")
 
 
 @pytest.mark.parametrize(

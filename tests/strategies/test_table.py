@@ -13,7 +13,7 @@ def test_every_strategy_is_in_the_table_once_with_all_facts() -> None:
     for row in rows:
         kind = getattr(strategies, row.name)
         assert row[1:] == tuple(getattr(kind, field) for field in Facts._fields[1:])
-        assert [type(value) for value in row] == [str, bool, bool, str, bool, bool, str, str]
+        assert [type(value) for value in row] == [str, bool, bool, frozenset, bool, bool, str, str]
         assert "" not in row
 
 
@@ -22,4 +22,4 @@ def test_the_table_in_markdown() -> None:
     assert len(lines) == len(facts()) + 2
     assert {line.count("|") for line in lines} == {len(Facts._fields) + 1}
     (line,) = (line for line in lines if line.startswith("| `PZOBO` |"))
-    assert line == "| `PZOBO` | no | no | solve | no | yes | O(M · chunk) | Q + 1 inner runs |"
+    assert line == "| `PZOBO` | no | no | nothing | no | yes | O(M · chunk) | Q + 1 inner runs |"

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ReverseUnroll, TruncatedReverse, hypergradient, tree
+from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.problem import Episode, InnerState
-from tests.support.problems import INNER_OPTIMIZERS, Mlp, Quadratic, assert_close, episodes
+from tests.support.problems import (
+    INNER_OPTIMIZERS,
+    Mlp,
+    Quadratic,
+    RidgeBlackBox,
+    RidgeSolver,
+    assert_close,
+    episodes,
+)
 
 T = 200
 
@@ -67,11 +76,16 @@ def test_truncation_equals_a_short_run_from_the_cut(inner: str) -> None:
     module, (episode,) = Mlp(inner, inner_steps=5), episodes(1)
     functional = module.functional()
     problem, phi = functional.problem, functional.phi()
-    state, outer = problem.start(InnerState(functional.theta()), phi), tree.leaves(phi)
-    for step, batch in enumerate(problem.batches(episode)):
-        late = step >= 2
-        state, _ = problem.step(state if late else state.detach(), outer if late else phi, batch, create_graph=late)
-    value = problem.outer_loss(state.params, outer, episode.outer, state.buffers)
+    outer = tree.leaves(phi)
+    start = problem.start(InnerState(functional.theta()), phi)
+    theta, opt_state = start.params, start.opt_state
+    for number, batch in enumerate(problem.batches(episode)):
+        if number <= 2:  # the last cut is before the third step
+            theta, opt_state = tree.leaves(theta), {slot: tree.detach(values) for slot, values in opt_state.items()}
+        loss, _ = problem.inner_loss(theta, outer, batch, {})
+        grads = tree.grad(loss, theta, create_graph=True)
+        theta, opt_state = problem.update(theta, grads, opt_state, outer, number + 1)
+    value = problem.outer_loss(theta, outer, episode.outer, {})
     assert_close(hypergradient(module, TruncatedReverse(3), episode).grads, tree.grad(value, outer))
 
 
@@ -85,3 +99,23 @@ def test_error_falls_as_steps_are_added(shared: bool) -> None:
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-12 < 1e-4 < errors[0]
+
+
+# --- A user's own solver is a run of one step ---
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_exact_through_a_solver(steps: int) -> None:
+    module = RidgeSolver()
+    episode = module.episode()
+    result, optimum = hypergradient(module, TruncatedReverse(steps), episode), module.optimum(episode)
+    assert_close(result.grads, optimum.grads, 1e-10)
+    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
+    torch.testing.assert_close(result.value, optimum.value)
+
+
+def test_refuses_a_solver_without_derivatives() -> None:
+    module = RidgeBlackBox()
+    message = "^Cannot use `TruncatedReverse` with `solve_inner` and `differentiable_solve = False`"
+    with pytest.raises(MisconfigurationError, match=message):
+        hypergradient(module, TruncatedReverse(1), module.episode())
