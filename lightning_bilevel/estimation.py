@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,14 +98,19 @@ def _one_stack(
         state, episode = InnerState.stack(carried), stack_episodes(episodes)
     result = strategy.estimate(problem, Carry(state, kept), phi, episode, call)
     if problem.observer is not None:
-        problem.observer.end(result.observed, count)
+        left = problem.observer.end(result.observed, count)
+        result = result._replace(state=replace(result.state, buffers={**result.state.buffers, **left}))
     return result.divided(count)
 
 
 def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode) -> bool:
-    """Return whether the losses run under ``vmap``; warn with the reason where they do not."""
+    """Return whether the losses run under ``vmap`` and have the same gradients there; warn with the reason if not.
+
+    Backward hooks, for one, are not called under ``vmap``. Losses that draw random numbers are not compared.
+    """
     device = next(iter(phi.values())).device
     with torch.enable_grad(), RngState(device).fork():
+        before = RngState(device)
         try:
             stacked = problem.vmapped(1, over="episodes")
             batch = stack_episodes([episode])
@@ -112,8 +118,19 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
             theta = tree.leaves(stacked.start(carried.map(lambda value: value[None]), phi).params)
             buffers = tree.map(lambda value: value[None], carried.buffers)
             # With gradients: `torch.utils.checkpoint`, for one, runs forward and fails backward.
-            gradients(stacked.inner_loss(theta, outer, batch.inner[0], buffers)[0], theta, outer)
-            gradients(stacked.outer_loss(theta, outer, batch.outer, buffers), theta, outer)
+            found = [
+                gradients(stacked.inner_loss(theta, outer, batch.inner[0], buffers)[0], theta, outer),
+                gradients(stacked.outer_loss(theta, outer, batch.outer, buffers), theta, outer),
+            ]
+            if before.untouched():
+                theta = tree.leaves(tree.index(theta, 0))
+                plain = [
+                    gradients(problem.inner_loss(theta, outer, episode.inner[0], carried.buffers)[0], theta, outer),
+                    gradients(problem.outer_loss(theta, outer, episode.outer, carried.buffers), theta, outer),
+                ]
+                pairs = zip(found, plain, strict=True)
+                if not all(alike(tree.index(d, 0), e) and alike(c, b) for (d, c), (e, b) in pairs):
+                    raise RuntimeError("they have other gradients than one by one.")
         except (RuntimeError, NotImplementedError, TypeError) as error:
             rank_zero_warn(
                 "The losses cannot be vectorized over episodes, so the episodes of a batch are looped: "
@@ -121,6 +138,12 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
             )
             return False
     return True
+
+
+def alike(a: Params, b: Params) -> bool:
+    """Return whether two trees agree to 1%: kernels that sum in another order do, a term that is left out does not."""
+    difference, size = tree.norm(tree.sub(a, b)), tree.norm(a) + tree.norm(b)
+    return bool(difference <= 0.01 * size + torch.finfo(size.dtype).tiny)
 
 
 def checked(result: Hypergradient) -> Hypergradient:

@@ -206,8 +206,8 @@ class Observer(Protocol):
     def observe(self) -> Any:
         """Return what has been left behind so far; called after an evaluation of the outer loss."""
 
-    def end(self, observed: Any, count: int) -> None:
-        """End the estimate of ``count`` episodes, of which ``observed`` counts."""
+    def end(self, observed: Any, count: int) -> Params:
+        """End the estimate of ``count`` episodes, of which ``observed`` counts; return the buffers it left."""
 
 
 class Traits(NamedTuple):

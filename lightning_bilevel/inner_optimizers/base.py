@@ -23,9 +23,10 @@ class InnerOptimizer(ABC):
     so that a hyperparameter may be a tensor that depends on them.
 
     Attributes:
-        elementwise: whether entry i of the new parameters depends on entry i of the old ones
-            only; rules that mix entries (a global norm, say) set it to ``False``. If it does,
-            :meth:`update` may be given a part of the parameters at a time.
+        elementwise: whether entry i of the new parameters depends on entry i of parameters, gradients and state only.
+            A class that says so gets stacked episodes as one, and a part of the parameters at a time, which is faster;
+            it is compared once with a loop. Rules that mix entries (a global norm, say) leave it at ``False``, and so
+            does a class that overrides a method without a word.
 
     >>> import torch
     >>> class Signs(InnerOptimizer):
@@ -35,7 +36,7 @@ class InnerOptimizer(ABC):
     ({'w': tensor([0.9000])}, {})
     """
 
-    elementwise: bool = True
+    elementwise: bool = False
 
     def init(self, params: Params) -> OptState:
         """Return the state before the first step; none by default."""
@@ -51,3 +52,23 @@ class InnerOptimizer(ABC):
             opt_state: state from :meth:`init` or the previous update.
             step: number of this update, from 1.
         """
+
+
+def is_elementwise(optimizer: InnerOptimizer) -> bool:
+    """Return whether the class that defines the update says that it is elementwise, or the object does.
+
+    >>> class Clipped(InnerOptimizer):
+    ...     def update(self, params, grads, opt_state, step): ...
+    >>> is_elementwise(Clipped())
+    False
+    """
+    if "elementwise" in vars(optimizer):
+        return bool(optimizer.elementwise)
+    package = __name__.partition(".")[0]
+    for kind in type(optimizer).__mro__:
+        if "elementwise" in vars(kind):
+            return bool(kind.elementwise)  # type: ignore[attr-defined]
+        own = kind.__module__.partition(".")[0] == package
+        if not own and any(name in vars(kind) for name in ("init", "update", "initial", "rule")):
+            return False
+    return False

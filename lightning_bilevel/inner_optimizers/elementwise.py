@@ -46,6 +46,8 @@ class ElementwiseOptimizer(InnerOptimizer):
         self.hyperparameters = hyperparameters
         self._only_numbers = all(isinstance(value, (float, int)) for value in hyperparameters.values())
 
+    elementwise = True
+
     @abstractmethod
     def initial(self, values: Values) -> dict[str, Value]:
         """Return what each slot of a parameter is filled with, keyed by slot name."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
-from lightning_bilevel.inner_optimizers.base import OptState
+from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
@@ -65,13 +65,16 @@ class FunctionalModule:
         self._converted: InnerOptimizer | None = None
         self._learned: dict[tuple[int, bool], frozenset[str]] = {}
         configured = None if self._solves else self._configured()
-        self._elementwise = configured is None or configured.elementwise
-        self._max_copies = _max_copies(module, self.theta())
+        self._elementwise = configured is None or is_elementwise(configured)
+        self._max_copies = 1 if _has_backward_hooks(module) else _max_copies(module, self.theta())
 
     @property
     def problem(self) -> BilevelProblem:
         """The pure functions, with the options that the module has now."""
         module = self.module
+        if self._converted is not None:  # a rate of `torch.optim` may have changed
+            self._converted = None
+            self._configured()
         traits = Traits(
             warm=module.inner_start == "warm",
             learned=self.learned,
@@ -246,7 +249,10 @@ class FunctionalModule:
     def _outer_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.in_place({**phi, **theta, **own}):
-            return _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
+            self.recorder.before_outer_loss()
+            loss = _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
+            self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own})
+        return loss
 
     def _initial(self, carried: Params, phi: Params) -> Params:
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
@@ -326,6 +332,14 @@ def _refuse_scheduled(optimizer: torch.optim.Optimizer) -> None:
 
 def _entries(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else ()
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    """Return whether backward hooks are registered, which PyTorch calls in plain passes only, not under ``vmap``."""
+    shared = nn.modules.module
+    if shared._global_backward_hooks or shared._global_backward_pre_hooks:
+        return True
+    return any(child._backward_hooks or child._backward_pre_hooks for child in module.modules())
 
 
 def _max_copies(module: nn.Module, theta: Params) -> int:

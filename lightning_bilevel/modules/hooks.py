@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_bilevel.errors import MisconfigurationError, missing_error, value_error
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.inner_optimizers import InnerOptimizer
-from lightning_bilevel.modules.levels import Levels, rest
+from lightning_bilevel.modules.levels import Levels, parameters, rest
 from lightning_bilevel.problem import Batch, Episode
 
 InnerStart = Literal["warm", "reset", "reinit"]
@@ -40,6 +41,16 @@ class BilevelHooks(LightningModule):
     differentiable_solve: ClassVar[bool] = True
     inner_start: InnerStart
     on_nonfinite: OnNonfinite
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let callers of an overridden ``inner_parameters`` or ``outer_parameters`` get a list of parameters.
+
+        So that ``torch.optim.Adam(self.outer_parameters())`` works whatever the hook returns, a submodule too.
+        """
+        super().__init_subclass__(**kwargs)
+        for name in ("inner_parameters", "outer_parameters"):
+            if callable(hook := cls.__dict__.get(name)):
+                setattr(cls, name, _listed(hook, name))
 
     inner_steps: int
     proximal: float
@@ -150,3 +161,15 @@ class BilevelHooks(LightningModule):
 
     def _missing(self, hook: str) -> MisconfigurationError:
         return missing_error(type(self).__name__, f"`{hook}`", _FIXES[hook])
+
+
+def _listed(hook: Any, name: str) -> Any:
+    """Return a level's hook that lists what it selects."""
+    if hasattr(hook, "__wrapped__"):  # `outer_parameters = inner_parameters`
+        return hook
+
+    @wraps(hook)
+    def listed(self: Any) -> list[Any]:
+        return parameters(hook(self), f"{type(self).__name__}.{name}()")
+
+    return listed

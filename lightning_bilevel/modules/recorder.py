@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_bilevel.host import LightningModule
+from lightning_bilevel.modules.attributes import Attributes, Snapshot, once
+from lightning_bilevel.tree import Params
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -31,6 +33,11 @@ class LogRecorder:
         self._running = False
         self._latest: dict[str, _Call] = {}
         self._metrics: list[_RecordedMetric] = []
+        self._attributes: Attributes | None = None
+        self._start: Snapshot = []
+        self._before: Snapshot = []
+        self._final: Snapshot | None = None
+        self._buffers: Params = {}
 
     @contextmanager
     def recording(self, module: LightningModule) -> Iterator[None]:
@@ -38,7 +45,9 @@ class LogRecorder:
 
         A LightningModule that is a child logs through the same Trainer, so its methods are shadowed too.
         """
-        self._runs, self._running = [], False
+        self._runs, self._running, self._final = [], False, None
+        self._attributes = attributes = Attributes(module)
+        self._start = attributes.take()
         loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
         shadowed: list[dict[str, Any]] = [
             {name: child.__dict__[name] for name in ("log", "log_dict") if name in child.__dict__} for child in loggers
@@ -56,24 +65,45 @@ class LogRecorder:
             for child, before in zip(loggers, shadowed, strict=True):
                 del child.__dict__["log"], child.__dict__["log_dict"]
                 child.__dict__.update(before)
+            attributes.put(self._start)
 
     def begin(self) -> None:
         """Begin a run."""
-        self._running, self._latest = True, {}
+        self._running, self._latest, self._buffers = True, {}, {}
         for metric in self._metrics:
             metric.begin()
 
-    def observe(self) -> Observed:
-        """Return what has been logged in this run, and the metrics' states."""
-        return Observed(dict(self._latest), [metric.present() for metric in self._metrics])
+    def before_outer_loss(self) -> None:
+        """Note the attributes that an outer loss starts from."""
+        if self._running and self._attributes is not None:
+            self._before = self._attributes.take()
 
-    def end(self, observed: Any, count: int) -> None:
-        """End the run of ``count`` episodes; what stood at ``observed`` counts."""
+    def after_outer_loss(self, buffers: Params) -> None:
+        """Note the buffers that an outer loss has left."""
+        self._buffers = buffers
+
+    def observe(self) -> Observed | None:
+        """Return what has been left behind in this run."""
+        if not self._running or self._attributes is None:
+            return None
+        states = [metric.present() for metric in self._metrics]
+        buffers = {name: _examples(value) for name, value in self._buffers.items()}
+        return Observed(dict(self._latest), states, buffers, self._before, self._attributes.take())
+
+    def end(self, observed: Any, count: int) -> Params:
+        """End the run of ``count`` episodes; what stood at ``observed`` counts.
+
+        Returns:
+            The buffers that the outer loss left, stacked where there are several episodes.
+        """
         self._running = False
-        if isinstance(observed, Observed):
-            self._runs.append((count, observed.calls))
-            for metric, state in zip(self._metrics, observed.metrics, strict=True):
-                metric.end(state)
+        if not isinstance(observed, Observed):
+            return {}
+        self._runs.append((count, observed.calls))
+        for metric, state in zip(self._metrics, observed.metrics, strict=True):
+            metric.end(state)
+        self._final = once(self._start, observed.before, observed.after)
+        return observed.buffers
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""
@@ -94,20 +124,33 @@ class LogRecorder:
         """
         for metric in self._metrics:
             metric.replay()
+        if self._final is not None and self._attributes is not None:
+            self._attributes.put(self._final)
         for name in dict.fromkeys(name for _, calls in self._runs for name in calls):
             calls = [(count, calls[name]) for count, calls in self._runs if name in calls]
             _, (value, args, kwargs) = calls[-1]
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
-        self._runs, self._metrics = [], []
+        self._runs, self._metrics, self._final = [], [], None
 
 
 class Observed(NamedTuple):
-    """What stood when an outer loss had been evaluated: the calls to log, and the metrics' states."""
+    """What stood when an outer loss had been evaluated.
+
+    Attributes:
+        calls: to log.
+        metrics: their states.
+        buffers: those that the losses change.
+        before: plain attributes before the outer loss.
+        after: plain attributes after it.
+    """
 
     calls: dict[str, _Call]
     metrics: list[dict[str, Any]]
+    buffers: Params
+    before: Snapshot
+    after: Snapshot
 
 
 class _RecordedMetric:

@@ -68,7 +68,10 @@ class PerturbedRuns:
         with RngState(self._device).fork():
             if count > 1 and not self.problem.findings.get(_LOOPED):
                 try:
-                    return self._vectorized(directions, mu, count, read)
+                    found = self._vectorized(directions, mu, count, read)
+                    if not self.problem.findings.get(_COMPARED):
+                        self._compare(directions, mu, read, found)
+                    return found
                 except MisconfigurationError:
                     raise
                 except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -79,6 +82,17 @@ class PerturbedRuns:
                     )
             moved = (tree.add(self.phi, tree.index(directions, number), alpha=mu) for number in range(count))
             return tree.stack([self._run(self.problem, self.carried, phi, read) for phi in moved])
+
+    def _compare(self, directions: Params, mu: float, read: _Read, found: Params) -> None:
+        """Raise unless the first of the vectorized runs is that of a loop: hooks, for one, are not called there."""
+        moved = tree.add(self.phi, tree.index(directions, 0), alpha=mu)
+        alone, first = self._run(self.problem, self.carried, moved, read), tree.index(found, 0)
+        difference, size = tree.norm(tree.sub(alone, first)), tree.norm(alone)
+        if not difference <= _ALIKE * size:
+            raise RuntimeError(
+                f"they end elsewhere than one by one, by {(difference / size).item():.1g} of the length."
+            )
+        self.problem.findings[_COMPARED] = True
 
     def _vectorized(self, directions: Params, mu: float, count: int, read: _Read) -> Params:
         phi = {name: value + mu * directions[name] for name, value in self.phi.items()}
@@ -96,4 +110,8 @@ class PerturbedRuns:
 
 
 _LOOPED = "the losses do not vectorize over phi"
-"""Key of :attr:`BilevelProblem.findings`."""
+_COMPARED = "vectorized over phi, a run was that of a loop"
+"""Keys of :attr:`BilevelProblem.findings`."""
+
+_ALIKE = 1e-3
+"""Relative distance of the ends of two runs beyond which they are not the same: rounding stays below it."""

@@ -103,7 +103,7 @@ class FitMemory:
             functional: the module.
             result: its state is stacked where ``count > 1``.
             count: episodes. With several, θ of the episodes has no common value and is dropped; buffers are
-                averaged.
+                averaged, and of integers, counters say, the last episode's count.
 
         Returns:
             The tensors that now hold what is kept: buffers, inner parameters, the inner optimizer's state, the
@@ -209,7 +209,7 @@ def _reset(reset: Any, child: nn.Module) -> None:
 
 
 def _average(stacked: Tensor) -> Tensor:
-    return stacked.mean(0) if stacked.is_floating_point() else stacked[0]
+    return stacked.mean(0) if stacked.is_floating_point() else stacked[-1]
 
 
 def _shapes(opt_state: OptState, names: Sequence[str] | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
