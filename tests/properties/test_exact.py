@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import Episode, Hypergradient, ReverseUnroll, hypergradient, tree
+from lightning_bilevel import (
+    Episode,
+    GammaGreedy,
+    Hypergradient,
+    HypergradientStrategy,
+    ReverseUnroll,
+    TruncatedReverse,
+    hypergradient,
+    tree,
+)
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
@@ -211,15 +220,21 @@ def test_a_torch_optimizer_is_taken_as_it_is(row: Row) -> None:
 
 @every_exact_strategy
 def test_differentiable_solver(row: Row) -> None:
-    if row.strategy.requires == "step":
-        module = RidgeSolver()
-        with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
-            estimate(row, module, module.episode())
-        return
+    check_solver(row.build(RidgeSolver()), row.tolerance)
+
+
+@pytest.mark.parametrize(
+    "strategy", [TruncatedReverse(steps=1), GammaGreedy(gamma=0.9), GammaGreedy(gamma=0)], ids=["truncated", "0.9", "0"]
+)
+def test_a_differentiable_solver_is_one_step_of_which_nothing_is_left_out(strategy: HypergradientStrategy) -> None:
+    check_solver(strategy)
+
+
+def check_solver(strategy: HypergradientStrategy, rtol: float = 1e-9) -> None:
     module = RidgeSolver()
     episode = module.episode()
-    result, (weight, value, grads) = estimate(row, module, episode), module.optimum(episode)
-    assert_close(result.grads, grads, row.tolerance)
+    result, (weight, value, grads) = hypergradient(module, strategy, episode), module.optimum(episode)
+    assert_close(result.grads, grads, rtol)
     assert_close(result.state.params, {"weight": weight})
     torch.testing.assert_close(result.value, value)
 
@@ -229,7 +244,7 @@ def test_black_box_solver(row: Row) -> None:
     module = RidgeBlackBox(**row.needs)
     episode = module.episode()
     strategy = row.build(module)
-    if strategy.requires == "step" or (strategy.requires == "solve" and strategy.second_order):
+    if strategy.needs_steps or "run" in strategy.differentiates:
         with pytest.raises(MisconfigurationError, match="^Cannot use `.*` with `solve_inner`"):
             hypergradient(module, strategy, episode)
         return
@@ -269,7 +284,7 @@ def test_warm_start_goes_on_as_one_long_run(row: Row) -> None:
     phi, problem = functional.phi(), functional.problem
     first = hypergradient(module, ReverseUnroll(), episode)
     with functional.session():
-        result = row.build(module).estimate(problem, first.state, phi, episode, call_of())
+        result = row.build(module).estimate(problem, first.carry, phi, episode, call_of())
     assert result.state.steps == 2 * module.inner_steps
 
     trained = deepcopy(module)
@@ -320,10 +335,10 @@ class Recurrent(InnerOptimizer):
     def init(self, params):
         return {slot: {name: p.new_zeros(*p.shape, 1) for name, p in params.items()} for slot in ("hidden", "memory")}
 
-    def update(self, params, grads, slots, step):
-        new, after = {}, {slot: {} for slot in slots}
+    def update(self, params, grads, opt_state, step):
+        new, after = {}, {slot: {} for slot in opt_state}
         for name, param in params.items():
-            before = [slots[slot][name].reshape(-1, 1) for slot in ("hidden", "memory")]
+            before = [opt_state[slot][name].reshape(-1, 1) for slot in ("hidden", "memory")]
             hidden, memory = self.cell(grads[name].reshape(-1, 1), before)
             new[name] = param - self.head(hidden).reshape(param.shape)
             after["hidden"][name], after["memory"][name] = (x.reshape(*param.shape, 1) for x in (hidden, memory))
@@ -338,8 +353,8 @@ class Clipped(InnerOptimizer):
     def __init__(self, lr: Tensor) -> None:
         self.lr = lr
 
-    def update(self, params, grads, slots, step):
-        return tree.add(params, grads, alpha=-self.lr / (0.1 + tree.norm(grads))), slots
+    def update(self, params, grads, opt_state, step):
+        return tree.add(params, grads, alpha=-self.lr / (0.1 + tree.norm(grads))), opt_state
 
 
 class LearnedOptimizer(Mlp):
@@ -418,7 +433,7 @@ def test_several_episodes_give_the_mean_stacked_or_looped(row: Row) -> None:
         assert_close(result.state.params, expected.state.params)
         assert_close(result.metrics, expected.metrics)
         torch.testing.assert_close(result.value, expected.value)
-    assert calls[0] > calls[1] or not row.strategy.stacks
+    assert calls[0] > calls[1] or not row.strategy.supports_stacking
 
 
 @every_strategy_of_several_episodes
@@ -438,8 +453,6 @@ def test_stacked_episodes_of_shared_parameters(row: Row) -> None:
 
 @every_exact_strategy
 def test_several_episodes_with_a_solver(row: Row) -> None:
-    if row.strategy.requires == "step":
-        return
     module = RidgeSolver()
     several = [module.episode(seed) for seed in range(3)]
     expected = [module.optimum(episode).grads["log_penalty"] for episode in several]
