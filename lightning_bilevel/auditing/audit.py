@@ -263,12 +263,21 @@ def _stopped(report: Audit, broken: Sequence[AuditRow]) -> MisconfigurationError
 
 @contextmanager
 def _untouched(module: BilevelModule) -> Iterator[None]:
-    """Leave random generators and compiled code as they were."""
-    states = _collect_rng_states(include_cuda=False)
+    """Leave random generators, compiled code and what is known of the losses as they were.
+
+    A fit looks at its losses, and warns of what it finds, with or without an audit before.
+    """
+    states, functional = _collect_rng_states(include_cuda=False), module.functional()
+    kinds, vectorizes = (functional.findings, functional.examinations), functional.vectorizes
+    known = [dict(kind) for kind in kinds]
     try:
-        with RngState(module.functional().device).fork():
+        with RngState(functional.device).fork():
             yield
     finally:
+        for kind, before in zip(kinds, known, strict=True):
+            kind.clear()
+            kind.update(before)
+        functional.vectorizes = vectorizes
         _set_rng_states(states)
         if compiled(module):
             torch.compiler.reset()

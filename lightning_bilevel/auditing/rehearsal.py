@@ -22,7 +22,7 @@ from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError, report
 from lightning_bilevel.linear_solvers import LinearSolver
-from lightning_bilevel.problem import Episode, Hypergradient, stackable
+from lightning_bilevel.problem import Carry, Episode, Hypergradient, stackable
 from lightning_bilevel.randomness import Call, Key
 from lightning_bilevel.strategies import (
     FirstOrder,
@@ -32,7 +32,7 @@ from lightning_bilevel.strategies import (
     ReverseUnroll,
     ZerothOrder,
 )
-from lightning_bilevel.training.estimating import Surroundings, estimated, estimating
+from lightning_bilevel.training.estimating import Surroundings, estimated_at, estimating
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.tree import Params
 
@@ -196,10 +196,15 @@ class Rehearsal:
         """Return the estimate over few steps; a second one where the strategy carries something on to it."""
         functional, memory = self._functional, self.module.fit_context.memory
         episodes = check_episodes(self.episodes, type(self.module).__name__)
-        again = partial(estimated, functional, memory, strategy, episodes, self._call, inner_steps=self.steps)
+        options: dict[str, Any] = {"twice": strategy.second_order, "inner_steps": self.steps, "check": strategy.check}
+
+        def again(carry: Carry | None = None) -> Hypergradient:
+            with estimating(functional, memory, episodes, self._call.key, carry=carry, **options) as at:
+                return estimated_at(functional, strategy, at, self._call)
+
         with torch.inference_mode(False), torch.enable_grad():
             result = again()
-            return again(carry=result.carry) if result.kept else result
+            return again(result.carry) if result.kept else result
 
     def _look(self, probe: Callable[[Surroundings], T]) -> T:
         """Return what a probe finds in the surroundings of an estimate of the first episode."""

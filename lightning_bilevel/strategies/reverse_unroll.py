@@ -81,7 +81,7 @@ def _segments(batches: list[Batch], checkpoint: int | Literal["sqrt"] | None) ->
     if checkpoint is None:
         return [batches]
     if checkpoint == "sqrt":
-        count = max(1, math.ceil(math.sqrt(3 * len(batches))))
+        count = min(len(batches), math.ceil(math.sqrt(3 * len(batches))))
         least, longer = divmod(len(batches), count)
         ends = list(accumulate([least + 1] * longer + [least] * (count - longer)))
     else:

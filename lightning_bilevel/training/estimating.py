@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+
+from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, vectorizes
-from lightning_bilevel.modules.examine import Examination, examination_of
+from lightning_bilevel.modules.examine import Examination, examination_of, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.randomness import Call, Key, RngState
@@ -118,20 +121,26 @@ def estimated(
     """
     options: dict[str, Any] = {"twice": strategy.second_order, "carry": carry, "inner_steps": inner_steps}
     with estimating(functional, memory, episodes, masks or call.key, **options, check=strategy.check) as at:
-        refuse(_refusals(functional, strategy, at.examination))
-        size = _chunk_size(functional, at) if len(episodes) > 1 else 1
-        return estimate(at.problem, strategy, at.carried, at.phi, episodes, call, size, at.kept)
+        refuse(_refusals(functional, strategy, at))
+        return estimated_at(functional, strategy, at, call)
+
+
+def estimated_at(
+    functional: FunctionalModule, strategy: HypergradientStrategy, at: Surroundings, call: Call
+) -> Hypergradient:
+    """Return the mean estimate in surroundings that were entered, also where second derivatives are left out."""
+    size = _chunk_size(functional, at) if len(at.episodes) > 1 else 1
+    return estimate(at.problem, strategy, at.carried, at.phi, at.episodes, call, size, at.kept)
 
 
 def _refusals(
-    functional: FunctionalModule, strategy: HypergradientStrategy, examination: Examination
+    functional: FunctionalModule, strategy: HypergradientStrategy, at: Surroundings
 ) -> list[MisconfigurationError]:
     """Return what a strategy cannot work with in these losses."""
-    # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient.
-    through = strategy.second_order and not functional.module.has_solver
-    if not examination.once_differentiable or not (through or "inner_gradient" in strategy.differentiates):
+    marked = _marked_once_differentiable(functional, strategy, at)
+    if not marked:
         return []
-    name, _ = examination.once_differentiable[0]
+    name, _ = marked[0]
     return [
         combination_error(
             f"`{type(strategy).__name__}` with `{name}` in `{type(functional.module).__name__}.inner_loss`",
@@ -140,6 +149,30 @@ def _refusals(
             "Write its `backward` with differentiable operations and drop the mark, or use `PZOBO`",
         )
     ]
+
+
+def _marked_once_differentiable(
+    functional: FunctionalModule, strategy: HypergradientStrategy, at: Surroundings
+) -> tuple[tuple[str, str], ...]:
+    """Return the functions in the inner loss that are marked so, where ``strategy`` differentiates it twice."""
+    if not functional.module.has_solver:
+        return at.examination.once_differentiable if strategy.second_order else ()
+    # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient, which the
+    # first look leaves out: others never evaluate it.
+    if "inner_gradient" not in strategy.differentiates:
+        return ()
+    if _BESIDE_A_SOLVER not in functional.examinations:
+        phi, state = tree.leaves(at.phi), at.carried[0]
+        with torch.enable_grad(), RngState(functional.device).fork():
+            theta = tree.leaves(at.problem.start(state, phi).params)
+            loss, _ = at.problem.inner_loss(theta, phi, at.episodes[0].inner[0], state.buffers)
+        functional.examinations[_BESIDE_A_SOLVER] = tuple(once_differentiable(loss))
+    found: tuple[tuple[str, str], ...] = functional.examinations[_BESIDE_A_SOLVER]
+    return found
+
+
+_BESIDE_A_SOLVER = "the inner loss of a module with a solver"
+"""Key of :attr:`FunctionalModule.examinations`."""
 
 
 def _chunk_size(functional: FunctionalModule, at: Surroundings) -> int:

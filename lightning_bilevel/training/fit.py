@@ -53,9 +53,11 @@ class FitContext:
         self._fit: Fit | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FitContext:
-        # A copy of the module (SWA, EMA) is not in the fit.
+        # A copy of the module (SWA, EMA) is not in the fit, and none of its parameters is frozen by it.
         copied = FitContext(copy.deepcopy(self._module, memo), self._training_step)
         copied.memory = copy.deepcopy(self.memory, memo)
+        for name in self._fit.functional.levels.inner_only if self._fit is not None else ():
+            copy.deepcopy(self._module.get_parameter(name), memo).requires_grad_(True)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

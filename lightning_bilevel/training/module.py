@@ -87,6 +87,7 @@ class BilevelModule(BilevelHooks):
             integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
         self.episode_chunk_size = episode_chunk_size
         self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
+        self._levels = None  # here, so that a fit adds no attribute
         self.fit_context = FitContext(self, BilevelModule.training_step)
 
     @contextmanager

@@ -55,7 +55,7 @@ class HypergradientMonitor(Callback):
     ) -> None:
         self.reference = reference if reference is not None else ReverseUnroll(checkpoint="sqrt")
         self.every_n_steps = integer("HypergradientMonitor(every_n_steps=...)", every_n_steps)
-        if integer("HypergradientMonitor(samples=...)", samples, least=0) == 1:
+        if type(samples) is not int or samples < 0 or samples == 1:
             raise value_error("HypergradientMonitor(samples=...)", "0, or an integer of at least 2", samples)
         self.samples = samples
 

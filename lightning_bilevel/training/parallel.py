@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_bilevel.errors import MisconfigurationError, combination_error
+from lightning_bilevel.errors import ArgumentError, MisconfigurationError, NonfiniteError, combination_error
 from lightning_bilevel.host import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -198,13 +198,13 @@ class Ranks:
         failed, values = torch.stack(reports).cpu().unbind(1)
         if failed.any():
             first = int(failed.nonzero()[0])
-            message = (type(raised).__name__, str(raised)) if raised is not None else None
+            message = (type(raised).__name__, _known(raised), str(raised)) if raised is not None else None
             message = self._strategy.broadcast(message, src=first)
             if raised is not None:
                 raise raised
             assert message is not None
-            kind, text = message
-            raise _ERRORS.get(kind, RuntimeError)(f"{text} (This was on rank {first}: {kind}.)")
+            kind, known, text = message
+            raise _ERRORS[known](f"{text} (This was on rank {first}: {kind}.)")
         return made[0], values
 
     def _compare(self, values: Tensor, tolerance: float) -> None:
@@ -252,8 +252,17 @@ class Ranks:
 
 
 _ERRORS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (FloatingPointError, ValueError, TypeError, MisconfigurationError)
+    error.__name__: error
+    for error in (
+        *(NonfiniteError, ArgumentError, MisconfigurationError),
+        *(FloatingPointError, ValueError, TypeError, RuntimeError, Exception),
+    )
 }
+"""What an error on another process is raised as: a step is skipped on all of them, or on none."""
+
+
+def _known(error: Exception) -> str:
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERRORS)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

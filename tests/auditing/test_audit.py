@@ -33,6 +33,7 @@ from lightning_bilevel import (
     TruncatedReverse,
     audit,
     bilevel,
+    hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Neumann
@@ -100,8 +101,9 @@ def test_shared_parameters_and_several_episodes() -> None:
 def test_solvers() -> None:
     module = RidgeSolver()
     report = quiet(module, module.episode())
-    assert report["ReverseUnroll"].works
-    assert report["TruncatedReverse"].reason == "`solve_inner`: your solver has no inner steps"
+    for exact in ("ReverseUnroll", "TruncatedReverse", "GammaGreedy"):
+        assert (report[exact].verdict, report[exact].cosine) == ("yes", pytest.approx(1))  # a run of one step
+    assert report["FSLA"].reason.startswith("`solve_inner`: your solver has no inner steps")
     assert "Episodes" not in str(report)
     assert "`solve_inner` takes one" in str(report)
     assert report.vectorizes is None
@@ -176,6 +178,13 @@ def test_an_audit_repeats_itself() -> None:
     module, batch = seeded(Noisy), Episode([examples(0)], examples(1)[:2])
     one, other = ([(r.verdict, r.cosine) for r in quiet(module, batch).rows] for _ in range(2))
     assert one == other
+
+
+def test_what_an_audit_meets_is_said_again_where_it_matters() -> None:
+    module = Net(lambda x: 2 * x if x.sum().item() > 0 else 3 * x)
+    assert quiet(module, EPISODE, [PZOBO(2)])["PZOBO"].works
+    with pytest.warns(UserWarning, match=r"^The losses cannot be vectorized over directions"):
+        hypergradient(module, PZOBO(2, mu=0.1), EPISODE)
 
 
 class Final(Callback):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bilevel import PZOBO, ForwardGradient, ReverseUnroll
-from lightning_bilevel.auditing.diagnosis import diagnose, split_message
+from lightning_bilevel.auditing.diagnosis import diagnose, explained
+from lightning_bilevel.errors import combination_error, nonfinite_error, report
 from tests.support.audits import EPISODE, FORWARD, SECOND_ORDER, Net, distances, failing, line, quiet
 from tests.support.functions import Once
 from tests.support.seeds import seeded
@@ -146,16 +147,12 @@ def test_a_compiled_net() -> None:
     assert report["ReverseUnroll"].where.startswith("audits.py:")
 
 
-def test_messages_of_this_package_are_split() -> None:
-    assert split_message("Expected the loss to be finite, got nan. Lower it. (Hypergradient strategy: `X`.)") == (
-        "the loss is nan",
-        "Lower it.",
-    )
-    assert split_message("Cannot use A. This is because b. Use C.\nCannot use D. This is because e. Use C.") == (
-        "A: b; D: e",
-        "Use C.",
-    )
-    assert split_message("No full stop") == ("No full stop", "")
+def test_errors_of_this_package_are_told_in_two_columns() -> None:
+    nonfinite = nonfinite_error("loss", float("nan"), "Lower it.").with_note("(Hypergradient strategy: `X`.)")
+    assert explained(nonfinite) == ("the loss is nan", "Lower it.")
+    both = report([combination_error("A", "b", "Use C"), combination_error("D", "e", "Use C")])
+    assert explained(both) == ("A: b; D: e", "Use C.")
+    assert explained(ValueError("No full stop")) == ("No full stop", "")
 
 
 def test_an_error_that_comes_once_only_is_still_told() -> None:

@@ -73,10 +73,10 @@ def test_a_strategy_that_carries_something_is_rehearsed_twice() -> None:
             seen.append(last is not None)
             return super()._linear_step(problem, before, phi, episode, batch, last, beta)
 
-    strategy = Second()
-    assert quiet(Net(inner_start="warm", inner_steps=1), EPISODE, [strategy])["Second"].works
+    module = Net(inner_start="warm", inner_steps=1)
+    assert quiet(module, EPISODE, [Second()])["Second"].works
     assert seen[:2] == [False, True]
-    assert strategy._tracked is None
+    assert module.fit_context.memory.strategy == {}  # a fit does not go on from a rehearsal
 
 
 def test_only_a_few_directions_are_rehearsed() -> None:

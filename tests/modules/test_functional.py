@@ -27,7 +27,7 @@ from tests.support.seeds import seeded
 )
 def test_copies_of_a_net(net: nn.Module, entries: int, copies: int) -> None:
     theta = {"w": torch.zeros(1).expand(entries)}
-    assert functional._vectorizable(net, theta) == copies
+    assert functional._max_copies(net, theta) == copies
 
 
 class WithoutData(BilevelModule):

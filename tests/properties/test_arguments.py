@@ -85,9 +85,9 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"Expected `Net\.episodes\(batch\)` to be at least one episode, got \[\]",
     ),
     "hypergradient of a refused combination": (
-        lambda: hypergradient(net(inner_loss=None, solve_inner=zeros), TruncatedReverse(), EPISODE),
+        lambda: hypergradient(net(inner_loss=None, solve_inner=zeros), FSLA(), EPISODE),
         MisconfigurationError,
-        "Cannot use `TruncatedReverse` with `solve_inner`",
+        "Cannot use `FSLA` with `solve_inner`",
     ),
     "training_step without a fit": (
         lambda: net().training_step(EPISODE),
@@ -140,7 +140,7 @@ ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     (GammaGreedy, {"gamma": 1.5}, "gamma", "a number in [0, 1]"),
     (FSLA, {"beta": 0}, "beta", "a positive number"),
     (FSLA, {"tau": -1.0}, "tau", "a positive number"),
-    (FSLA, {"eta": 1.5}, "eta", "at most 1"),
+    (FSLA, {"eta": 1.5}, "eta", "a number in (0, 1]"),
     (FSLA, {"schedule": "linear"}, "schedule", "'constant' or 'inverse_sqrt'"),
     (HypergradientSchedule, {"phases": []}, "phases", "a list of (strategy, steps) that ends with (strategy, None)"),
     (HypergradientMonitor, {"every_n_steps": 0}, "every_n_steps", POSITIVE),

@@ -29,14 +29,25 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
+from lightning_bilevel.problem import Carry
+from lightning_bilevel.training.estimating import estimating
 from tests.support.problems import Mlp, episodes
 from tests.support.seeds import call_of
 
 T, N = 7, 5  # N is the module's number of outer parameters, see the test of it
 
 
-def costs(strategy: HypergradientStrategy, monkeypatch: pytest.MonkeyPatch, steps: int = T) -> dict[str, int]:
-    """Count on one estimate, by way of the problem's functions and of ``torch.autograd.grad``."""
+def costs(
+    strategy: HypergradientStrategy, monkeypatch: pytest.MonkeyPatch, steps: int = T, number: int = 1
+) -> dict[str, int]:
+    """Count on one estimate, by way of the problem's functions and of ``torch.autograd.grad``.
+
+    Args:
+        strategy: makes it.
+        monkeypatch: of the test.
+        steps: T.
+        number: of the estimate that is counted, among several of which each goes on from the last.
+    """
     module = Mlp("SGD", learned=False)
     module.inner_steps, (episode,) = steps, episodes(1)
     functional, counted, original = module.functional(), Counter(), torch.autograd.grad
@@ -53,14 +64,14 @@ def costs(strategy: HypergradientStrategy, monkeypatch: pytest.MonkeyPatch, step
         counted["graphs" if with_graph else "gradients" if grad_outputs is None else "products"] += 1
         return original(outputs, inputs, grad_outputs, *args, **kwargs)
 
-    losses = {name: spied(name, getattr(functional.problem, name)) for name in ("inner_loss", "outer_loss")}
-    problem = replace(functional.problem, **losses)
-    with functional.session():
-        memory = module.fit_context.memory.recall(functional, episode)
-        counted.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.autograd, "grad", grad)
-            strategy.estimate(problem, memory, functional.phi(), episode, call_of())
+    with estimating(functional, module.fit_context.memory, [episode], call_of().key) as at:
+        losses = {name: spied(name, getattr(at.problem, name)) for name in ("inner_loss", "outer_loss")}
+        problem, carry = replace(at.problem, **losses), Carry(at.carried[0], at.kept)
+        for _ in range(number):
+            counted.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.autograd, "grad", grad)
+                carry = strategy.estimate(problem, carry, at.phi, episode, call_of()).carry
     return dict(counted)
 
 
@@ -72,19 +83,19 @@ def expected(inner: int, outer: int, gradients: int = 0, graphs: int = 0, produc
 
 S = ceil(sqrt(3 * T))  # stretches, the last of one step
 COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
-    # T steps with a graph each; the backward pass is the gradient of the outer loss.
-    "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T)),
+    # T steps with a graph each; d = ∂f/∂θ, and one backward pass through them all.
+    "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T, products=1)),
     # All but the last stretch twice, without and with a graph; d = ∂f/∂θ, one product for each stretch.
     "reverse, sqrt": (ReverseUnroll("sqrt"), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=S)),
     "reverse, 3": (ReverseUnroll(3), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=3)),
-    "truncated": (TruncatedReverse(3), expected(T, 1, gradients=T - 3 + 1, graphs=3)),
+    "truncated": (TruncatedReverse(3), expected(T, 1, gradients=T - 3 + 1, graphs=3, products=1)),
     # One graph a step for all directions of a chunk, and T products for each direction.
     "forward": (ForwardUnroll(), expected(T, 1, gradients=1, graphs=T, products=T * N)),
     "forward gradient": (ForwardGradient(5), expected(T, 1, gradients=1, graphs=T, products=5 * T)),
     "two chunks": (ForwardGradient(5, chunk_size=3), expected(2 * T, 2, gradients=2, graphs=2 * T, products=5 * T)),
     "guided": (
         ForwardGradient(5, guide=TruncatedReverse(3)),
-        expected(2 * T, 2, gradients=1 + T - 3 + 1, graphs=T + 3, products=5 * T),
+        expected(2 * T, 2, gradients=1 + T - 3 + 1, graphs=T + 3, products=5 * T + 1),
     ),
     "zeroth order": (ZerothOrder(4, chunk_size=1), expected(5 * T, 5, gradients=5 * T)),
     "central": (ZerothOrder(4, scheme="central", chunk_size=1), expected(9 * T, 9, gradients=9 * T)),
@@ -117,14 +128,19 @@ def test_conjugate_gradients_take_one_product_an_iteration(monkeypatch):
 
 def test_the_single_loop_costs_one_step_one_hessian_product_and_two_mixed_ones(monkeypatch):
     """Its second step; the first has nothing to correct yet."""
-    strategy = FSLA()
-    costs(strategy, monkeypatch, steps=1)
     # f at two places and once more for v; one gradient of the step, three of f, three graphs of inner gradients.
-    assert costs(strategy, monkeypatch, steps=1) == expected(1 + 3, 3, gradients=1 + 3, graphs=3, products=3)
+    assert costs(FSLA(), monkeypatch, steps=1, number=2) == expected(1 + 3, 3, gradients=1 + 3, graphs=3, products=3)
 
 
 def test_the_number_of_outer_parameters():
     assert tree.numel(Mlp("SGD", learned=False).functional().phi()) == N
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_too_short_for_checkpoints_has_no_empty_stretch(steps, monkeypatch):
+    """⌈√(3T)⌉ is more than T there; a step each, and only the last is not taken again."""
+    cost = expected(2 * steps - 1, 1, gradients=steps - 1 + 1, graphs=steps, products=steps)
+    assert costs(ReverseUnroll("sqrt"), monkeypatch, steps) == cost
 
 
 def test_counts_grow_with_the_work(monkeypatch):

@@ -5,7 +5,9 @@ Also what every strategy keeps: the module as it was, names and shapes, the oute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,9 +15,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel import Episode, Hypergradient, ReverseUnroll, hypergradient, tree
+from lightning_bilevel import (
+    Episode,
+    FirstOrder,
+    GammaGreedy,
+    Hypergradient,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    TruncatedReverse,
+    hypergradient,
+    tree,
+)
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.linear_solvers import Dense
 from lightning_bilevel.tree import Params
 from tests.support.problems import (
     DIFFERENCE,
@@ -211,15 +225,21 @@ def test_a_torch_optimizer_is_taken_as_it_is(row: Row) -> None:
 
 @every_exact_strategy
 def test_differentiable_solver(row: Row) -> None:
-    if row.strategy.requires == "step":
-        module = RidgeSolver()
-        with pytest.raises(MisconfigurationError, match="^Cannot use `TruncatedReverse` with `solve_inner`"):
-            estimate(row, module, module.episode())
-        return
+    check_solver(row.build(RidgeSolver()), row.tolerance)
+
+
+@pytest.mark.parametrize(
+    "strategy", [TruncatedReverse(steps=1), GammaGreedy(gamma=0.9), GammaGreedy(gamma=0)], ids=["truncated", "0.9", "0"]
+)
+def test_a_differentiable_solver_is_one_step_of_which_nothing_is_left_out(strategy: HypergradientStrategy) -> None:
+    check_solver(strategy)
+
+
+def check_solver(strategy: HypergradientStrategy, rtol: float = 1e-9) -> None:
     module = RidgeSolver()
     episode = module.episode()
-    result, (weight, value, grads) = estimate(row, module, episode), module.optimum(episode)
-    assert_close(result.grads, grads, row.tolerance)
+    result, (weight, value, grads) = hypergradient(module, strategy, episode), module.optimum(episode)
+    assert_close(result.grads, grads, rtol)
     assert_close(result.state.params, {"weight": weight})
     torch.testing.assert_close(result.value, value)
 
@@ -229,7 +249,7 @@ def test_black_box_solver(row: Row) -> None:
     module = RidgeBlackBox(**row.needs)
     episode = module.episode()
     strategy = row.build(module)
-    if strategy.requires == "step" or (strategy.requires == "solve" and strategy.second_order):
+    if strategy.needs_steps or "run" in strategy.differentiates:
         with pytest.raises(MisconfigurationError, match="^Cannot use `.*` with `solve_inner`"):
             hypergradient(module, strategy, episode)
         return
@@ -269,7 +289,7 @@ def test_warm_start_goes_on_as_one_long_run(row: Row) -> None:
     phi, problem = functional.phi(), functional.problem
     first = hypergradient(module, ReverseUnroll(), episode)
     with functional.session():
-        result = row.build(module).estimate(problem, first.state, phi, episode, call_of())
+        result = row.build(module).estimate(problem, first.carry, phi, episode, call_of())
     assert result.state.steps == 2 * module.inner_steps
 
     trained = deepcopy(module)
@@ -320,10 +340,10 @@ class Recurrent(InnerOptimizer):
     def init(self, params):
         return {slot: {name: p.new_zeros(*p.shape, 1) for name, p in params.items()} for slot in ("hidden", "memory")}
 
-    def update(self, params, grads, slots, step):
-        new, after = {}, {slot: {} for slot in slots}
+    def update(self, params, grads, opt_state, step):
+        new, after = {}, {slot: {} for slot in opt_state}
         for name, param in params.items():
-            before = [slots[slot][name].reshape(-1, 1) for slot in ("hidden", "memory")]
+            before = [opt_state[slot][name].reshape(-1, 1) for slot in ("hidden", "memory")]
             hidden, memory = self.cell(grads[name].reshape(-1, 1), before)
             new[name] = param - self.head(hidden).reshape(param.shape)
             after["hidden"][name], after["memory"][name] = (x.reshape(*param.shape, 1) for x in (hidden, memory))
@@ -338,8 +358,8 @@ class Clipped(InnerOptimizer):
     def __init__(self, lr: Tensor) -> None:
         self.lr = lr
 
-    def update(self, params, grads, slots, step):
-        return tree.add(params, grads, alpha=-self.lr / (0.1 + tree.norm(grads))), slots
+    def update(self, params, grads, opt_state, step):
+        return tree.add(params, grads, alpha=-self.lr / (0.1 + tree.norm(grads))), opt_state
 
 
 class LearnedOptimizer(Mlp):
@@ -377,6 +397,74 @@ def test_learned_inner_optimizer(row: Row, rule: type[InnerOptimizer]) -> None:
 def test_learned_inner_optimizer_on_stacked_episodes(row: Row, rule: type[InnerOptimizer]) -> None:
     module, several = LearnedOptimizer(rule), episodes(2)
     assert_close(estimate(row, module, several).grads, mean(row, module, several).grads, row.tolerance)
+
+
+class ByStep(InnerOptimizer):
+    """Descent at a rate for each step, the last one for all that follow."""
+
+    def __init__(self, rates: Sequence[float | Tensor]) -> None:
+        self.rates = rates
+
+    def update(self, params, grads, opt_state, step):
+        return tree.add(params, grads, alpha=-self.rates[min(step, len(self.rates)) - 1]), opt_state
+
+
+class Rates(Mlp):
+    """Five inner steps, at learned rates."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("SGD", inner_steps=5, **options)
+
+    def outer_parameters(self):
+        return [p for p in super().outer_parameters() if p is not self.log_hyperparameters]
+
+    def configure_inner_optimizer(self):
+        return ByStep(self.rates)
+
+    def torch_optimizer(self):
+        return InPlace(self, self.configure_inner_optimizer)
+
+
+class RateOfEachStep(Rates):
+    """As in MAML++."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        rates = torch.linspace(0.3, 0.7, 5, dtype=torch.float64)
+        self.rates = nn.ParameterList([nn.Parameter(rate) for rate in rates])
+
+
+class LateRate(Rates):
+    """A warm-up of two steps comes before the learned rate, which the outer loss reads as well."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.late = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    @property
+    def rates(self):
+        return [0.1, 0.1, self.late]
+
+    def outer_loss(self, batch):
+        return super().outer_loss(batch) + 0.01 * self.late
+
+
+@pytest.mark.parametrize("kind", [RateOfEachStep, LateRate])
+@every_exact_strategy
+def test_a_rate_that_enters_at_any_step_is_differentiated(row: Row, kind: type[Rates]) -> None:
+    module = kind(shared=True)
+    grads = check_exact(row, module, *episodes(1)).grads
+    learned = [name for name in grads if name.startswith(("rates", "late"))]
+    assert len(learned) == (5 if kind is RateOfEachStep else 1)
+    by_the_outer_loss = 0.01 if kind is LateRate else 0.0
+    assert all((grads[name] - by_the_outer_loss).abs() > 1e-4 for name in learned)
+
+
+@pytest.mark.parametrize("kind", [RateOfEachStep, LateRate])
+def test_a_rate_that_enters_at_any_step_is_refused_where_it_cannot_be_seen(kind: type[Rates]) -> None:
+    message = "^Cannot use `ImplicitGradient` with an inner optimizer that depends on the outer parameters"
+    with pytest.raises(MisconfigurationError, match=message):
+        hypergradient(kind(), ImplicitGradient(Dense()), *episodes(1))
 
 
 # --- Several episodes ---
@@ -418,7 +506,28 @@ def test_several_episodes_give_the_mean_stacked_or_looped(row: Row) -> None:
         assert_close(result.state.params, expected.state.params)
         assert_close(result.metrics, expected.metrics)
         torch.testing.assert_close(result.value, expected.value)
-    assert calls[0] > calls[1] or not row.strategy.stacks
+    assert calls[0] > calls[1] or not row.strategy.supports_stacking
+
+
+class Mixed(FirstOrder):
+    """Exact for a problem whose inner loss has half the outer loss in it, as a penalty would."""
+
+    def estimate(self, problem, carry, phi, episode, call):
+        def inner_loss(theta: Params, phi: Params, batch: Any, buffers: Params) -> tuple[Tensor, Params]:
+            loss, after = problem.inner_loss(theta, phi, batch, buffers)
+            return loss + 0.5 * problem.outer_loss(theta, phi, episode.outer, buffers), after
+
+        return ReverseUnroll().estimate(replace(problem, inner_loss=inner_loss), carry, phi, episode, call)
+
+
+def test_a_strategy_that_mixes_both_losses_gives_the_mean_stacked_or_looped() -> None:
+    several = episodes(3)
+    stacked, looped = (hypergradient(Counting(episode_chunk_size=size), Mixed(), several) for size in (None, 1))
+    assert_close(stacked.grads, looped.grads)
+    assert_close(stacked.state.params, looped.state.params)
+    torch.testing.assert_close(stacked.value, looped.value)
+    plain = hypergradient(Counting(), ReverseUnroll(), several)
+    assert (looped.value - plain.value).abs() > 1e-3
 
 
 @every_strategy_of_several_episodes
@@ -438,8 +547,6 @@ def test_stacked_episodes_of_shared_parameters(row: Row) -> None:
 
 @every_exact_strategy
 def test_several_episodes_with_a_solver(row: Row) -> None:
-    if row.strategy.requires == "step":
-        return
     module = RidgeSolver()
     several = [module.episode(seed) for seed in range(3)]
     expected = [module.optimum(episode).grads["log_penalty"] for episode in several]

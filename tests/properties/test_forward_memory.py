@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, ForwardGradient, hypergradient
-from lightning_bilevel.calculus import autodiff
+from lightning_bilevel.calculus import tangents
 
 LAYERS, WIDTH = 16, 128
 
@@ -48,7 +48,7 @@ def test_copies_of_theta(
 ) -> None:
     """θ and ∇_θ g, and for each direction their tangents: 2 + 2c; and with momentum 1 + c more."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    monkeypatch.setattr(autodiff, "PART_BYTES", 1)
+    monkeypatch.setattr(tangents, "PART_BYTES", 1)
     module, x = Deep(momentum), torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     strategy, episode = ForwardGradient(directions, chunk_size=chunk), Episode([x], x)
     hypergradient(module, strategy, episode)  # checks the losses

@@ -19,7 +19,6 @@ from lightning_bilevel import (
     HypergradientSchedule,
     ImplicitGradient,
     ReverseUnroll,
-    TruncatedReverse,
 )
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Identity, Neumann
@@ -310,8 +309,8 @@ FITS: dict[str, Case] = {
     # Strategies that cannot work with this module
     "steps of a solver": Case(
         solves(zeros),
-        r"Cannot use `TruncatedReverse` with `solve_inner`\. This is because your solver has no inner steps\. Use",
-        callbacks=[TruncatedReverse()],
+        r"Cannot use `FSLA` with `solve_inner`\. This is because your solver has no inner steps\. Use",
+        callbacks=[FSLA()],
     ),
     "derivatives of a black box": Case(
         solves(zeros, differentiable_solve=False),
@@ -319,13 +318,13 @@ FITS: dict[str, Case] = {
     ),
     "steps in a later phase": Case(
         solves(zeros),
-        r"Cannot use `TruncatedReverse` with `solve_inner`\.",
-        callbacks=[HypergradientSchedule([(ReverseUnroll(), 1), (TruncatedReverse(), None)])],
+        r"Cannot use `FSLA` with `solve_inner`\.",
+        callbacks=[HypergradientSchedule([(ReverseUnroll(), 1), (FSLA(), None)])],
     ),
     "steps of a guide": Case(
         solves(zeros),
-        r"Cannot use `TruncatedReverse` with `solve_inner`\.",
-        callbacks=[ForwardGradient(guide=TruncatedReverse())],
+        r"Cannot use `FSLA` with `solve_inner`\.",
+        callbacks=[ForwardGradient(guide=FSLA())],
     ),
     "implicit with shared": Case(
         lambda: net(inner_parameters=lambda self: self, outer_parameters=lambda self: self),

@@ -50,12 +50,12 @@ class Net(BilevelModule):
 class Steps(Callback):
     """Keeps all state after each batch."""
 
-    def __init__(self, strategy: Any) -> None:
-        self.strategy, self.seen, self.logged = strategy, [], []
+    def __init__(self) -> None:
+        self.seen, self.logged = [], []
 
     def on_train_batch_end(self, running: Any, module: Any, *_: Any) -> None:
-        inner = {name: value for name, value in module.fit_context.state_dict().items() if name not in COUNTED}
-        state = [module.state_dict(), inner, self.strategy.state_dict(), running.optimizers[0].state_dict()["state"]]
+        kept = {name: value for name, value in module.fit_context.state_dict().items() if name not in COUNTED}
+        state = [module.state_dict(), kept, running.optimizers[0].state_dict()["state"]]
         self.seen.append(copy.deepcopy(state))
         self.logged.append({name: value.item() for name, value in running.callback_metrics.items()})
 
@@ -72,7 +72,7 @@ def episodes(*bad: tuple[int, str]) -> list[Episode]:
 
 
 def watched(strategy: Any, module: Any, batches: list[Any], **options: Any) -> Steps:
-    watch = Steps(strategy)
+    watch = Steps()
     fit(strategy, watch, module=module, batches=batches, **options)
     return watch
 

@@ -10,7 +10,7 @@ from tests.support.precisions import by_hand, error, fitted, half, made
 from tests.support.tables import ROWS, Row
 
 DIFFERENCES = {
-    name: row for name, row in ROWS.items() if not row.strategy.second_order and row.strategy.requires == "solve"
+    name: row for name, row in ROWS.items() if not row.strategy.differentiates and not row.strategy.needs_steps
 }
 DIFFERENCES.pop("FirstOrder")
 DERIVATIVES = {name: row for name, row in ROWS.items() if name not in DIFFERENCES}

@@ -111,14 +111,14 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], type[Exception] | tuple[type[Ex
     "older": (
         edited(lambda state: state.pop("format")),
         MisconfigurationError,
-        r"Cannot use this checkpoint\. This is because its inner state has the format none, .* reads 1\. .*"
+        r"Cannot use this checkpoint\. This is because its inner state has the format none, .* reads 2\. .*"
         + BEGIN_ANEW,
     ),
     "newer": (edited(lambda state: state.update(format=99)), MisconfigurationError, r".*has the format 99, and this"),
     "incomplete": (
-        edited(lambda state: state.pop("slots")),
+        edited(lambda state: state.pop("opt_state")),
         MisconfigurationError,
-        r"its inner state lacks \['slots'\]",
+        r"its inner state lacks \['opt_state'\]",
     ),
 }
 

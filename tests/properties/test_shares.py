@@ -7,8 +7,8 @@ import torch
 
 from lightning_bilevel import PZOBO, ForwardGradient, HypergradientStrategy, ZerothOrder, tree
 from lightning_bilevel.directions import Orthogonal
-from tests.support.pure import EPISODE, GOOD, MEMORY, PHI, PROBLEM, STEPS, N, estimate
-from tests.support.seeds import key_of
+from tests.support.pure import CARRY, EPISODE, GOOD, PHI, PROBLEM, STEPS, N, estimate
+from tests.support.seeds import call_of
 
 DIRECTION_PARALLEL: dict[str, HypergradientStrategy] = {
     "plain": ForwardGradient(4),
@@ -38,8 +38,8 @@ def test_the_mean_over_shares_is_the_whole(name: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("name", DIRECTION_PARALLEL)
 def test_an_empty_share_still_takes_the_inner_steps(name: str) -> None:
-    keys = key_of(3), Key(3, share=(4, 5))
-    whole, empty = (DIRECTION_PARALLEL[name].estimate(PROBLEM, MEMORY, PHI, EPISODE, key) for key in keys)
+    calls = call_of(3), call_of(3, shard=(4, 5))
+    whole, empty = (DIRECTION_PARALLEL[name].estimate(PROBLEM, CARRY, PHI, EPISODE, call) for call in calls)
     explicit = 0.2 * tree.flatten(PHI) if "PZOBO" in name else torch.zeros(N, dtype=torch.float64)
     torch.testing.assert_close(tree.flatten(empty.grads), explicit)
     assert torch.equal(empty.state.params["w"], whole.state.params["w"])

@@ -7,8 +7,6 @@ what `test_exact.py` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,12 +15,12 @@ from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ForwardGradient, Hypergradient, HypergradientStrategy, TruncatedReverse, tree
 from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
-from lightning_bilevel.problem import InnerState
-from lightning_bilevel.randomness import Key
-from lightning_bilevel.strategies import chunks
+from lightning_bilevel.problem import Carry, InnerState
+from lightning_bilevel.strategies import forward_gradient
+from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
 from tests.support.problems import Quadratic
-from tests.support.seeds import key_of
+from tests.support.seeds import call_of
 from tests.support.statistics import UnitLength, check_error, check_mean
 from tests.support.tables import SAMPLERS
 
@@ -37,29 +35,30 @@ ROUNDING = 1e-7 * EXACT.norm()
 def estimates(strategy: HypergradientStrategy, count: int) -> Tensor:
     """Return independent estimates, ``(count, N)``."""
     functional = MODULE.functional()
-    phi, memory = functional.phi(), InnerState({})
-    keys = [key_of(seed=7, estimate=i) for i in range(count)]
-    return torch.stack(
-        [tree.flatten(strategy.estimate(functional.problem, memory, phi, EPISODE, key).grads) for key in keys]
-    )
+    problem, phi, carry = functional.problem, functional.phi(), Carry(InnerState({}))
+    calls = [call_of(seed=7, estimate=i) for i in range(count)]
+    return torch.stack([tree.flatten(strategy.estimate(problem, carry, phi, EPISODE, call).grads) for call in calls])
 
 
-@contextmanager
-def derivatives_in_closed_form() -> Iterator[None]:
-    """Let ⟨∇h, v⟩ come from the closed form of ∇h."""
-    run = Hypergradient(SOLUTION.value, {}, InnerState({}), {})
+class ClosedForm(Slopes):
+    """⟨∇h, v⟩ from the closed form of ∇h, whatever the problem."""
 
-    def derivatives(*args: Any) -> tuple[Tensor, Hypergradient]:
-        directions: Params = args[4]
-        return tree.rows_dot(directions, SOLUTION.grads), run
+    def __init__(self, *args: Any) -> None:
+        pass
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "directional_derivatives", derivatives)
-        yield
+    def chunk_size(self) -> int:
+        return 1000
+
+    def along(self, directions: Params) -> Tensor:
+        return tree.rows_dot(directions, SOLUTION.grads)
+
+    def result(self, grads: Params) -> Hypergradient:
+        return Hypergradient(SOLUTION.value, grads, InnerState({}), {})
 
 
 def in_closed_form(strategy: HypergradientStrategy, count: int) -> Tensor:
-    with derivatives_in_closed_form():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_gradient, "TangentSlopes", ClosedForm)
         return estimates(strategy, count)
 
 
@@ -100,10 +99,8 @@ class OneCoordinateOff(ForwardGradient):
 class OneDirectionLess(ForwardGradient):
     """Unbiased, but the last direction is the first one again."""
 
-    def estimate(self, problem: Any, memory: InnerState, phi: Params, episode: Any, key: Key) -> Hypergradient:
-        first, rest = (
-            ForwardGradient(count).estimate(problem, memory, phi, episode, key) for count in (1, self.num_directions)
-        )
+    def estimate(self, *args: Any) -> Hypergradient:
+        first, rest = (ForwardGradient(count).estimate(*args) for count in (1, self.num_directions))
         weight = 1 / (self.num_directions + 1)
         return rest._replace(grads=tree.add(tree.scale(rest.grads, 1 - weight), first.grads, alpha=weight))
 

@@ -38,7 +38,7 @@ class CtrlC(Cleaning):
     error: BaseException | None = None
 
     def inner_loss(self, batch: Any) -> Tensor:
-        if self.error is not None and self._attachment is not None and self.global_step == INTERRUPTED:
+        if self.error is not None and self.global_step == INTERRUPTED:
             if isinstance(self.error, KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             raise self.error

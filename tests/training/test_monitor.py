@@ -200,4 +200,6 @@ def test_a_monitor_lets_go_of_the_module_where_no_strategy_came() -> None:
     module = Fit()
     with pytest.raises(MisconfigurationError, match=r"`Fit` has no hypergradient strategy\."):
         trainer(HypergradientMonitor()).fit(module, listed(EPISODES))
-    assert module._monitors == []
+    before = Before()
+    fit(TruncatedReverse(1), before, module=module)
+    assert set(before.metrics[0]) == {"outer_loss", "inner_loss", "hypergradient_norm"}

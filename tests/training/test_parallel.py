@@ -29,13 +29,13 @@ from lightning_bilevel import (
     ReverseUnroll,
     tree,
 )
-from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.errors import MisconfigurationError, NonfiniteError, nonfinite_error, value_error
 from lightning_bilevel.problem import Hypergradient, InnerState
-from lightning_bilevel.randomness import RngState
+from lightning_bilevel.training.estimating import estimated
 from lightning_bilevel.training.parallel import Ranks
 from tests.support.modules import identical, trainer
 from tests.support.processes import ran
-from tests.support.seeds import key_of
+from tests.support.seeds import call_of
 from tests.support.tables import ROWS
 from tests.support.workers.parallel import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
 
@@ -70,7 +70,7 @@ def furthest(a: Any, b: Any) -> float:
 
 def ended(found: dict[str, Any]) -> list[Any]:
     """Return everything that the ranks have to agree on at the end."""
-    return [found["module"], found["inner"], found["strategy"]]
+    return [found["module"], found["carried"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,11 +96,9 @@ def test_the_averaged_hypergradient_is_the_mean_of_one_process_estimates(ranks, 
     for rank, found in enumerate(ranks):
         module = Noisy(**case.options)
         module.load_state_dict(found[name]["start"])
-        functional, strategy, key = module.functional(), case.strategy(), key_of(SEED, rank=rank)
-        with functional.session(), RngState(functional.device).fork(key.masks):
-            memory = module.fit_context.memory.recall(functional, found[name]["batch"])
-            estimate = strategy.estimate(functional.problem, memory, functional.phi(), found[name]["batch"], key)
-        estimates.append(estimate)
+        memory, episodes = module.fit_context.memory, [found[name]["batch"]]
+        call = call_of(SEED, rank=rank)
+        estimates.append(estimated(module.functional(), memory, case.strategy(), episodes, call))
     assert not identical(ranks[0][name]["batch"], ranks[1][name]["batch"])
     mean = tree.scale(tree.add(estimates[0].grads, estimates[1].grads), 0.5)
     assert furthest(ranks[0][name]["grads"], mean) <= 1e-9 * float(tree.norm(mean))
@@ -111,7 +109,7 @@ def test_the_averaged_hypergradient_is_the_mean_of_one_process_estimates(ranks, 
 def test_layers_built_differently_start_as_on_rank_0(ranks):
     first, second = (rank["other layers on each rank"] for rank in ranks)
     assert identical(first["start"], second["start"])
-    initial = first["inner"]["initial"]
+    initial = first["carried"]["initial"]
     assert furthest(initial, {name: first["start"][name] for name in initial}) == 0
 
 
@@ -184,10 +182,10 @@ def test_habits_in_two_processes(ranks, name):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("inner", "FloatingPointError", "Expected the inner loss at step . of 2 to be finite, got nan"),
-        ("outer", "FloatingPointError", "Expected the outer loss to be finite, got nan"),
-        ("outer, shared", "FloatingPointError", "Expected the outer loss to be finite, got nan"),
-        ("episodes", "ValueError", "to be at least one episode, got"),
+        ("inner", "NonfiniteError", "Expected the inner loss at step . of 2 to be finite, got nan"),
+        ("outer", "NonfiniteError", "Expected the outer loss to be finite, got nan"),
+        ("outer, shared", "NonfiniteError", "Expected the outer loss to be finite, got nan"),
+        ("episodes", "ArgumentError", "to be at least one episode, got"),
         ("unequal outer", "MisconfigurationError", "have to see the same episodes"),
         ("unequal inner", "MisconfigurationError", "seed_everything.seed, workers=True."),
     ],
@@ -209,7 +207,7 @@ def test_strategies_that_shard_parameters_are_refused(strategy):
     with pytest.raises(
         MisconfigurationError, match=f"`{strategy.__name__}`. This is because .* `Trainer.strategy='ddp'"
     ):
-        Noisy().attach_strategy(ReverseUnroll(), fake)
+        Noisy().fit_context.begin(ReverseUnroll(), fake)
 
 
 EVERYTHING = {name: row.strategy for name, row in ROWS.items()} | {
@@ -228,7 +226,7 @@ def test_strategies_without_directions_cannot_share_them(strategy: Hypergradient
     with pytest.raises(
         MisconfigurationError, match=f"`{name}` with `Trainer.*has no directions .*Trainer.strategy='ddp'"
     ):
-        Noisy().attach_strategy(strategy, two)
+        Noisy().fit_context.begin(strategy, two)
 
 
 def test_the_strategy_is_registered():
@@ -264,11 +262,44 @@ def test_tensors_travel_together(monkeypatch):
         torch.ones(2, dtype=torch.bfloat16),
         torch.tensor(2.0, requires_grad=True),
     ]
-    two.settle(tensors)
+    two.average_(tensors)
     assert [(flat.dtype, flat.numel()) for flat in sent] == [(torch.float32, 7), (torch.float64, 3), (torch.int64, 1)]
     assert [float(tensor.detach().flatten()[0]) for tensor in tensors] == [1.5, 1.5, 9, 1.5, 3]
     assert two.rank == 1
-    assert two.share == (0, 1)
+    assert two.shard == (0, 1)
+
+
+class Overflow(FloatingPointError):
+    """A user's own kind of what may be skipped."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (nonfinite_error("loss", "nan", "Lower it."), NonfiniteError),
+        (Overflow("too large"), FloatingPointError),
+        (value_error("a", "b", 1), ValueError),
+        (KeyError("x"), Exception),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_error_of_another_process_is_of_the_same_kind(monkeypatch, error, kind):
+    """So that a step is skipped on all of them, or on none: one alone would wait for the others for ever."""
+    sent: list[Any] = []
+    fake = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda message, src: sent.append(message))
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda all, own: all[1].fill_(1))
+    two = Ranks(SimpleNamespace(strategy=fake, global_rank=0, world_size=2))
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as own:
+        two.raise_on_all(fail)
+    assert own.value is error
+    fake.broadcast = lambda message, src: sent[0]
+    with pytest.raises(kind, match=r"\(This was on rank 1: \w+\.\)") as other:
+        two.raise_on_all(lambda: None)
+    assert isinstance(other.value, FloatingPointError) == isinstance(error, FloatingPointError)
 
 
 @pytest.mark.parametrize(("last_digits", "sent"), [(0, 0), (1e-12, 1), (1e-3, None)])
@@ -283,13 +314,13 @@ def test_state_that_differs_by_rounding_is_that_of_rank_0(monkeypatch, last_digi
     estimate = Hypergradient(torch.ones((), dtype=torch.float64), {"w": torch.ones(2)}, InnerState({}), {})
     if sent is None:
         with pytest.raises(MisconfigurationError, match="that is 1 on rank 0, 1.001 on rank 1"):
-            two.estimated(lambda: estimate)
+            two.reduce_estimate(lambda: estimate)
         return
-    made, h = two.estimated(lambda: estimate)
+    made, h = two.reduce_estimate(lambda: estimate)
     theta = torch.zeros(2)
-    two.settle([theta])
+    two.average_([theta])
     assert len(calls) == sent
     assert theta.tolist() == [9.0 * sent] * 2
     assert made.grads["w"].tolist() == [1, 1]
     assert float(h) == pytest.approx(1)
-    assert two.share == (0, 2)
+    assert two.shard == (0, 2)

@@ -177,11 +177,7 @@ def fit(
         error = None
     except Exception as caught:
         error = (type(caught).__name__, str(caught))
-    after = {
-        "module": dict(module.state_dict()),
-        "inner": module.fit_context.state_dict(),
-        "strategy": strategy.state_dict(),
-    }
+    after = {"module": dict(module.state_dict()), "carried": module.fit_context.state_dict()}
     return {**watch.seen, **after, "error": error}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_bilevel.calculus.inner_loop import last_loss, note
 
+from lightning_bilevel.calculus.runs import last_loss
+from lightning_bilevel.calculus.step import append_loss
 from tests.support.problems import Mlp
 
 
@@ -13,7 +14,7 @@ from tests.support.problems import Mlp
 def test_the_step_of_a_bad_loss_in_a_long_run(bad: int) -> None:
     made, losses = Mlp("SGD", learned=False).functional().problem, []
     for step in range(1, 251):
-        note(losses, torch.tensor(float("nan") if step == bad else float(step)))
+        append_loss(losses, torch.tensor(float("nan") if step == bad else float(step)))
     assert len(losses) < 150  # else nothing is put together
     with pytest.raises(FloatingPointError, match=rf"the inner loss at step {bad} of "):
         last_loss(made, losses)
@@ -22,5 +23,5 @@ def test_the_step_of_a_bad_loss_in_a_long_run(bad: int) -> None:
 def test_the_last_loss_of_a_long_run() -> None:
     made, losses = Mlp("SGD", learned=False).functional().problem, []
     for step in range(250):
-        note(losses, torch.tensor(float(step)))
+        append_loss(losses, torch.tensor(float(step)))
     assert last_loss(made, losses)["inner_loss"] == 249

@@ -9,26 +9,26 @@ import pytest
 import torch
 
 from lightning_bilevel import ForwardGradient, hypergradient
-from lightning_bilevel.calculus import autodiff
+from lightning_bilevel.calculus import tangents
 from tests.support.problems import INNER_OPTIMIZERS, Mlp, episodes
 
 
 @pytest.mark.parametrize("inner", sorted(INNER_OPTIMIZERS))
 @pytest.mark.parametrize("learned", [False, True])
 def test_an_update_in_parts_is_the_update(inner: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is one tensor and its slots, here; learned rates are pushed along with each."""
+    """A part is one tensor and its optimizer state, here; learned rates are pushed along with each."""
     strategy, parts = ForwardGradient(3), []
 
     def spied(*args: Any) -> list[list[str]]:
         parts.append(made(*args))
         return parts[-1]
 
-    made = autodiff._parts
-    monkeypatch.setattr(autodiff, "_parts", spied)
+    made = tangents._parts
+    monkeypatch.setattr(tangents, "_parts", spied)
     whole = hypergradient(Mlp(inner, learned=learned), strategy, episodes(1))
     assert {len(each) for each in parts} == {1}
     parts.clear()
-    monkeypatch.setattr(autodiff, "PART_BYTES", 1)
+    monkeypatch.setattr(tangents, "PART_BYTES", 1)
     cut = hypergradient(Mlp(inner, learned=learned), strategy, episodes(1))
     assert min(len(each) for each in parts) > 1
     assert all(torch.equal(value, cut.grads[name]) for name, value in whole.grads.items())
@@ -37,8 +37,8 @@ def test_an_update_in_parts_is_the_update(inner: str, learned: bool, monkeypatch
 
 
 def test_an_update_that_mixes_entries_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autodiff, "PART_BYTES", 1)
+    monkeypatch.setattr(tangents, "PART_BYTES", 1)
     problem = Mlp("SGD", learned=False).functional().problem
-    tangents = {"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}
-    assert autodiff._parts(problem, tangents, ["a", "b"]) == [["a"], ["b"]]
-    assert autodiff._parts(replace(problem, elementwise=False), tangents, ["a", "b"]) == [["a", "b"]]
+    pushed = {"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}
+    assert tangents._parts(problem, pushed, ["a", "b"]) == [["a"], ["b"]]
+    assert tangents._parts(replace(problem, elementwise=False), pushed, ["a", "b"]) == [["a", "b"]]
