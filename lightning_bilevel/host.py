@@ -30,7 +30,7 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
         StrategyRegistry,
     )
     from pytorch_lightning.strategies.xla import XLAStrategy
-    from pytorch_lightning.utilities import move_data_to_device, rank_zero_warn
+    from pytorch_lightning.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 else:
@@ -45,7 +45,7 @@ else:
         StrategyRegistry,
     )
     from lightning.pytorch.strategies.xla import XLAStrategy
-    from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+    from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
@@ -71,6 +71,7 @@ __all__ = [
     "move_data_to_device",
     "notice_other_namespace",
     "pl_worker_init_function",
+    "rank_zero_info",
     "rank_zero_warn",
 ]
 

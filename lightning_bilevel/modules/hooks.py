@@ -54,6 +54,7 @@ class BilevelHooks(LightningModule):
 
     inner_steps: int
     proximal: float
+    allow_unused: bool
     episode_chunk_size: int | None
     _levels: Levels | None = None  # known while a fit runs
 

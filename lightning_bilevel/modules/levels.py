@@ -60,7 +60,7 @@ class Levels:
         )
         for level, chosen in zip(("inner", "outer"), names, strict=True):
             if not any(chosen.values()):
-                but = f" but frozen ones: {shortened(list(chosen))}" if chosen else ""
+                but = f" but frozen ones: {abbreviate(list(chosen))}" if chosen else ""
                 raise missing_error(
                     owner,
                     f"{level} parameters{but}",
@@ -94,10 +94,10 @@ def parameters(selection: Any, hook: str) -> list[Any]:
     return list(chain.from_iterable(entries))
 
 
-def shortened(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """List names for a message; many of them as patterns of those that begin alike.
 
-    >>> shortened([f"{block}.{part}" for block in ("body.0", "body.1", "head.0") for part in "abcde"])
+    >>> abbreviate([f"{block}.{part}" for block in ("body.0", "body.1", "head.0") for part in "abcde"])
     'body.0.* (5), body.1.* (5), head.0.* (5)'
     """
     groups = {name: 1 for name in names}

@@ -31,6 +31,9 @@ class FitContext(Protocol):
     def before_optimizer_step(self) -> None:
         """Take back the gradient of a step whose estimates were all skipped."""
 
+    def epoch_ended(self) -> None:
+        """Say what the first epoch has shown."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from step to step, for a checkpoint."""
 
@@ -167,6 +170,11 @@ class HypergradientStrategy(Callback):
         """Take back the gradient of a step whose estimates were all skipped."""
         if (context := _context(pl_module)) is not None:
             context.before_optimizer_step()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say what the first epoch has shown."""
+        if (context := _context(pl_module)) is not None:
+            context.epoch_ended()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the module back as it was; Lightning calls no ``teardown`` after an error."""

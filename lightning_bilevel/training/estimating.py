@@ -12,7 +12,7 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, vectorizes
-from lightning_bilevel.modules.examine import Examination, examination_of, once_differentiable
+from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
 from lightning_bilevel.randomness import Call, Key, RngState
@@ -41,6 +41,41 @@ class Surroundings(NamedTuple):
     examination: Examination
 
 
+class Reach:
+    """Finds out which outer parameters no episode has reached so far.
+
+    An episode may use some only (one penalty per domain, sampled operations, experts): zero gradients are right there.
+
+    Attributes:
+        unreached: their names; ``None`` before the first look.
+    """
+
+    def __init__(self) -> None:
+        self.unreached: set[str] | None = None
+
+    def look(self, functional: FunctionalModule, memory: FitMemory, at: Surroundings) -> None:
+        """Look at further episodes while there are names that none has reached; refuse where there are no others."""
+        episodes = at.episodes
+        if self.unreached is None:
+            self.unreached, episodes = set(at.examination.unreached), at.episodes[1:]
+        for episode in episodes:
+            if not self.unreached:
+                return
+            self.unreached &= set(examine(functional, memory.values(functional), episode).unreached)
+        if len(self.unreached) == len(functional.levels.outer):
+            raise self.error(functional)
+
+    def error(self, functional: FunctionalModule) -> MisconfigurationError:
+        """Return what to say of the names that none has reached."""
+        names = [name for name in functional.levels.outer if name in (self.unreached or ())]
+        return missing_error(
+            type(functional.module).__name__,
+            f"loss that depends on the outer parameters {names}",
+            "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
+            "every call, or do not select them in `outer_parameters()`; with `allow_unused=True` they stay as they are",
+        )
+
+
 @contextmanager
 def estimating(
     functional: FunctionalModule,
@@ -67,7 +102,7 @@ def estimating(
         check: refuses the problem before anything of it is evaluated.
 
     Raises:
-        MisconfigurationError: a level that the losses do not see, or a warm start of several episodes.
+        MisconfigurationError: inner parameters that the losses do not see, or a warm start of several episodes.
     """
     several, inner_only = len(episodes) > 1, functional.levels.inner_only
     if several and functional.module.inner_start == "warm" and inner_only:
@@ -82,13 +117,6 @@ def estimating(
             problem = replace(problem, inner_steps=inner_steps)
         check(problem)
         examination = examination_of(functional, memory.values(functional), episodes[0])
-        if examination.unreached:
-            raise missing_error(
-                type(functional.module).__name__,
-                f"loss that depends on the outer parameters {list(examination.unreached)}",
-                "Use them in `inner_loss`, `outer_loss` or `configure_inner_optimizer`, looked up on `self` at "
-                "every call, or do not select them in `outer_parameters()`",
-            )
         carried = memory.recall(functional, examination.buffers, len(episodes))
         kept = memory.recall_strategy(functional.device)
         if carry is not None:
@@ -106,6 +134,7 @@ def estimated(
     masks: Key | None = None,
     carry: Carry | None = None,
     inner_steps: int | None = None,
+    reach: Reach | None = None,
 ) -> Hypergradient:
     """Return the mean estimate over episodes of a module.
 
@@ -118,10 +147,16 @@ def estimated(
         masks: see :func:`estimating`; default the key of ``call``.
         carry: see :func:`estimating`.
         inner_steps: see :func:`estimating`.
+        reach: of a fit, which may reach an outer parameter later; by default, all have to be reached now.
     """
     options: dict[str, Any] = {"twice": strategy.second_order, "carry": carry, "inner_steps": inner_steps}
     with estimating(functional, memory, episodes, masks or call.key, **options, check=strategy.check) as at:
         refuse(_refusals(functional, strategy, at))
+        if not functional.module.allow_unused:
+            found = reach or Reach()
+            found.look(functional, memory, at)
+            if reach is None and found.unreached:
+                raise found.error(functional)
         return estimated_at(functional, strategy, at, call)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from lightning_bilevel import tree
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
-from lightning_bilevel.host import LightningModule, Trainer, rank_zero_warn
+from lightning_bilevel.host import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks
+from lightning_bilevel.modules.levels import abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.randomness import Call, Key, seed_of
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.training.estimating import estimated
+from lightning_bilevel.training.estimating import Reach, estimated
 from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
@@ -56,7 +58,7 @@ class FitContext:
         # A copy of the module (SWA, EMA) is not in the fit, and none of its parameters is frozen by it.
         copied = FitContext(copy.deepcopy(self._module, memo), self._training_step)
         copied.memory = copy.deepcopy(self.memory, memo)
-        for name in self._fit.functional.levels.inner_only if self._fit is not None else ():
+        for name in self._fit.frozen if self._fit is not None else ():
             copy.deepcopy(self._module.get_parameter(name), memo).requires_grad_(True)
         return copied
 
@@ -108,7 +110,7 @@ class FitContext:
 
     def end(self) -> None:
         """Give the module back as it was."""
-        for hook in ("setup", "configure_model", "on_train_start"):
+        for hook in ("setup", "configure_model", "on_train_start", "configure_optimizers"):
             self._module.__dict__.pop(hook, None)
         if self._fit is not None:
             self._fit.undo()
@@ -125,6 +127,10 @@ class FitContext:
     def before_optimizer_step(self) -> None:
         """Take back the gradient of a step whose estimates were all skipped."""
         self.fit.drop_skipped()
+
+    def epoch_ended(self) -> None:
+        """Warn of outer parameters that no episode of the first epoch has reached, once."""
+        self.fit.say_unreached()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from step to step, for a checkpoint."""
@@ -185,19 +191,33 @@ class FitContext:
         ranks = Ranks(trainer)
         # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
         ranks.begin(list(self.memory.initial.values()))
-        self._fit = Fit(functional, self.memory, strategy, ranks, seed, self._monitors)
+        self._fit = fit = Fit(functional, self.memory, strategy, ranks, seed, self._monitors)
+        original = self._module.configure_optimizers
+
+        @wraps(original)
+        def configure_optimizers() -> Any:
+            with fit.thawed():  # authors select by `requires_grad`
+                return original()
+
+        self._module.__dict__["configure_optimizers"] = configure_optimizers
 
 
 class Fit:
     """A running fit, from the moment on when the module's layers exist.
 
+    What no outer optimizer steps is frozen, inner-only parameters and those of neither level: DDP, which wraps the
+    module after this, waits for the gradients of all others.
+
     Args:
-        functional: the module's pure functions; its inner-only parameters are frozen.
+        functional: the module's pure functions.
         memory: what goes on from step to step.
         strategy: estimates the hypergradients.
         ranks: the processes.
         seed: of all random draws.
         monitors: see some of the estimates.
+
+    Attributes:
+        frozen: names of the parameters that the fit has frozen.
     """
 
     def __init__(
@@ -213,15 +233,38 @@ class Fit:
         self.ranks, self.seed, self._monitors = ranks, seed, monitors
         self.module = functional.module
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
-        self.module._levels = functional.levels
-        for name in functional.levels.inner_only:
-            self.module.get_parameter(name).requires_grad_(False)
+        self._reach = Reach()
+        self.module._levels = levels = functional.levels
+        trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        neither = [name for name in trained if name not in {*levels.inner, *levels.outer}]
+        self.frozen = [*levels.inner_only, *neither]
+        self._require_grad(False)
+        if neither:
+            rank_zero_info(f"In neither level, and constant in this fit: the parameters {abbreviate(neither)}.")
 
     def undo(self) -> None:
-        """Restore the flags: by name, for a move to a device may make new parameters."""
+        """Restore the flags."""
         self.module._levels = None
-        for name in self.functional.levels.inner_only:
-            self.module.get_parameter(name).requires_grad_(True)
+        self._require_grad(True)
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Let all parameters have the flags that the author has left them with."""
+        self._require_grad(True)
+        try:
+            yield
+        finally:
+            self._require_grad(False)
+
+    def _require_grad(self, flag: bool) -> None:
+        for name in self.frozen:  # by name, for a move to a device may make new parameters
+            self.module.get_parameter(name).requires_grad_(flag)
+
+    def say_unreached(self) -> None:
+        """Warn of outer parameters that no episode has reached so far, and look no more."""
+        if self._reach.unreached and not self.module.allow_unused:
+            rank_zero_warn(f"After an epoch: {self._reach.error(self.functional)}")
+        self._reach.unreached = set()
 
     def estimate(self, batch: Any) -> Hypergradient | None:
         """Return the estimate on a batch, or ``None`` where it is skipped; what goes on is kept, the rest is logged."""
@@ -232,7 +275,7 @@ class Fit:
 
         def own() -> Hypergradient:
             episodes.extend(check_episodes(module.episodes(batch), type(module).__name__))
-            return estimated(self.functional, memory, self.strategy, episodes, call)
+            return estimated(self.functional, memory, self.strategy, episodes, call, reach=self._reach)
 
         try:
             result, value = ranks.reduce_estimate(own)

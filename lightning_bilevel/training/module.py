@@ -45,6 +45,8 @@ class BilevelModule(BilevelHooks):
         on_nonfinite: what a nan or an infinity in an estimate does: ``"raise"`` stops with an error that says where it
             came up; ``"skip"`` leaves θ, φ and the outer optimizer's state as they were, and goes on with the next
             episode; ``skipped_steps`` is logged.
+        allow_unused: say nothing of outer parameters that no loss reads. By default :func:`hypergradient` refuses them,
+            and a fit warns of those that no episode of its first epoch has reached.
 
     Raises:
         ValueError: a bad argument.
@@ -77,6 +79,7 @@ class BilevelModule(BilevelHooks):
         proximal: float = 0.0,
         episode_chunk_size: int | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        allow_unused: bool = False,
     ) -> None:
         super().__init__()
         notice_other_namespace()
@@ -87,6 +90,7 @@ class BilevelModule(BilevelHooks):
             integer("BilevelModule(episode_chunk_size=...)", episode_chunk_size)
         self.episode_chunk_size = episode_chunk_size
         self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
+        self.allow_unused = allow_unused
         self._levels = None  # here, so that a fit adds no attribute
         self.fit_context = FitContext(self, BilevelModule.training_step)
 

@@ -16,7 +16,7 @@ from lightning_bilevel.errors import combination_error, missing_error, value_err
 from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
-from lightning_bilevel.modules.levels import shortened
+from lightning_bilevel.modules.levels import abbreviate
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.training.module import BilevelModule
 
@@ -45,6 +45,7 @@ def bilevel(
     proximal: float = 0.0,
     episode_chunk_size: int | None = None,
     on_nonfinite: OnNonfinite = "raise",
+    allow_unused: bool = False,
 ) -> BilevelModule:
     """Make an existing LightningModule bilevel, without a change to its code.
 
@@ -77,6 +78,7 @@ def bilevel(
         proximal: as in :class:`BilevelModule`.
         episode_chunk_size: as in :class:`BilevelModule`.
         on_nonfinite: as in :class:`BilevelModule`.
+        allow_unused: as in :class:`BilevelModule`.
 
     Returns:
         The wrapper. Its losses are 0-dim tensors; its parameters are those of ``module``.
@@ -138,6 +140,7 @@ def bilevel(
         proximal=proximal,
         episode_chunk_size=episode_chunk_size,
         on_nonfinite=on_nonfinite,
+        allow_unused=allow_unused,
     )
     if any(True for _ in module.parameters()):  # there are none yet where ``configure_model`` or ``setup`` makes them
         for level in ("inner", "outer"):
@@ -399,7 +402,7 @@ def _no_match(module: LightningModule, level: str, got: str) -> ValueError:
         f"bilevel({level}=...)",
         f"names, patterns, submodules or parameters of `{owner}`",
         _Verbatim(got),
-        f"`{owner}` has {shortened([name for name, _ in module.named_parameters()])}.",
+        f"`{owner}` has {abbreviate([name for name, _ in module.named_parameters()])}.",
     )
 
 
@@ -410,7 +413,7 @@ class _Verbatim(str):
 
 def _named(module: LightningModule, parameters: Sequence[nn.Parameter]) -> str:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return shortened([names[id(parameter)] for parameter in parameters])
+    return abbreviate([names[id(parameter)] for parameter in parameters])
 
 
 def _number_of_optimizers(configured: Any) -> int:
