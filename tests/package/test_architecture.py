@@ -37,9 +37,9 @@ DOOR_TO_LIGHTNING = "host"
 TESTS = Path(__file__).parents[1]
 WITHOUT_TESTS_OF_ITS_NAME = {
     "strategies.forward_unroll": "exact, and without a part of its own: the properties of the table say all there is",
-    "modules.examine": "redesign",
-    "modules.hooks": "redesign",
-    "modules.swap": "redesign",
+    "modules.examine": "by the audit: auditing/test_diagnosis, properties/test_misuse",  # redesign
+    "modules.hooks": "by what a fit refuses and calls: properties/test_misuse, test_arguments",  # redesign
+    "modules.swap": "by every estimate on a module, which leaves it as it was: properties/test_exact",  # redesign
 }
 """Files that are tested elsewhere, and why."""
 

@@ -12,7 +12,7 @@ from tests.support.modules import examples
 
 
 class Net(BilevelModule):
-    """A bilevel module that works; every case below spoils it in one way."""
+    """A bilevel module that works; every case spoils it in one way."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"inner_steps": 3, "inner_start": "reset", **options})

@@ -38,8 +38,6 @@ RESUMED: dict[str, tuple[Callable[[], BilevelModule], Callable[[], Any]]] = {
     "reset": (lambda: Cleaning(inner_start="reset"), lambda: ForwardGradient(num_directions=2)),
     "reinit": (lambda: Cleaning(inner_start="reinit"), lambda: TruncatedReverse(steps=2)),
 }
-
-
 STEPS = {"max_epochs": -1}
 SAFELY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}  # Lightning >= 2.6
 STOPS = [  # first limits, whole limits, when to save, steps taken by then
