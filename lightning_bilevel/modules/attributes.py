@@ -132,16 +132,17 @@ def _fill(container: Any, content: Any) -> None:
 def _alive(entry: Entry) -> Entry:
     """Return an entry whose tensors are plain and carry no graph."""
     if entry.content is None:
-        return Entry(tree_map(_plain, entry.value), None) if isinstance(entry.value, (Tensor, tuple)) else entry
+        return Entry(tree_map(plain, entry.value), None) if isinstance(entry.value, (Tensor, tuple)) else entry
     if isinstance(entry.content, dict):
-        return Entry(entry.value, {key: tree_map(_plain, value) for key, value in entry.content.items()})
+        return Entry(entry.value, {key: tree_map(plain, value) for key, value in entry.content.items()})
     if isinstance(entry.content, set):
         return entry
-    plain = [tree_map(_plain, value) for value in entry.content]
-    return Entry(entry.value, plain if isinstance(entry.content, list) else deque(plain, entry.content.maxlen))
+    alive = [tree_map(plain, value) for value in entry.content]
+    return Entry(entry.value, alive if isinstance(entry.content, list) else deque(alive, entry.content.maxlen))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Take a tensor out of function transforms and off its graph; vectorized episodes become its first dimension."""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return value
     while torch._C._functorch.is_functorch_wrapped_tensor(value):

@@ -49,7 +49,8 @@ class BilevelHooks(LightningModule):
         """
         super().__init_subclass__(**kwargs)
         for name in ("inner_parameters", "outer_parameters"):
-            if callable(hook := cls.__dict__.get(name)):
+            hook = cls.__dict__.get(name)
+            if callable(hook) and hook is not vars(BilevelHooks).get(name):
                 setattr(cls, name, _listed(hook, name))
 
     inner_steps: int

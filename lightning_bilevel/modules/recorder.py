@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_bilevel.host import LightningModule
-from lightning_bilevel.modules.attributes import Attributes, Snapshot, once
+from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain
 from lightning_bilevel.tree import Params
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -87,8 +87,7 @@ class LogRecorder:
         if not self._running or self._attributes is None:
             return None
         states = [metric.present() for metric in self._metrics]
-        buffers = {name: _examples(value) for name, value in self._buffers.items()}
-        return Observed(dict(self._latest), states, buffers, self._before, self._attributes.take())
+        return Observed(dict(self._latest), states, self._buffers, self._before, self._attributes.take())
 
     def end(self, observed: Any, count: int) -> Params:
         """End the run of ``count`` episodes; what stood at ``observed`` counts.
@@ -103,7 +102,7 @@ class LogRecorder:
         for metric, state in zip(self._metrics, observed.metrics, strict=True):
             metric.end(state)
         self._final = once(self._start, observed.before, observed.after)
-        return observed.buffers
+        return {name: plain(value) for name, value in observed.buffers.items()}
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""

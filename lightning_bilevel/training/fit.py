@@ -53,6 +53,7 @@ class FitContext:
         self._monitors: list[HypergradientMonitor] = []
         self._strategy: HypergradientStrategy | None = None
         self._fit: Fit | None = None
+        self._put_back: Callable[[], None] = _nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FitContext:
         # A copy of the module (SWA, EMA) is not in the fit, and none of its parameters is frozen by it.
@@ -63,7 +64,7 @@ class FitContext:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}}
+        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}, "_put_back": _nothing}
 
     @property
     def fit(self) -> Fit:
@@ -110,8 +111,10 @@ class FitContext:
 
     def end(self) -> None:
         """Give the module back as it was."""
-        for hook in ("setup", "configure_model", "on_train_start", "configure_optimizers"):
+        for hook in ("setup", "configure_model", "on_train_start"):
             self._module.__dict__.pop(hook, None)
+        self._put_back()
+        self._put_back = _nothing
         if self._fit is not None:
             self._fit.undo()
         self._strategy = self._fit = None
@@ -184,6 +187,24 @@ class FitContext:
         else:
             self._once_after("configure_model", start)
 
+    def _thaw_for_optimizers(self, fit: Fit) -> None:
+        """Let ``configure_optimizers``, which comes after DDP has wrapped the module, see the flags of its author."""
+        own, original = vars(self._module), self._module.configure_optimizers
+        before = {name: own[name] for name in ("configure_optimizers",) if name in own}
+
+        def put_back() -> None:
+            own.pop("configure_optimizers", None)
+            own.update(before)
+
+        @wraps(original)
+        def configure_optimizers() -> Any:
+            put_back()
+            with fit.thawed():
+                return original()
+
+        own["configure_optimizers"] = configure_optimizers
+        self._put_back = put_back
+
     def _start(self, strategy: HypergradientStrategy, trainer: Trainer, seed: int) -> None:
         functional = self.functional()
         strategy.check(functional.problem)
@@ -192,14 +213,11 @@ class FitContext:
         # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
         ranks.begin(list(self.memory.initial.values()))
         self._fit = fit = Fit(functional, self.memory, strategy, ranks, seed, self._monitors)
-        original = self._module.configure_optimizers
+        self._thaw_for_optimizers(fit)
 
-        @wraps(original)
-        def configure_optimizers() -> Any:
-            with fit.thawed():  # authors select by `requires_grad`
-                return original()
 
-        self._module.__dict__["configure_optimizers"] = configure_optimizers
+def _nothing() -> None:
+    """Do nothing: no hook is shadowed."""
 
 
 class Fit:
