@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = {path.stem for path in FOLDER.glob("[!_]*.py")}
+ROOMS = [FOLDER / name for name in ("cost", "accuracy", "peers", "papers")]
+SCRIPTS = {path.stem for room in ROOMS for path in room.glob("*.py")}
 RUNS = {
     "chunk_choice": ["--nets", "small MLP", "--repeats", "1", "--inner-steps", "1", "--seconds", "0"],
     "cost_against_depth": ["--depths", "1", "2", "--seconds", "0"],
@@ -34,9 +35,10 @@ forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:Dep
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Return a function that imports a file of the folder; results go elsewhere."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(importlib.import_module("_results"), "RESULTS", tmp_path)
+    """Return a function that imports a file of the folder, or of a room of it; results go elsewhere."""
+    for folder in (*ROOMS, FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(importlib.import_module("support.results"), "RESULTS", tmp_path)
     return importlib.import_module
 
 
@@ -73,7 +75,7 @@ def test_other_parts_are_kept(benchmark: Any) -> None:
 
 
 def test_the_fastest_of_the_turns_counts(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure: ModuleType = benchmark("_measure")
+    measure: ModuleType = benchmark("support.measure")
     seconds = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([9.0, 5.0, 6.0, 7.0])}
     now, order = [0.0], []
 
@@ -89,7 +91,7 @@ def test_the_fastest_of_the_turns_counts(benchmark: Any, monkeypatch: pytest.Mon
 
 PEAKS = """
 import torch
-from _measure import peak
+from support.measure import peak
 
 def ones(mebibytes):
     return torch.ones(mebibytes * 2**18)
@@ -112,7 +114,7 @@ def test_a_peak_is_what_is_held_at_once() -> None:
 @forks
 def test_a_peak_of_what_fails(benchmark: Any) -> None:
     with pytest.raises(RuntimeError, match="The estimate failed: run it without a fork to see why."):
-        benchmark("_measure").peak(lambda: 1 / 0)
+        benchmark("support.measure").peak(lambda: 1 / 0)
 
 
 def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:

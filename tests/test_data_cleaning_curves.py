@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def curves(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "papers")
     import data_cleaning_curves
 
     return data_cleaning_curves
@@ -26,7 +26,7 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> Any:
 def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("higher")
     pytest.importorskip("torchopt")
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
     import equal_quality
 
     return equal_quality

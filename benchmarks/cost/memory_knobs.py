@@ -1,0 +1,121 @@
+"""Do the memory knobs follow their formulas? Peak memory against `checkpoint`, `chunk_size` and `episode_chunk_size`.
+
+A net 784-256-10 under gradient descent (M = 203,530 inner parameters), example weights as outer parameters (N = 1,000),
+T inner steps on random data. Every estimate runs in a process of its own, forked for it; its peak is the highest
+resident memory less that at the start, when a smaller estimate has loaded the code. Beside it stands the formula of
+docs/precision.md, whose one unknown, the activations of a step (or of a perturbed run), is measured by a further run.
+
+    python benchmarks/cost/memory_knobs.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_bilevel import (
+    PZOBO,
+    SGD,
+    BilevelModule,
+    Episode,
+    ForwardGradient,
+    HypergradientStrategy,
+    ReverseUnroll,
+    hypergradient,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.measure import peak
+from support.results import save
+
+EXAMPLES, MIB = 1000, 2**20
+
+
+class Cleaning(BilevelModule):
+    """One weight per example."""
+
+    def __init__(self, inner_steps: int, episode_chunk_size: int | None = None) -> None:
+        super().__init__(inner_steps, "reset", episode_chunk_size=episode_chunk_size)
+        self.net = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 10))
+        self.logits = nn.Parameter(torch.zeros(EXAMPLES))
+
+    def inner_parameters(self) -> Any:
+        return self.net
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return (self.logits.sigmoid() * F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")).mean()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_inner_optimizer(self) -> Any:
+        return SGD(lr=0.01)
+
+
+def episodes(count: int) -> list[Episode]:
+    """Return episodes of one batch, which is the inner and the outer one."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(EXAMPLES, 784, generator=generator), torch.randint(10, (EXAMPLES,), generator=generator))
+        for _ in range(count)
+    ]
+    return [Episode([batch], batch) for batch in batches]
+
+
+def of(strategy: HypergradientStrategy, steps: int, count: int = 1, chunk: int | None = None) -> float:
+    module, some = Cleaning(steps, chunk), episodes(count)
+    small = Cleaning(1, chunk)
+    return peak(
+        lambda: hypergradient(module, strategy, some if count > 1 else some[0]),
+        lambda: hypergradient(small, strategy, some[:2]),  # what is loaded at first use is no part of a peak
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=64, help="T (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    total = args.steps
+    state = sum(p.numel() for p in Cleaning(1).net.parameters()) * 4 / MIB
+    direction = 4 * state + EXAMPLES * 4 / MIB
+    base = of(ReverseUnroll(), 1)
+    graph = (of(ReverseUnroll(), 2 * total) - of(ReverseUnroll(), total)) / total
+    results: dict[str, Any] = {"state": state, "graph of a step": graph, "one step": base}
+
+    results["checkpoint"] = [
+        {"k": k, "measured": of(ReverseUnroll(checkpoint=k), total), "formula": base + total / k * state + k * graph}
+        for k in (1, 2, 4, 8, 16, 32)
+    ]
+    results["checkpoint"].append({"k": total, "measured": of(ReverseUnroll(), total), "formula": base + total * graph})
+
+    def rows(sizes: Sequence[int], measure: Callable[[int], float], slope: float) -> list[dict[str, float]]:
+        found = [measure(size) for size in sizes]
+        pairs = zip(sizes, found, strict=True)
+        return [{"k": k, "measured": each, "formula": found[0] + (k - sizes[0]) * slope} for k, each in pairs]
+
+    sizes = (1, 8, 16, 32)
+    results["directions"] = rows(sizes, lambda k: of(ForwardGradient(32, chunk_size=k), 4), direction)
+    one_run = (of(PZOBO(64, chunk_size=32), 4) - of(PZOBO(64, chunk_size=8), 4)) / 24
+    results["a perturbed run"] = one_run
+    results["runs"] = rows((2, 4, 8, 16), lambda k: of(PZOBO(32, chunk_size=k), 4), one_run)
+    one_episode = (of(ReverseUnroll(), 4, 12, 12) - of(ReverseUnroll(), 4, 12, 6)) / 6
+    results["an episode"] = one_episode
+    results["episodes"] = rows((2, 4, 8), lambda k: of(ReverseUnroll(), 4, 8, k), one_episode)
+    for name, found in results.items():
+        print(name, found if isinstance(found, float) else "")
+        for row in found if isinstance(found, list) else ():
+            print(f"  {row['k']:4d} {row['measured']:8.1f} MiB measured {row['formula']:8.1f} MiB by the formula")
+    save("memory_knobs", vars(args), results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Validation loss against outer steps and seconds: FSLA (arXiv 2112.04660), section 6.2, Figures 2 and 3.
+
+MNIST, 5,000 training images of whose labels 80% are wrong, 5,000 validation images with right ones, a convolutional
+net of four layers, minibatches. FSLA is compared with back-propagation (BP), Neumann series (NS) and conjugate
+gradients (CG); a name ends with the inner steps T and the terms or iterations K, as in the paper. With T = 1 the net
+goes on from one outer step to the next (single loop), else it starts anew each time (double loop).
+
+Seconds are CPU seconds of the process, one thread, of all that the Trainer does from the start of `fit`; the loss on
+all validation images is taken at chosen moments, which do not count. Results of other seeds and methods stay.
+
+    python benchmarks/papers/data_cleaning_curves.py --data-dir FOLDER_WITH_MNIST --seeds 0 1 2
+    python benchmarks/papers/data_cleaning_curves.py --draw
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics.functional.classification import binary_auroc
+
+from lightning_bilevel import (
+    FSLA,
+    SGD,
+    BilevelModule,
+    Episode,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+)
+from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.peers import inner_loss, outer_loss
+from support.results import RESULTS, plot_path, save
+
+import report
+from data_cleaning import CleaningData
+
+NAME = "data_cleaning_curves"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+CORRUPTION, BATCH_SIZE, INNER_LR, OUTER_LR = 0.8, 100, 0.5, 0.1
+BETA, DAMPING = 0.2, 0.1
+SPARE = 2  # inner batches of an episode beyond the steps: one for Hessian products, one for the mixed product
+
+
+class CleaningCNN(BilevelModule):
+    """The net and a weight for each training example, as in the example.
+
+    Args:
+        num_examples: training examples.
+        inner_steps: T.
+        inner_start: as a ``BilevelModule`` has it.
+        inner_lr: learning rate of the net.
+        outer_lr: Adam's learning rate of the logits of the weights.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        inner_steps: int,
+        inner_start: str = "warm",
+        inner_lr: float = 0.5,
+        outer_lr: float = 0.1,
+    ) -> None:
+        super().__init__(inner_steps, inner_start)
+        self.inner_lr, self.outer_lr = inner_lr, outer_lr
+        self.net = cnn()
+        self.logits = nn.Parameter(torch.zeros(num_examples))
+
+    def inner_parameters(self) -> nn.Module:
+        return self.net
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        return [self.logits]
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return inner_loss(self.net, self.logits, batch)
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return outer_loss(self.net, batch)
+
+    def configure_inner_optimizer(self) -> SGD:
+        return SGD(lr=self.inner_lr)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([self.logits], lr=self.outer_lr)
+
+
+def cnn(channels: Sequence[int] = (8, 16, 16)) -> nn.Sequential:
+    """Return a net of three convolutions and a linear layer for images of 28 by 28 pixels."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28))]
+    for inputs, outputs in zip((1, *channels), channels, strict=False):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # torch's own start takes hundreds of steps
+        layers += [convolution, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * 4 * 4, 10))
+
+
+class Episodes(IterableDataset):
+    """Episodes without end, from a generator of their own: the same for everyone who asks with the same seed.
+
+    Args:
+        data: what ``setup`` made.
+        inner_batches: in an episode.
+        batch_size: examples in a batch; with at least all of them, a batch is the whole set.
+        seed: of the order of the examples.
+    """
+
+    def __init__(self, data: CleaningData, inner_batches: int, batch_size: int, seed: int) -> None:
+        self.data, self.inner_batches, self.batch_size, self.seed = data, inner_batches, batch_size, seed
+
+    def __iter__(self) -> Iterator[Episode]:
+        generator = torch.Generator().manual_seed(self.seed)
+        inner, outer = (self._batches(dataset, generator) for dataset in (self.data.train, self.data.validation))
+        while True:
+            yield Episode([next(inner) for _ in range(self.inner_batches)], next(outer))
+
+    def _batches(self, dataset: TensorDataset, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+        size = min(self.batch_size, len(dataset))
+        while True:
+            if size == len(dataset):
+                yield dataset.tensors
+                continue
+            order = torch.randperm(len(dataset), generator=generator)
+            for index in order[: len(order) // size * size].split(size):
+                yield dataset[index]
+
+
+class Clock:
+    """CPU seconds of this process, without those spent in :meth:`paused`."""
+
+    def __init__(self) -> None:
+        self._began = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        return time.process_time() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        at = time.process_time()
+        yield
+        self._began += time.process_time() - at
+
+
+Look = Callable[[int, float, Tensor], bool]
+"""From outer steps, seconds and logits to whether the run may stop. The net is looked at in place."""
+
+
+class Watch(pl.Callback):
+    """Takes looks at a fit: when its seconds pass one mark after another."""
+
+    def __init__(self, clock: Clock, marks: Sequence[float], look: Look) -> None:
+        self.clock, self.marks, self.look = clock, list(marks), look
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        with self.clock.paused():
+            trainer.should_stop = self.passed(trainer.global_step, module.logits.detach())
+
+    def passed(self, step: int, logits: Tensor) -> bool:
+        """Look if a mark is passed; return whether to stop, which the last mark says, too."""
+        seconds = self.clock.seconds
+        if seconds < self.marks[0]:
+            return False
+        self.marks = [mark for mark in self.marks if mark > seconds]
+        return self.look(step, seconds, logits) or not self.marks
+
+
+def fit(module: BilevelModule, strategy: HypergradientStrategy, episodes: Episodes, watch: Watch) -> None:
+    """Train until ``watch`` has seen enough."""
+    with report.screen():
+        warnings.filterwarnings("ignore", "`ConjugateGradient")  # a net's Hessian is not positive definite: known
+        trainer = pl.Trainer(
+            max_epochs=1,
+            min_epochs=0,
+            callbacks=[strategy, watch],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, DataLoader(episodes, batch_size=None))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A curve.
+
+    Attributes:
+        strategy: makes it.
+        inner_steps: T.
+        inner_start: "warm" is the single loop.
+        spare: inner batches beyond the steps.
+    """
+
+    strategy: Callable[[], HypergradientStrategy]
+    inner_steps: int
+    inner_start: str = "warm"
+    spare: int = SPARE
+
+
+def neumann(terms: int) -> Callable[[], HypergradientStrategy]:
+    return lambda: ImplicitGradient(Neumann(terms, step_size=INNER_LR))
+
+
+def conjugate_gradient(iterations: int) -> Callable[[], HypergradientStrategy]:
+    return lambda: ImplicitGradient(ConjugateGradient(iterations, damping=DAMPING))
+
+
+METHODS = {
+    "FSLA": Method(lambda: FSLA(beta=BETA, eta=0.5), 1),
+    "CG-1-1": Method(conjugate_gradient(1), 1),
+    "CG-1-10": Method(conjugate_gradient(10), 1),
+    "CG-50-10": Method(conjugate_gradient(10), 50, "reset"),
+    "NS-1-20": Method(neumann(20), 1),
+    "NS-50-20": Method(neumann(20), 50, "reset"),
+    "BP-20": Method(ReverseUnroll, 20, "reset", spare=0),
+    "BP-50": Method(ReverseUnroll, 50, "reset", spare=0),
+}
+
+
+def cnn_data(data_dir: Path, seed: int) -> CleaningData:
+    """Return the images standardized, which the net takes better to."""
+    data = CleaningData(data_dir, corruption=CORRUPTION, seed=seed)
+    data.setup()
+    std, center = torch.std_mean(data.train.tensors[0])
+    for part in (data.train, data.validation, data.test):
+        x, *others = part.tensors
+        part.tensors = ((x - center) / std, *others)
+    return data
+
+
+def validation_loss(net: nn.Module, data: CleaningData) -> float:
+    x, y = data.validation.tensors
+    with torch.no_grad():
+        return F.cross_entropy(net(x), y).item()
+
+
+def marks(budget: float, count: int = 16, first: float = 0.5) -> list[float]:
+    """Return moments from ``first`` to ``budget``, each later than the one before by the same factor."""
+    first = min(first, budget / 2)
+    return [first * (budget / first) ** (k / (count - 1)) for k in range(count)]
+
+
+def curve(method: Method, data: CleaningData, seed: int, budget: float) -> dict[str, Any]:
+    """Run a method for ``budget`` seconds; return its curve and how well its weights tell the wrong labels."""
+    pl.seed_everything(seed, verbose=False)
+    options = {"inner_lr": INNER_LR, "outer_lr": OUTER_LR}
+    module = CleaningCNN(len(data.train), method.inner_steps, method.inner_start, **options)
+    rows: list[tuple[int, float, float]] = []
+
+    def look(step: int, seconds: float, logits: Tensor) -> bool:
+        rows.append((step, seconds, validation_loss(module.net, data)))
+        return False
+
+    episodes = Episodes(data, method.inner_steps + method.spare, BATCH_SIZE, seed)
+    fit(module, method.strategy(), episodes, Watch(Clock(), marks(budget), look))
+    steps, seconds, losses = zip(*rows, strict=True)
+    auroc = binary_auroc(-module.logits.detach(), data.is_wrong.long()).item()
+    return {"steps": steps, "seconds": seconds, "losses": losses, "auroc": auroc}
+
+
+def stored() -> dict[str, Any]:
+    """Return the results so far: by method and seed."""
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text())["results"] if path.is_file() else {}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is asked for, saving each curve as it comes."""
+    for seed in args.seeds:
+        data = cnn_data(args.data_dir, seed)
+        for name in args.methods:
+            found = curve(METHODS[name], data, seed, args.seconds)
+            results = stored()  # read only now: others may have been run meanwhile
+            results.setdefault(name, {})[str(seed)] = found
+            settings = {
+                "corruption": CORRUPTION,
+                "batch size": BATCH_SIZE,
+                "inner lr": INNER_LR,
+                "outer lr": OUTER_LR,
+                "beta": BETA,
+                "damping": DAMPING,
+                "seconds": args.seconds,
+            }
+            save(NAME, settings, {name: results[name] for name in METHODS if name in results})
+            print(f"{name} {seed}: {found['steps'][-1]} steps, loss {found['losses'][-1]:.3f}", flush=True)
+
+
+COLORS = {"FSLA": report.BLUE, "CG": "#AA4499", "NS": report.GREEN, "BP": report.VERMILION}
+LINES = {"CG-1-1": ":", "CG-50-10": "--", "NS-50-20": "--", "BP-20": "--", "BP-50": "-."}
+
+
+def draw() -> None:
+    """Draw the means over seeds against outer steps and seconds, each seed faintly behind."""
+    with matplotlib.rc_context(report.STYLE):
+        figure = Figure(figsize=(11, 4.6))
+        left, right = figure.subplots(1, 2, sharey=True)
+        for name, runs in stored().items():
+            seeds = list(runs.values())
+            for axes, key in ((left, "steps"), (right, "seconds")):
+                plot(axes, name, seeds, key)
+        left.set(xscale="log", xlabel="outer steps", ylabel="validation loss", title="Each outer step counts the same")
+        right.set(xscale="log", xlabel="CPU seconds", title="Each second counts the same")
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", title="method-T-K", alignment="left")
+        figure.savefig(plot_path(NAME))
+    IMAGES.mkdir(exist_ok=True)
+    shutil.copy(plot_path(NAME), IMAGES)
+
+
+def plot(axes: Axes, name: str, seeds: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Draw one method: its seeds, and their mean as far as all of them go."""
+    color, line = COLORS[name.split("-")[0]], LINES.get(name, "-")
+    for seed in seeds:
+        axes.plot(seed[key], seed["losses"], color=color, lw=0.7, alpha=0.3)
+    places = np.geomspace(max(seed[key][0] for seed in seeds), min(seed[key][-1] for seed in seeds), 30)
+    means = np.mean([np.interp(places, seed[key], seed["losses"]) for seed in seeds], axis=0)
+    axes.plot(places, means, color=color, ls=line, label=name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(3))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=12.0, help="CPU seconds of each curve (%(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only draw what is stored")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if not args.draw:
+        if args.data_dir is None:
+            parser.error("pass --data-dir, or --draw")
+        run(args)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""One hypergradient of data cleaning: this library beside higher, TorchOpt, BOAT, Betty and loops written by hand.
+
+The inner problem learns a net 784-256-10 (or a convolutional one) on N examples, all of them in each of T steps; the
+outer parameters are N example weights. Contenders of one method get the same start, data, T, optimizer and solver
+settings. That they compute the same hypergradient is checked first: one that does not, or does not run, is listed with
+the difference or the message, and is not timed.
+
+Time: CPU seconds of the process, one thread; the contenders take turns and the least of all their estimates counts.
+Ours is a training step of a Trainer with all that Lightning does for it. Memory: the most that tensors hold at once in
+one estimate. Betty and BOAT are left out where they are not installed (docs/peers.md says how).
+
+    python benchmarks/peers/data_cleaning_speed.py [--cases mlp implicit long adam cnn]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_bilevel import (
+    SGD,
+    Adam,
+    BilevelModule,
+    Episode,
+    ForwardGradient,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    hypergradient,
+)
+from lightning_bilevel.linear_solvers import Identity
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.measure import Stopwatch, cpu_seconds
+from support.peers import (
+    SAME,
+    Batch,
+    Loop,
+    Solver,
+    Task,
+    by_hand,
+    conjugate_gradient,
+    implicit_by_hand,
+    neumann,
+    outer_loss,
+    versions,
+    with_betty,
+    with_boat,
+    with_higher,
+    with_torchopt,
+    with_torchopt_implicit,
+)
+from support.results import earlier, plot_path, save
+from support.tensor_memory import tensor_peak
+
+import report
+from few_shot.nets import cnn
+
+OURS = "lightning_bilevel"
+ROUNDING, DIFFERENCES = 1e-3, 2e-2
+"""Relative differences that count as the same: of float32, and of a derivative by finite differences."""
+TERMS, DECAY = 10, 0.2
+"""Terms of the Neumann series and iterations of CG; the L2 penalty that keeps the inner Hessian positive definite."""
+
+
+class Case(NamedTuple):
+    """A problem.
+
+    Attributes:
+        net: makes the net.
+        shape: of an example.
+        examples: N; all of them are in every inner batch.
+        lr: the inner learning rate.
+        adam: Adam as the inner optimizer, else gradient descent.
+        steps: T.
+    """
+
+    net: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    examples: int
+    lr: float
+    adam: bool = False
+    steps: int = 20
+
+    def task(self) -> Task:
+        torch.manual_seed(0)
+        return Task(
+            self.net(),
+            self.examples,
+            self.steps,
+            self.lr,
+            partial(torch.optim.SGD, lr=1.0),
+            self.adam,
+            DECAY,
+            Solver(TERMS, step_size=self.lr, iterations=TERMS, damping=0.0),
+        )
+
+    def episode(self) -> Episode:
+        train, test = (self.batch(seed) for seed in (0, 1))
+        return Episode([train], test)
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.examples, *self.shape, generator=generator)
+        return x, x.flatten(1)[:, :10].argmax(1), torch.arange(self.examples)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 10))
+
+
+CASES = {
+    "mlp": Case(mlp, (784,), 1000, lr=0.1),
+    "implicit": Case(mlp, (784,), 1000, lr=0.1),
+    "long": Case(mlp, (784,), 1000, lr=0.1, steps=100),
+    "adam": Case(mlp, (784,), 1000, lr=1e-3, adam=True),
+    "cnn": Case(partial(cnn, 10, channels=32), (1, 28, 28), 200, lr=0.1),
+}
+
+
+class Cleaning(BilevelModule):
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.inner_steps, "reset")
+        self.net, self.example_logits = task.start()
+        self.task = task
+
+    def inner_parameters(self) -> nn.Module:
+        return self.net
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        return self.task.inner_loss(self.net, self.net.parameters(), self.example_logits, batch)
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return outer_loss(self.net, batch)
+
+    def configure_inner_optimizer(self) -> SGD | Adam:
+        return (Adam if self.task.adam else SGD)(lr=self.task.inner_lr)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.task.outer_optimizer([self.example_logits])
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A library's way to one method: a strategy of this one, or what makes the loop of another."""
+
+    method: str
+    library: str
+    way: HypergradientStrategy | Callable[[Task], Loop]
+    tolerance: float = ROUNDING
+
+    def first(self, case: Case) -> tuple[Tensor, float]:
+        """Return the hypergradient at the start, and the MiB that it takes."""
+        task, episode = case.task(), case.episode()
+        if isinstance(self.way, HypergradientStrategy):
+            module, strategy = Cleaning(task), self.way
+            return tensor_peak(lambda: hypergradient(module, strategy, episode).grads["example_logits"])
+        loop = self.way(task)
+        return tensor_peak(lambda: loop.hypergradient(episode))
+
+    def seconds(self, case: Case, repeats: int) -> float:
+        """Return the least CPU seconds of an outer step."""
+        if isinstance(self.way, HypergradientStrategy):
+            return time_ours(self.way, case, repeats)
+        return time_peer(self.way, case, repeats)
+
+
+def contenders(case: Case, name: str) -> list[Contender]:
+    """Return the contenders of a case that are installed; the first of each method is ours, and their reference."""
+    installed = versions()
+    every = implicit(case) if name == "implicit" else unrolled(case, name)
+    return [contender for contender in every if installed.get(contender.library, "") is not None]
+
+
+def implicit(case: Case) -> list[Contender]:
+    task = case.task()
+    return [
+        Contender("Neumann", OURS, SAME["Neumann"](task)),
+        Contender("Neumann", "by hand", implicit_by_hand(neumann)),
+        Contender("Neumann", "TorchOpt", with_torchopt_implicit("Neumann")),
+        Contender("Neumann", "BOAT", with_boat("NS")),
+        Contender("Neumann", "Betty", with_betty("neumann")),
+        Contender("CG", OURS, SAME["CG"](task)),
+        Contender("CG", "by hand", implicit_by_hand(conjugate_gradient)),
+        Contender("CG", "TorchOpt", with_torchopt_implicit("CG")),
+        Contender("CG", "BOAT", with_boat("CG")),
+        Contender("CG", "Betty", with_betty("cg")),
+        Contender("identity", OURS, ImplicitGradient(Identity())),
+        Contender("identity", "BOAT", with_boat("FD"), tolerance=DIFFERENCES),
+        Contender("identity", "Betty", with_betty("darts"), tolerance=DIFFERENCES),
+    ]
+
+
+def unrolled(case: Case, name: str) -> Iterator[Contender]:
+    yield Contender("reverse", OURS, ReverseUnroll())
+    yield Contender("reverse, checkpoints", OURS, ReverseUnroll(checkpoint="sqrt"))
+    if not case.adam:
+        yield Contender("reverse", "by hand", by_hand)
+    yield Contender("reverse", "higher", with_higher)
+    yield Contender("reverse", "TorchOpt", with_torchopt)
+    yield Contender("reverse", "BOAT", with_boat("RAD"))
+    if name == "mlp":
+        yield Contender("reverse", "Betty", with_betty("darts", unrolled=True))
+    if name in ("mlp", "long"):
+        yield Contender("forward gradient, 1", OURS, ForwardGradient(1))
+    if name == "mlp":
+        yield Contender("forward gradient, 4", OURS, ForwardGradient(4))
+
+
+def time_ours(strategy: HypergradientStrategy, case: Case, repeats: int) -> float:
+    """Return the least seconds of a training step; the first one also checks the module, and is left out."""
+    stopwatch = Stopwatch()
+    trainer = pl.Trainer(
+        max_steps=repeats + 1,
+        callbacks=[strategy, stopwatch],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with report.screen():
+        trainer.fit(Cleaning(case.task()), DataLoader([case.episode()] * (repeats + 1), batch_size=None))
+    return min(stopwatch.seconds[1:])
+
+
+def time_peer(make: Callable[[Task], Loop], case: Case, repeats: int) -> float:
+    loop, episode = make(case.task()), case.episode()
+    return min([cpu_seconds(lambda: loop.step(episode)) for _ in range(repeats + 1)][1:])
+
+
+def compare(all_of_them: Sequence[Contender], case: Case) -> list[dict[str, Any]]:
+    """Return a row for each contender: its memory and its relative difference from ours, or why there is none."""
+    references: dict[str, Tensor] = {}
+    rows = []
+    for contender in all_of_them:
+        row: dict[str, Any] = {"method": contender.method, "library": contender.library}
+        try:
+            grad, mib = contender.first(case)
+        except Exception as error:
+            row["fails"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            reference = references.setdefault(contender.method, grad)
+            if contender.method == "reverse, checkpoints":
+                reference = references["reverse"]
+            row["difference"] = float((grad - reference).norm() / reference.norm())
+            row["same"] = row["difference"] <= contender.tolerance
+            row["MiB"] = mib
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def measure(name: str, rounds: int, repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a case after each round of turns: a run that is cut off keeps what it has."""
+    case = CASES[name]
+    all_of_them = contenders(case, name)
+    rows = compare(all_of_them, case)
+    running = [pair for pair in zip(all_of_them, rows, strict=True) if pair[1].get("same")]
+    for _ in range(rounds):
+        for contender, row in running:
+            gc.collect()  # or one contender pays for what another has left behind
+            seconds = contender.seconds(case, repeats)
+            row["cpu seconds"] = min(seconds, row.get("cpu seconds", seconds))
+        running.append(running.pop(0))  # whoever comes first finds the caches as nobody else does
+        yield rows
+
+
+def of_the_best_other(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return, by method, our time and memory over the least of the other libraries' and of the loop by hand."""
+    measured = [row for row in rows if "cpu seconds" in row]
+    found = {}
+    for row in measured:
+        others = [r for r in measured if r["library"] != row["library"] and r["method"] == row["method"].split(",")[0]]
+        if row["library"] == OURS and others:
+            keys = ("cpu seconds", "MiB")
+            found[row["method"]] = {key: row[key] / min(other[key] for other in others) for key in keys}
+    return found
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the reverse mode of the net 784-256-10: time, and memory."""
+    shown = [row for row in rows if row["method"].startswith("reverse") and "cpu seconds" in row]
+    shown.sort(key=lambda row: row["library"] != OURS)
+    names = [row["library"] + (",\ncheckpoints" if "check" in row["method"] else "") for row in shown][::-1]
+    colors = [report.BLUE if name.startswith("lightning") else report.GREY for name in names]
+    with plt.rc_context(report.STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True)
+        for axes, key, title, form in zip(
+            panels,
+            ("cpu seconds", "MiB"),
+            ("CPU seconds of one hypergradient", "Peak memory, MiB"),
+            ("%.2f", "%.0f"),
+            strict=True,
+        ):
+            axes.bar_label(axes.barh(names, [row[key] for row in shown][::-1], color=colors), fmt=form, padding=3)
+            axes.set(title=title)
+            axes.margins(x=0.12)
+            axes.grid(axis="y", visible=False)
+        figure.savefig(plot_path("data_cleaning_speed"))
+        plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="the other cases are kept")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="estimates in a turn, after one more (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results = earlier("data_cleaning_speed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the others' deprecated calls, and that 10 iterations of CG do not converge
+        for name in args.cases:
+            for turn, rows in enumerate(measure(name, args.rounds, args.repeats), start=1):
+                results[name] = {"rounds": turn, "rows": rows, "of the best other": of_the_best_other(rows)}
+                save("data_cleaning_speed", {"repeats": args.repeats, "K": TERMS, "peers": versions()}, results)
+            for row in rows:
+                print(" ".join(f"{key}: {value}" for key, value in row.items()))
+            print(name, results[name]["of the best other"], flush=True)
+    if "mlp" in results:
+        draw(results["mlp"]["rows"])
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One meta-step of MAML: this library in a Trainer, against loops written for higher, TorchOpt and learn2learn.
+
+Sinusoids (MLP 1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), images (28×28, 4 strided blocks of 32 channels,
+4 tasks of 5 ways and 5 + 3 examples, 5 inner steps), and ANIL on the latter. A meta-step is the meta-gradient and a
+step of Adam; ours includes everything the Trainer does for a batch, logging too, unless it is barebones. All take the
+same tasks; that they compute the same gradient is checked first. One thread, CPU seconds of the process; the contenders
+take turns, and the least of all their steps counts.
+
+    python benchmarks/peers/maml_speed.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import higher
+import matplotlib.pyplot as plt
+import pytorch_lightning as pl
+import torch
+import torchopt
+from torch import Tensor, nn
+
+from lightning_bilevel import Episode, ReverseUnroll, hypergradient, tree
+from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.measure import Stopwatch
+from support.results import plot_path, save
+
+import report
+from few_shot.learners import FewShotClassifier, FewShotRegressor, MetaLearner
+from few_shot.nets import cnn, mlp
+from few_shot.sinusoid import Sinusoids
+
+LEARN2LEARN = importlib.util.find_spec("learn2learn")
+if LEARN2LEARN is not None:
+    # Its top-level package is not executed: that imports torchvision and gym, for nothing that MAML needs.
+    sys.modules["learn2learn"] = importlib.util.module_from_spec(LEARN2LEARN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from learn2learn.algorithms import MAML
+    for name in [name for name in sys.modules if name.split(".")[0] == "learn2learn"]:
+        del sys.modules[name]  # or whoever imports it next finds the package without its contents
+
+Gradient = Callable[[MetaLearner, Sequence[Episode]], None]
+"""Adds the meta-gradient to ``.grad`` of the net's parameters."""
+
+
+def with_higher(module: MetaLearner, tasks: Sequence[Episode]) -> None:
+    inner = torch.optim.SGD(module.net.parameters(), lr=module.hparams.inner_lr)
+    for task in tasks:
+        with higher.innerloop_ctx(module.net, inner, copy_initial_weights=False) as (net, optimizer):
+            for _ in range(module.inner_steps):
+                optimizer.step(loss(module, net, task.inner[0]))
+            (loss(module, net, task.outer) / len(tasks)).backward()
+
+
+def with_torchopt(module: MetaLearner, tasks: Sequence[Episode]) -> None:
+    optimizer = torchopt.MetaSGD(module.net, lr=module.hparams.inner_lr)
+    start, state = torchopt.extract_state_dict(module.net), torchopt.extract_state_dict(optimizer)
+    for task in tasks:
+        for _ in range(module.inner_steps):
+            optimizer.step(loss(module, module.net, task.inner[0]))
+        (loss(module, module.net, task.outer) / len(tasks)).backward()
+        torchopt.recover_state_dict(module.net, start)
+        torchopt.recover_state_dict(optimizer, state)
+
+
+def with_learn2learn(module: MetaLearner, tasks: Sequence[Episode]) -> None:
+    maml = MAML(module.net, lr=module.hparams.inner_lr)
+    for task in tasks:
+        net = maml.clone()
+        for _ in range(module.inner_steps):
+            net.adapt(loss(module, net, task.inner[0]))
+        (loss(module, net, task.outer) / len(tasks)).backward()
+
+
+PEERS: dict[str, Gradient] = {"higher": with_higher, "TorchOpt": with_torchopt}
+if LEARN2LEARN is not None:
+    PEERS["learn2learn"] = with_learn2learn
+
+
+def loss(module: MetaLearner, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return module.loss(net(batch[0]), batch[1])
+
+
+def sinusoids() -> tuple[MetaLearner, TaskLoader]:
+    return FewShotRegressor(mlp(), inner_steps=5, inner_lr=0.01), TaskLoader(Sinusoids(num_tasks=2500), 25)
+
+
+def images(inner: str = "all") -> tuple[MetaLearner, TaskLoader]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(400, 1, 28, 28, generator=generator), torch.arange(400) % 50
+    tasks = FewShotTasks(x, y, ways=5, shots=5, queries=3, num_tasks=400)
+    net = cnn(5, channels=32)
+    return FewShotClassifier(net, inner=inner, inner_steps=5, inner_lr=0.1), TaskLoader(tasks, 4)
+
+
+def check(make: Callable[[], tuple[MetaLearner, TaskLoader]]) -> None:
+    """Raise unless all compute one gradient."""
+    module, loader = make()
+    tasks = next(iter(loader))
+    ours = hypergradient(module, ReverseUnroll(), tasks).grads
+    for name, peer in PEERS.items():
+        module.zero_grad()
+        peer(module, tasks)
+        theirs = {key: value.grad for key, value in module.named_parameters()}
+        error = float(tree.norm(tree.sub(ours, theirs)) / tree.norm(ours))
+        if error > 1e-3:
+            raise AssertionError(f"{name}: relative difference {error:.1e}")
+
+
+def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, barebones: bool = False) -> float:
+    """Return the seconds of the fastest step."""
+    module, loader = make()
+    stopwatch = Stopwatch()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=[ReverseUnroll(), stopwatch],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        barebones=barebones,
+    )
+    with report.screen():
+        trainer.fit(module, loader)
+    return min(stopwatch.seconds)
+
+
+def time_peer(peer: Gradient, make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int) -> float:
+    module, loader = make()
+    optimizer, seconds, batches = torch.optim.Adam(module.parameters(), lr=1e-3), [], iter(loader)
+    for _ in range(steps):
+        tasks = next(batches)
+        began = time.process_time()
+        optimizer.zero_grad()
+        peer(module, tasks)
+        optimizer.step()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=6, help="meta-steps in a turn")
+    args = parser.parse_args(argv)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    results: dict[str, Any] = {}
+    for problem, make in {"sinusoids": sinusoids, "images": images}.items():
+        check(make)
+        contenders = {"lightning_bilevel": lambda make=make: time_ours(make, args.steps)}
+        contenders |= {name: lambda p=peer, make=make: time_peer(p, make, args.steps) for name, peer in PEERS.items()}
+        contenders["lightning_bilevel, barebones"] = lambda make=make: time_ours(make, args.steps, barebones=True)
+        if problem == "images":
+            contenders["lightning_bilevel, ANIL"] = lambda: time_ours(lambda: images("head"), args.steps)
+        best = dict.fromkeys(contenders, float("inf"))
+        for _ in range(args.rounds):
+            for name, contender in contenders.items():
+                best[name] = min(best[name], contender())
+        fastest = min(best[name] for name in PEERS)
+        results[problem] = {"cpu seconds": best, "of the fastest peer": best["lightning_bilevel"] / fastest}
+        for name, value in best.items():
+            print(f"{problem:10s} {name:26s} {1000 * value:8.2f} ms", flush=True)
+        print(f"{problem:10s} {'of the fastest peer':26s} {results[problem]['of the fastest peer']:8.3f}")
+    both = results["images"]["cpu seconds"]
+    results["MAML / ANIL"] = both["lightning_bilevel"] / both["lightning_bilevel, ANIL"]
+    print(f"MAML takes {results['MAML / ANIL']:.2f} times as long as ANIL")
+    peers = {name: version(name.lower()) for name in PEERS}
+    save("maml_speed", {**vars(args), "peers": peers}, results)
+
+    with plt.rc_context(report.STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 2.8))
+        for axes, (problem, title) in zip(
+            panels, (("sinusoids", "Sinusoids"), ("images", "28×28 images")), strict=True
+        ):
+            best = results[problem]["cpu seconds"]
+            names = sorted(best, key=best.get, reverse=True)
+            colors = [report.BLUE if name.startswith("lightning") else report.GREY for name in names]
+            bars = axes.barh(names, [1000 * best[name] for name in names], color=colors)
+            axes.bar_label(bars, fmt="%.0f", padding=3)
+            axes.set(title=title, xlabel="CPU milliseconds per meta-step")
+            axes.grid(axis="y", visible=False)
+        figure.savefig(plot_path("maml_speed"))
+    return results
+
+
+if __name__ == "__main__":
+    main()
