@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +26,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from lightning_bilevel import Episode, ImplicitGradient, ReverseUnroll
-from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
+from lightning_bilevel import Episode, HypergradientStrategy, ImplicitGradient, ReverseUnroll
+from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
 
 Batch = Any
 Net = Callable[[Tensor], Tensor]
 
 PACKAGES = {"higher": "higher", "TorchOpt": "torchopt", "BOAT": "boat-torch", "Betty": "betty-ml"}
+BY_HAND = "by hand"
 
 
 def versions() -> dict[str, str | None]:
@@ -375,46 +375,66 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, solver: S
     return x
 
 
-SAME = {
+SAME: dict[str, Callable[[Task], HypergradientStrategy]] = {
     "reverse": lambda task: ReverseUnroll(),
     "Neumann": lambda task: ImplicitGradient(Neumann(task.solver.terms, step_size=task.solver.step_size)),
     "Neumann at the inner rate": lambda task: ImplicitGradient(Neumann(task.solver.terms, step_size=task.inner_lr)),
     "CG": lambda task: ImplicitGradient(
         ConjugateGradient(task.solver.iterations, tol=1e-12, damping=task.solver.damping)
     ),
+    "identity": lambda task: ImplicitGradient(Identity()),
 }
 """What of ours computes the same."""
 
+ROUNDING, DIFFERENCES = 1e-3, 2e-2
+"""Relative differences that count as the same: of float32, and of a derivative by finite differences."""
+
 
 class Peer(NamedTuple):
-    """A library's loop.
+    """A library's program.
 
     Attributes:
-        same_as: the entry of ``SAME`` whose estimate it computes; ``None`` where none does.
-        make: builds it.
-        package: what has to be installed, if not all who run benchmarks have it.
+        library: whose it is.
+        method: what it computes.
+        make: builds its loop.
+        same_as: the entry of ``SAME`` whose estimate that is, whatever the task; ``None`` where none is.
+        tolerance: the relative difference from it that counts as none.
     """
 
-    same_as: str | None
+    library: str
+    method: str
     make: Callable[[Task], Loop]
-    package: str | None = None
+    same_as: str | None
+    tolerance: float = ROUNDING
+
+    @property
+    def name(self) -> str:
+        return f"{self.library}, {self.method}"
 
     @property
     def installed(self) -> bool:
-        return self.package is None or find_spec(self.package) is not None
+        return self.library == BY_HAND or versions().get(self.library) is not None
 
 
-# BOAT's Neumann series steps by the inner learning rate. Neither BOAT nor Betty can damp conjugate gradients,
-# and a net's inner Hessian is indefinite.
+# BOAT's Neumann series steps by the inner learning rate. Conjugate gradients cannot be damped in BOAT, in Betty and by
+# hand, and a net's inner Hessian is indefinite.
 PEERS = {
-    "by hand, reverse": Peer("reverse", by_hand),
-    "higher, reverse": Peer("reverse", with_higher),
-    "TorchOpt, reverse": Peer("reverse", with_torchopt),
-    "BOAT, reverse": Peer("reverse", with_boat("RAD"), "boat_torch"),
-    "TorchOpt, Neumann": Peer("Neumann", with_torchopt_implicit("Neumann")),
-    "BOAT, Neumann": Peer("Neumann at the inner rate", with_boat("NS"), "boat_torch"),
-    "Betty, Neumann": Peer("Neumann", with_betty("neumann"), "betty"),
-    "TorchOpt, CG": Peer("CG", with_torchopt_implicit("CG")),
-    "BOAT, CG": Peer(None, with_boat("CG"), "boat_torch"),
-    "Betty, CG": Peer(None, with_betty("cg"), "betty"),
+    peer.name: peer
+    for peer in (
+        Peer(BY_HAND, "reverse", by_hand, "reverse"),
+        Peer("higher", "reverse", with_higher, "reverse"),
+        Peer("TorchOpt", "reverse", with_torchopt, "reverse"),
+        Peer("BOAT", "reverse", with_boat("RAD"), "reverse"),
+        Peer("Betty", "reverse", with_betty("darts", unrolled=True), "reverse"),
+        Peer(BY_HAND, "Neumann", implicit_by_hand(neumann), "Neumann"),
+        Peer("TorchOpt", "Neumann", with_torchopt_implicit("Neumann"), "Neumann"),
+        Peer("BOAT", "Neumann", with_boat("NS"), "Neumann at the inner rate"),
+        Peer("Betty", "Neumann", with_betty("neumann"), "Neumann"),
+        Peer(BY_HAND, "CG", implicit_by_hand(conjugate_gradient), None),
+        Peer("TorchOpt", "CG", with_torchopt_implicit("CG"), "CG"),
+        Peer("BOAT", "CG", with_boat("CG"), None),
+        Peer("Betty", "CG", with_betty("cg"), None),
+        Peer("BOAT", "identity", with_boat("FD"), "identity", DIFFERENCES),
+        Peer("Betty", "identity", with_betty("darts"), "identity", DIFFERENCES),
+    )
 }
