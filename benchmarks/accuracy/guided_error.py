@@ -10,8 +10,6 @@ repeated draws, for several numbers of directions b, plain and with three guides
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,8 @@ import torch
 from lightning_bilevel import ForwardGradient, GammaGreedy, ReverseUnroll, TruncatedReverse, hypergradient, tree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import fit
 from support.results import plot_path, save
 
 from data_cleaning import CleaningData, DataCleaning
@@ -41,31 +41,18 @@ def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[DataCleaning
     """Return the module a few outer steps in, and the episode to estimate on."""
     pl.seed_everything(seed, verbose=False)
     module, data = DataCleaning(inner_steps=inner_steps), CleaningData(seed=seed)
-    trainer = pl.Trainer(
-        max_steps=outer_steps,
-        max_epochs=-1,
-        callbacks=[ReverseUnroll(checkpoint="sqrt")],
-        accelerator="cpu",
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
+    fit(module, data, ReverseUnroll(checkpoint="sqrt"), max_steps=outer_steps, max_epochs=-1)
     return module, next(iter(data.train_dataloader()))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--inner-steps", type=int, default=100)
     parser.add_argument("--outer-steps", type=int, default=5)
     parser.add_argument("--directions", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--draws", type=int, default=128, help="directions per point: draws / b estimates are averaged")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    args = script.begin(parser, argv)
 
     module, episode = started(args.inner_steps, args.outer_steps, args.seed)
     exact = hypergradient(module, ReverseUnroll(checkpoint="sqrt"), episode).grads

@@ -18,9 +18,7 @@ data in that dtype.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,6 +51,8 @@ from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import fit
 from support.results import plot_path, save
 
 from data_cleaning import CleaningData, DataCleaning
@@ -108,9 +108,7 @@ def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[Scaled, Epis
     """Return the module a few outer steps in, and the episode to estimate on."""
     pl.seed_everything(seed, verbose=False)
     module, data = Scaled(inner_steps=inner_steps), CleaningData(seed=seed)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
-    pl.Trainer(max_steps=outer_steps, max_epochs=-1, callbacks=[ReverseUnroll()], **quiet).fit(module, data)
+    fit(module, data, ReverseUnroll(), max_steps=outer_steps, max_epochs=-1)
     return module, next(iter(data.train_dataloader()))
 
 
@@ -201,12 +199,11 @@ def draw(table: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--inner-steps", type=int, default=10)
     parser.add_argument("--outer-steps", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", message="(`isinstance|`ConjugateGradient|`Neumann)")
 
     problems = [started(args.inner_steps, args.outer_steps, seed) for seed in range(args.seeds)]

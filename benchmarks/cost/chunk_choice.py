@@ -10,18 +10,17 @@ other nets before is kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 
 from lightning_bilevel import PZOBO, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.measure import least_seconds
 from support.problems import NETS, Net, episodes, module, perceptron_net
 from support.results import earlier, plot_path, save
@@ -81,13 +80,12 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--inner-steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=1, help="CPU seconds of the turns, or more (%(default)s)")
     parser.add_argument("--nets", nargs="+", choices=CASES, default=list(CASES))
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results: dict[str, dict[str, Any]] = {}
     for name in args.nets:
         found: dict[str, Any] = {"net": CASES[name].text}

@@ -18,7 +18,6 @@ own processes. Everything compiled is compared with what was not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -40,6 +39,7 @@ from lightning_bilevel.problem import BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.measure import least_seconds
 from support.problems import NETS, Net, episodes, module
 from support.results import RESULTS, save
@@ -147,12 +147,11 @@ def measure(net: Net, repeats: int, wanted: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="results of the others are kept")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is compiled")
     parser.add_argument("--repeats", type=int, default=20, help="calls timed (%(default)s)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     warnings.simplefilter("ignore")  # torch's deprecations while it compiles
     torch._dynamo.config.trace_autograd_ops = True  # else a gradient within a compiled function breaks its graph
     path = RESULTS / "compile_inner.json"

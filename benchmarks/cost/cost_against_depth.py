@@ -12,7 +12,6 @@ measured for other T and strategies before is kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,11 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_bilevel import hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, keep
 from support.measure import least_seconds, peak
 from support.problems import episodes, module, perceptron_net, plain_run
@@ -43,13 +41,12 @@ def runs(inner_steps: int, chosen: Sequence[str]) -> dict[str, Callable[[], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 16, 64, 256, LONG])
     parser.add_argument("--seconds", type=float, default=5, help="CPU seconds for the times at one T (%(default)s)")
     parser.add_argument("--strategies", nargs="+", choices=[PLAIN, *STRATEGIES], default=[PLAIN, *STRATEGIES])
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", message="`ConjugateGradient")  # 10 steps are no solution; they are a cost
     settings, small = {"net": NET.text, "N": WEIGHTS}, runs(1, args.strategies)
     rows: dict[int, Row] = {}

@@ -13,7 +13,6 @@ been measured for other nets before is kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,12 +21,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from torch import nn
 
 from lightning_bilevel import PZOBO, ForwardGradient, ZerothOrder, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.curves import PLAIN, WHAT
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
@@ -122,14 +121,13 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--nets", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--inner-steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5, help="CPU seconds for the times of one net (%(default)s)")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results: dict[str, Any] = {}
     for name in args.nets if "MiB" in args.what else ():
         results = keep(name, args.directions, args.inner_steps, peaks(name, args.directions, args.inner_steps))

@@ -12,7 +12,6 @@ measured for other N before is kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,11 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_bilevel import hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, keep
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
@@ -43,12 +41,11 @@ def runs(size: int, inner_steps: int = STEPS) -> dict[str, Callable[[], Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**power for power in range(1, 7)])
     parser.add_argument("--seconds", type=float, default=2, help="CPU seconds for the times at one N (%(default)s)")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", message="`ConjugateGradient")  # 10 steps are no solution; they are a cost
     settings, small = {"net": NET.text, "T": STEPS}, runs(10, inner_steps=1)
     rows: dict[int, Row] = {}

@@ -15,7 +15,6 @@ measured of the other parts before is kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lightning_bilevel import FirstOrder, ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.curves import PLAIN
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
@@ -88,12 +87,11 @@ PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--depth", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results: dict[str, Any] = {}
     for name in args.parts:
         found = PARTS[name](args.depth, args.repeats)

@@ -10,7 +10,6 @@ docs/precision.md, whose one unknown, the activations of a step (or of a perturb
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from lightning_bilevel import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.measure import peak
 from support.results import save
 
@@ -79,10 +79,9 @@ def of(strategy: HypergradientStrategy, steps: int, count: int = 1, chunk: int |
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--steps", type=int, default=64, help="T (%(default)s)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     total = args.steps
     state = sum(p.numel() for p in Cleaning(1).net.parameters()) * 4 / MIB
     direction = 4 * state + EXAMPLES * 4 / MIB

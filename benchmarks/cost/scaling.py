@@ -14,7 +14,6 @@ prediction, and is marked as one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -39,6 +38,8 @@ from torch.utils.data import DataLoader
 from lightning_bilevel import SGD, BilevelModule, Episode, FirstOrder, ForwardGradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import fit
 from support.results import plot_path, save
 
 EXAMPLES, BATCH = 5000, 256
@@ -105,18 +106,9 @@ def measure(processes: int, cases: Sequence[tuple[int, int]], repeats: int) -> l
         x, y, index = torch.randn(BATCH, 784), torch.randint(10, (BATCH,)), torch.arange(BATCH)
         data = DataLoader([Episode([(x, y, index)], (x, y))] * (repeats + WARM_UP), batch_size=None)  # type: ignore[arg-type]
         clock = Clock()
-        trainer = pl.Trainer(
-            max_epochs=1,
-            callbacks=[ForwardGradient(b) if b else FirstOrder(), clock],
-            strategy="ddp_directions" if processes > 1 else "auto",
-            devices=processes,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Weighted(inner_steps), data)
+        strategy = "ddp_directions" if processes > 1 else "auto"
+        callbacks = [ForwardGradient(b) if b else FirstOrder(), clock]
+        fit(Weighted(inner_steps), data, *callbacks, max_epochs=1, strategy=strategy, devices=processes)
         # DDP's own all-reduce of the N gradients is in C++, and is added.
         own = 4 * EXAMPLES if processes > 1 else 0
         seconds = min(clock.seconds[WARM_UP:])
@@ -177,9 +169,9 @@ def draw(rows: list[dict[str, Any]], constants: tuple[float, float, float]) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--repeats", type=int, default=6)
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
     cases = [(0, 20), *((b, 20) for b in DIRECTIONS), *((8, inner_steps) for inner_steps in STEPS if inner_steps != 20)]
     rows = []
     for processes in (1, 2):

@@ -14,8 +14,6 @@ other problems before is kept.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +31,8 @@ from torch.utils.data import DataLoader
 from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import Stopwatch, fit
 from support.problems import NETS, RATE, Weighted, episodes, module, perceptron
 from support.results import earlier, plot_path, save
 
@@ -159,24 +159,10 @@ class ByHand(pl.LightningModule):
         return self.inside.configure_optimizers()
 
 
-class Stopwatch(pl.Callback):
-    """CPU seconds from the start of one batch to the start of the next."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.starts.append(time.process_time())
-
-
 def fitted(fit_module: pl.LightningModule, loader: DataLoader, callbacks: list[pl.Callback]) -> list[float]:
     stopwatch = Stopwatch()
-    trainer = pl.Trainer(
-        max_epochs=1, callbacks=[*callbacks, stopwatch], accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
-    )  # fmt: skip
     with report.screen():
-        trainer.fit(fit_module, loader)
+        fit(fit_module, loader, *callbacks, stopwatch, max_epochs=1)
     return stopwatch.starts
 
 
@@ -232,13 +218,11 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="outer steps in a turn (%(default)s)")
     parser.add_argument("--problems", nargs="+", choices=["small", "medium", "CNN"], default=["small", "medium", "CNN"])
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results: dict[str, dict[str, Any]] = {}
     chosen = {name: problem for name, problem in problems().items() if name in args.problems}
     for name, problem in chosen.items():

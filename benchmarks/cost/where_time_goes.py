@@ -24,8 +24,6 @@ other parts before is kept.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import re
 import sys
 import time
@@ -52,7 +50,9 @@ from trainer_overhead import WARM_UP, ByHand, fitted, looped, problems
 from lightning_bilevel import BilevelModule, FirstOrder, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.curves import ORANGE, PLAIN, PURPLE, SKY
+from support.fits import Stopwatch
 from support.measure import least_seconds
 from support.problems import NETS, episodes, module, plain_run
 from support.results import earlier, plot_path, save
@@ -202,24 +202,18 @@ def megaflops(run: Callable[[], Any]) -> float:
     return float(counter.get_total_flops()) / 1e6
 
 
-class Steps(pl.Callback):
-    """Times each step of a fit, or profiles it; without the loader."""
+class Profiles(pl.Callback):
+    """Profiles each step of a fit; without the loader."""
 
-    def __init__(self, profiled: bool) -> None:
-        self.profiled = profiled
-        self.seconds: list[float] = []
+    def __init__(self) -> None:
         self.profiles: list[profile] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.profiled:
-            self.profiles.append(profile(activities=[ProfilerActivity.CPU]))
-            self.profiles[-1].start()
-        self.began = time.process_time()
+        self.profiles.append(profile(activities=[ProfilerActivity.CPU]))
+        self.profiles[-1].start()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self.began)
-        if self.profiled:
-            self.profiles[-1].stop()
+        self.profiles[-1].stop()
 
 
 def sinusoids(repeats: int, steps: int) -> dict[str, Any]:
@@ -227,17 +221,16 @@ def sinusoids(repeats: int, steps: int) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
     from maml_speed import sinusoids as maml  # which imports the other libraries
 
-    fits = {}
-    for profiled, count in ((False, steps), (True, repeats)):
+    stopwatch, profiles = Stopwatch(), Profiles()
+    for callback, count in ((stopwatch, steps), (profiles, repeats)):
         torch.manual_seed(0)
         learner, loader = maml()
-        fits[profiled] = Steps(profiled)
         batches: DataLoader = DataLoader([next(iter(loader))] * (count + WARM_UP), batch_size=None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")  # and no data for it: so it is meant
-            fitted(learner, batches, [ReverseUnroll(), fits[profiled]])
-    total = 1000 * min(fits[False].seconds)
-    parts = within_operators(lambda: fits[True].profiles[WARM_UP:])
+            fitted(learner, batches, [ReverseUnroll(), callback])
+    total = 1000 * min(stopwatch.seconds)
+    parts = within_operators(lambda: profiles.profiles[WARM_UP:])
     return {"a meta-step of MAML": {"ms": total, "by kind": with_python(total, parts)}}
 
 
@@ -367,14 +360,12 @@ def draw(results: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--repeats", type=int, default=8, help="of each run, and of each profile (%(default)s)")
     parser.add_argument("--depth", type=int, default=32, help="inner steps of the recomputation (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="outer steps in a turn (%(default)s)")
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     measured: dict[str, Callable[[], dict[str, Any]]] = {
         "directions": lambda: by_operator(directions(), args.repeats),
         "recomputation": lambda: by_operator(recomputation(args.depth), args.repeats),

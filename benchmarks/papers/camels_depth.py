@@ -40,6 +40,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_bilevel import Episode, ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import report
@@ -162,7 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--weight-size", choices=list(SIZES), help="of the weight model's body, if another")
     parser.add_argument("--tokens", type=int, help="of a document, if not those of the size")
@@ -176,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--resume", action="store_true", help="keep the cases that were measured with these settings")
     parser.add_argument("--measure", nargs=2, metavar=("STRATEGY", "DEPTH"), help="one case, in this process")
     parser.add_argument("--draw", action="store_true", help="only draw what was measured before")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     if args.measure:
         found = measure(args)
         print(json.dumps(found))

@@ -7,17 +7,16 @@ Far from the paper's models: it shows the code on real text, and reports what co
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from camels_strategies import comparison, interval
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import save
 
 import camels
@@ -48,13 +47,12 @@ def run(seed: int, data: Path, output: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with SQuAD's JSON files")
     parser.add_argument("--seeds", type=int, default=1, help="at least one (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/camels_squad"), help="folder of the runs")
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
 
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         rows.append(run(seed, args.data_dir, args.output))

@@ -10,7 +10,6 @@ start uniform. Runs that are finished are not repeated, and one that was cut off
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -20,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import save
 
 import camels
@@ -119,13 +118,12 @@ def comparison(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--seeds", type=int, default=max(case.seeds for case in CASES.values()), help="at most")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--output", type=Path, default=Path("outputs/camels_strategies"), help="folder of the runs")
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
 
-    torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name in dict.fromkeys([FIRST, *args.cases]):
         rows = [run(name, seed, args.output) for seed in range(min(CASES[name].seeds, args.seeds))]

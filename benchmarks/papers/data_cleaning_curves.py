@@ -49,6 +49,7 @@ from lightning_bilevel import (
 from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import fits, script
 from support.peers import inner_loss, outer_loss
 from support.results import RESULTS, plot_path, save
 
@@ -189,18 +190,7 @@ def fit(module: BilevelModule, strategy: HypergradientStrategy, episodes: Episod
     """Train until ``watch`` has seen enough."""
     with report.screen():
         warnings.filterwarnings("ignore", "`ConjugateGradient")  # a net's Hessian is not positive definite: known
-        trainer = pl.Trainer(
-            max_epochs=1,
-            min_epochs=0,
-            callbacks=[strategy, watch],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(module, DataLoader(episodes, batch_size=None))
+        fits.fit(module, DataLoader(episodes, batch_size=None), strategy, watch, max_epochs=1, min_epochs=0)
 
 
 @dataclass(frozen=True)
@@ -341,14 +331,13 @@ def plot(axes: Axes, name: str, seeds: Sequence[Mapping[str, Any]], key: str) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(3))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=12.0, help="CPU seconds of each curve (%(default)s)")
     parser.add_argument("--draw", action="store_true", help="only draw what is stored")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     if not args.draw:
         if args.data_dir is None:
             parser.error("pass --data-dir, or --draw")

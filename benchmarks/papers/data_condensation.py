@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import data_condensation as example
@@ -60,7 +61,7 @@ CASES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--case", choices=CASES, nargs="+", default=[])
     parser.add_argument("--strategy", choices=example.STRATEGIES, nargs="+", help="some of the case's (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -68,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--least-steps", type=int, default=1, help="outer steps, if those take longer")
     parser.add_argument("--cosines", action="store_true", help="with the exact hypergradient at the start, instead")
     parser.add_argument("--draw", action="store_true", help="draw what was saved")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", "`Neumann.*diverges")
     with report.screen():
         for name in args.case:

@@ -10,8 +10,6 @@ product per step, the others K for every estimate.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +26,8 @@ from lightning_bilevel import FSLA, SGD, BilevelModule, Episode, ImplicitGradien
 from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import fit
 from support.results import plot_path, save
 
 
@@ -89,17 +89,8 @@ class Recorder(pl.Callback):
 def fsla_errors(steps: int, beta: float, **problem: Any) -> list[float]:
     """Return FSLA's relative squared error after each of ``steps`` training steps."""
     module, recorder = SyntheticQuadratic(**problem), Recorder()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=[FSLA(beta=beta, eta=1.0), recorder],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     episodes = DataLoader([Episode([torch.zeros(1)], torch.zeros(1))] * steps, batch_size=None)
-    trainer.fit(module, episodes)
+    fit(module, episodes, FSLA(beta=beta, eta=1.0), recorder, max_steps=steps)
     exact = module.exact()
     return [((grad - exact).norm() / exact.norm()).square().item() for grad in recorder.grads]
 
@@ -113,13 +104,12 @@ def estimate_error(strategy: Any, inner_steps: int, **problem: Any) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--dimension", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of the inner steps and of the linear system")
     parser.add_argument("--steps", type=int, default=400)
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*ConjugateGradient.* reached a relative residual")
 

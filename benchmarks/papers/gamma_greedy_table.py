@@ -11,9 +11,7 @@ quarter turns, and Omniglot at 14×14 with `--data-dir`; CIFAR-100 with `--data 
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +34,8 @@ from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 from lightning_bilevel.linear_solvers import Neumann
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import fit
 from support.results import RESULTS, save
 
 import report
@@ -66,25 +66,14 @@ def accuracy(
     module = FewShotClassifier(net, inner="head", outer="body", **setting)
     if problem.train[0].shape[-1] < 10:
         module.episode_chunk_size = 10  # small images of all tasks in one call are twice as fast
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=[METHODS[method]()],
-        accelerator="cpu",
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     began = time.process_time()
-    trainer.fit(module, TaskLoader(train, batch_size=10))
+    fit(module, TaskLoader(train, batch_size=10), METHODS[method](), max_steps=steps)
     seconds = time.process_time() - began
     return adaptation_curve(module, [test[index] for index in range(test_tasks)], [10])["mean"][0], seconds
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data", choices=("digits", "omniglot", "cifar100"), default="digits")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--ways", type=int, nargs="+", default=[3, 4, 5])
@@ -92,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test-tasks", type=int, default=100)
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     problem = data.images(args.data, args.data_dir, size=14)
     path = RESULTS / "gamma_greedy_table.json"
     for seed in args.seeds:

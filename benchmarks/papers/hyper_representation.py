@@ -12,7 +12,6 @@ numbers N of inner steps, for PZOBO with directions of length 1. Results of othe
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,9 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import hyper_representation as example
@@ -47,17 +45,16 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--case", choices=CASES, nargs="+", default=["linear", "two-layer", "digits"])
     parser.add_argument("--seeds", type=int, nargs="*", default=range(3))
     parser.add_argument("--strategy", choices=example.STRATEGIES, nargs="+", default=list(example.STRATEGIES))
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--seconds", type=float, default=20, help="of each strategy on MNIST (%(default)s)")
     parser.add_argument("--inner-steps", action="store_true", help="compare numbers of inner steps")
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
     if "mnist" in args.case and args.data_dir is None:
         parser.error("mnist needs --data-dir")
-    torch.set_num_threads(1)
     for seed in args.seeds:
         if args.inner_steps:
             for case in [case for case in INNER_STEPS if case in args.case]:

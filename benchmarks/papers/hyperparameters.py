@@ -9,7 +9,6 @@ Newsgroups runs where `--data-dir` leads to it; results of other seeds and data 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import hyperparameters as example
@@ -28,11 +28,11 @@ LONG = ("curve", "penalties", "path", "grid")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data", choices=["digits", "newsgroups"], default="digits")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
     results: dict[str, Any] = {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import report
@@ -59,18 +60,17 @@ def draw(results: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with Omniglot's npz files; without it, nothing is run")
     parser.add_argument("--only", choices=RUNS, help="one run; the others keep their results")
     parser.add_argument("--steps", type=int, help="outer steps in place of those of the setting")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for logs and checkpoints")
     parser.add_argument("--resume", type=Path, help="checkpoint of that run to go on from")
     parser.add_argument("--judge", type=Path, help="checkpoint of that 1-shot run: no training, only tasks of 5 shots")
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
     if args.data_dir is None:
         print("Skipped: name the folder of Omniglot's npz files with --data-dir.")
         return {}
-    torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "omniglot.json"
     results: dict[str, Any] = {}

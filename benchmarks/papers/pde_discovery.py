@@ -13,7 +13,6 @@ pinn      Burgers with a net as the inner level, 1,000 inner steps and ForwardGr
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ import torch
 from lightning_bilevel import Episode, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import RESULTS, plot_path, save
 
 import pde_discovery as example
@@ -102,11 +102,11 @@ def measure(strategy: str, steps: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", nargs=2, metavar=("STRATEGY", "STEPS"), help="one memory measurement")
-    args = parser.parse_args(argv)
+    args = script.begin(parser, argv)
     if args.measure:
         measure(args.measure[0], int(args.measure[1]))
         return {}

@@ -11,9 +11,7 @@ and the body as its outer one. All take 5 inner steps, 4 tasks of 5 + 3 examples
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +32,8 @@ from lightning_bilevel import (
 from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.fits import Stopwatch, fit
 from support.results import plot_path, save
 
 import report
@@ -60,24 +60,21 @@ METHODS: Mapping[str, Method] = {
 COLORS = dict(zip(METHODS, (report.BLUE, report.GREEN, report.VERMILION), strict=True))
 
 
-class Race(pl.Callback):
+class Race(Stopwatch):
     """Measures training steps, looks at the test tasks now and then, and ends when the seconds are spent."""
 
     def __init__(self, seconds: float, tasks: Sequence[Episode]) -> None:
+        super().__init__()
         self.limit, self.tasks = seconds, tasks
-        self.steps: list[float] = []
         self.curve: list[tuple[float, float]] = []
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.began = time.process_time()
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: FewShotClassifier, *_: Any) -> None:
-        self.steps.append(time.process_time() - self.began)
-        spent = sum(self.steps)
+        super().on_train_batch_end()
+        spent = sum(self.seconds)
         if spent >= self.limit * (len(self.curve) + 1) / 12:
             accuracy = adaptation_curve(pl_module, self.tasks, [INNER_STEPS])["mean"][0]
             self.curve.append((spent, accuracy))
-            print(f"  {spent:6.0f} s  {len(self.steps):5d} steps  {100 * accuracy:.1f}%", flush=True)
+            print(f"  {spent:6.0f} s  {len(self.seconds):5d} steps  {100 * accuracy:.1f}%", flush=True)
         trainer.should_stop = spent >= self.limit
 
 
@@ -91,24 +88,13 @@ def race(name: str, found: data.Images, args: argparse.Namespace) -> dict[str, A
     setting = {"inner_steps": INNER_STEPS, "inner_lr": args.inner_lr, "outer_lr": 1e-3}
     module = FewShotClassifier(resnet12(5, widths=WIDTHS), inner=method.inner, outer=method.outer, **setting)
     callback = Race(args.seconds, list(map(test.__getitem__, range(len(test)))))
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[method.strategy(), callback],
-        accelerator="cpu",
-        logger=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, TaskLoader(train, batch_size=4))
+    fit(module, TaskLoader(train, batch_size=4), method.strategy(), callback, max_epochs=1)
     reached = {
         str(goal): next((spent for spent, accuracy in callback.curve if accuracy >= goal), None) for goal in args.goals
     }
     return {
-        "cpu seconds per meta-step": sum(callback.steps) / len(callback.steps),
-        "meta-steps": len(callback.steps),
+        "cpu seconds per meta-step": sum(callback.seconds) / len(callback.seconds),
+        "meta-steps": len(callback.seconds),
         "parameters": sum(parameter.numel() for parameter in module.net.parameters()),
         "curve": callback.curve,
         "cpu seconds to reach": reached,
@@ -150,19 +136,17 @@ def draw(results: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with Omniglot's npz files; without it, nothing is run")
     parser.add_argument("--seconds", type=float, default=150, help="CPU seconds of training for each method")
     parser.add_argument("--goals", type=float, nargs="+", default=[0.8, 0.85, 0.9])
     parser.add_argument("--inner-lr", type=float, default=0.1)
     parser.add_argument("--test-tasks", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    args = script.begin(parser, argv)
     if args.data_dir is None:
         print("Skipped: name the folder of Omniglot's npz files with --data-dir.")
         return {}
-    torch.set_num_threads(1)
     found = data.images("omniglot", args.data_dir)
     with report.screen():
         settings = {key: value for key, value in vars(args).items() if key != "data_dir"}

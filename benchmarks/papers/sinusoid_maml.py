@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.results import plot_path, save
 
 import report
@@ -59,13 +60,12 @@ def curves(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-tasks", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for logs and checkpoints")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     args.output.mkdir(parents=True, exist_ok=True)
     with report.screen():
         runs = [curves(args, seed) for seed in range(args.seeds)]

@@ -9,18 +9,17 @@ least of some, in turns.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from maml_speed import PEERS, images
 
 from lightning_bilevel import ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
 from support.measure import least_seconds
 from support.results import save
 from support.tensor_memory import tensor_peak
@@ -50,11 +49,10 @@ def contenders(inner_steps: int) -> dict[str, Callable[[], Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[5, 20], help="T (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contender for the time (%(default)s)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results: dict[str, Any] = {}
     for steps in args.inner_steps:
         runs = contenders(steps)

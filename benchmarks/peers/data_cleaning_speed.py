@@ -14,7 +14,6 @@ one estimate. Betty and BOAT are left out where they are not installed (docs/pee
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import warnings
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -42,7 +40,9 @@ from lightning_bilevel import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.measure import Stopwatch, cpu_seconds
+from support import script
+from support.fits import Stopwatch, fit
+from support.measure import cpu_seconds
 from support.peers import PEERS, ROUNDING, SAME, Batch, Loop, Solver, Task, outer_loss, versions
 from support.results import earlier, plot_path, save
 from support.tensor_memory import tensor_peak
@@ -182,17 +182,9 @@ def contenders(case: Case) -> list[Contender]:
 def time_ours(strategy: HypergradientStrategy, case: Case, repeats: int) -> float:
     """Return the least seconds of a training step; the first one also checks the module, and is left out."""
     stopwatch = Stopwatch()
-    trainer = pl.Trainer(
-        max_steps=repeats + 1,
-        callbacks=[strategy, stopwatch],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    data: DataLoader = DataLoader([case.episode()] * (repeats + 1), batch_size=None)
     with report.screen():
-        trainer.fit(Cleaning(case.task()), DataLoader([case.episode()] * (repeats + 1), batch_size=None))
+        fit(Cleaning(case.task()), data, strategy, stopwatch, max_steps=repeats + 1)
     return min(stopwatch.seconds[1:])
 
 
@@ -274,12 +266,11 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="the other cases are kept")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="estimates in a turn, after one more (%(default)s)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     results = earlier("data_cleaning_speed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the others' deprecated calls, and that 10 iterations of CG do not converge

@@ -69,7 +69,7 @@ from data_cleaning_curves import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import peers
+from support import peers, script
 from support.peers import SAME, Loop, Task, versions
 from support.results import RESULTS, plot_path, save
 
@@ -377,15 +377,14 @@ def typical(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files; without, the digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--methods", nargs="+", help="strategies and libraries; by default all")
     parser.add_argument("--seconds", type=float, help="CPU seconds after which a run is given up")
     parser.add_argument("--phases", action="store_true", help="the two phases at equal seconds")
     parser.add_argument("--draw", action="store_true", help="only draw what is stored")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     if not args.draw:
         run(args)
     if set(TITLES) & set(stored()):

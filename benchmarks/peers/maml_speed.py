@@ -11,9 +11,7 @@ take turns, and the least of all their steps counts.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import logging
 import sys
 import time
 import warnings
@@ -24,7 +22,6 @@ from typing import Any
 
 import higher
 import matplotlib.pyplot as plt
-import pytorch_lightning as pl
 import torch
 import torchopt
 from torch import Tensor, nn
@@ -33,7 +30,8 @@ from lightning_bilevel import Episode, ReverseUnroll, hypergradient, tree
 from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.measure import Stopwatch
+from support import script
+from support.fits import Stopwatch, fit
 from support.results import plot_path, save
 
 import report
@@ -123,20 +121,8 @@ def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, ba
     """Return the seconds of the fastest step."""
     module, loader = make()
     stopwatch = Stopwatch()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=[ReverseUnroll(), stopwatch],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        barebones=barebones,
-    )
     with report.screen():
-        trainer.fit(module, loader)
+        fit(module, loader, ReverseUnroll(), stopwatch, max_steps=steps, barebones=barebones)
     return min(stopwatch.seconds)
 
 
@@ -154,12 +140,10 @@ def time_peer(peer: Gradient, make: Callable[[], tuple[MetaLearner, TaskLoader]]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.options(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=6, help="meta-steps in a turn")
-    args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    args = script.begin(parser, argv)
     torch.manual_seed(0)
 
     results: dict[str, Any] = {}

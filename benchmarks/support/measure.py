@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
@@ -21,19 +19,6 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
     began = time.process_time()
     run()
     return time.process_time() - began
-
-
-class Stopwatch(pl.Callback):
-    """CPU seconds of each batch."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.began = time.process_time()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.process_time() - self.began)
 
 
 def least_seconds(
