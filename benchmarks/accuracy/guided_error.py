@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 
@@ -24,8 +23,9 @@ from lightning_bilevel import ForwardGradient, GammaGreedy, ReverseUnroll, Trunc
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
-from support.results import plot_path, save
+from support.results import ORANGE, SKY, plot, save
 
+import report
 from data_cleaning import CleaningData, DataCleaning
 
 GUIDES = {
@@ -34,7 +34,7 @@ GUIDES = {
     "GammaGreedy(0.99)": GammaGreedy(0.99),
     "TruncatedReverse(20)": TruncatedReverse(20),
 }
-COLORS = dict(zip(GUIDES, ("#767676", "#56B4E9", "#E69F00", "#0072B2"), strict=True))
+COLORS = dict(zip(GUIDES, (report.GREY, SKY, ORANGE, report.BLUE), strict=True))
 
 
 def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[DataCleaning, Any]:
@@ -77,21 +77,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results[name] = {"cosine": cosine, "factor": 1 - cosine**2, "errors": rows}
     save("guided_error", vars(args), results)
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for name, color in COLORS.items():
-        rows = results[name]["errors"]
-        label = f"{name}, 1 − cos² = {results[name]['factor']:.2f}" if GUIDES[name] is not None else name
-        bars = [row["standard_error"] for row in rows]
-        axes.errorbar(args.directions, [row["measured"] for row in rows], bars, fmt="o", color=color, label=label)
-        axes.plot(args.directions, [row["predicted"] for row in rows], color=color, lw=1.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel="directions b", ylabel=r"$\|\hat g - \nabla h\|^2\ /\ \|\nabla h\|^2$")
-    axes.set_title("Forward gradient with a guide: measured (dots), predicted (lines)", fontsize=11)
-    axes.set_xticks(args.directions, [str(b) for b in args.directions])
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(plot_path("guided_error"), dpi=160)
+    with plot("guided_error", size=(6.4, 4.2)) as (_, axes):
+        for name, color in COLORS.items():
+            rows = results[name]["errors"]
+            label = f"{name}, 1 − cos² = {results[name]['factor']:.2f}" if GUIDES[name] is not None else name
+            bars = [row["standard_error"] for row in rows]
+            axes.errorbar(args.directions, [row["measured"] for row in rows], bars, fmt="o", color=color, label=label)
+            axes.plot(args.directions, [row["predicted"] for row in rows], color=color, lw=1.5)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(xlabel="directions b", ylabel=r"$\|\hat g - \nabla h\|^2\ /\ \|\nabla h\|^2$")
+        axes.set_title("Forward gradient with a guide: measured (dots), predicted (lines)")
+        axes.set_xticks(args.directions, [str(b) for b in args.directions])
+        axes.legend(fontsize=9)
     return results
 
 

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -53,8 +52,9 @@ from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
-from support.results import plot_path, save
+from support.results import ORANGE, plot, save
 
+import report
 from data_cleaning import CleaningData, DataCleaning
 
 STRATEGIES: dict[str, Callable[[], HypergradientStrategy]] = {
@@ -78,7 +78,7 @@ PRECISIONS = {
     "16-true": torch.float16,
 }
 DIFFERENCES = {"ZerothOrder": ZerothOrder, "PZOBO": PZOBO}
-DIFFERED = {"32-true": "#0072B2", "16-mixed": "#E69F00", "bf16-mixed": "#D55E00"}
+DIFFERED = {"32-true": report.BLUE, "16-mixed": ORANGE, "bf16-mixed": report.VERMILION}
 MUS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
 SCALES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
 
@@ -182,20 +182,19 @@ def mean_error(
 
 def draw(table: dict[str, dict[str, Any]]) -> None:
     """Draw the errors over μ: filled where nothing was said, hollow where a warning came."""
-    figure, both = plt.subplots(1, 2, figsize=(9.2, 4.2), sharey=True, layout="constrained")
-    for axes, (name, precisions) in zip(both, table.items(), strict=True):
-        for precision, color in DIFFERED.items():
-            rows = precisions[precision]
-            axes.plot([row["mu"] for row in rows], [row["error"] for row in rows], color=color, lw=1.5, label=precision)
-            for row in rows:
-                axes.plot(row["mu"], row["error"], "o", ms=6, mec=color, mfc="white" if row["warned"] else color)
-        axes.set(xscale="log", yscale="log", xlabel="μ", title=name)
-        axes.grid(alpha=0.3)
-    both[0].set_ylabel("relative error against exact derivatives\nalong the same 16 directions")
-    both[0].set_ylim(1e-3, 1e3)
-    both[1].plot([], [], "o", mec="#767676", mfc="white", label="the strategy warns of its μ")
-    both[1].legend(frameon=False, fontsize=9)
-    figure.savefig(plot_path("precision"), dpi=160)
+    with plot("precision", 1, 2, size=(9.2, 4.2), sharey=True) as (_, both):
+        for axes, (name, precisions) in zip(both, table.items(), strict=True):
+            for precision, color in DIFFERED.items():
+                rows = precisions[precision]
+                errors = [row["error"] for row in rows]
+                axes.plot([row["mu"] for row in rows], errors, color=color, lw=1.5, label=precision)
+                for row in rows:
+                    axes.plot(row["mu"], row["error"], "o", ms=6, mec=color, mfc="white" if row["warned"] else color)
+            axes.set(xscale="log", yscale="log", xlabel="μ", title=name)
+        both[0].set_ylabel("relative error against exact derivatives\nalong the same 16 directions")
+        both[0].set_ylim(1e-3, 1e3)
+        both[1].plot([], [], "o", mec=report.GREY, mfc="white", label="the strategy warns of its μ")
+        both[1].legend(fontsize=9)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -15,15 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from lightning_bilevel import PZOBO, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.measure import least_seconds
 from support.problems import NETS, Net, episodes, module, perceptron_net
-from support.results import earlier, plot_path, save
+from support.results import keep, plot
 
 import report
 
@@ -58,8 +56,8 @@ KINDS: dict[str, Callable[[Net, int, int | None], Callable[[], Any]]] = {
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, len(results), figsize=(2.8 * len(results), 3.3), sharey=True, squeeze=False)
+    size = (2.8 * len(results), 3.3)
+    with plot(NAME, 1, len(results), size=size, sharey=True, squeeze=False) as (_, panels):
         for axes, (name, net) in zip(panels[0], results.items(), strict=True):
             for kind in KINDS:
                 found = net[kind]
@@ -75,8 +73,6 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         panels[0][0].set_ylabel("time, of the best fixed size")
         panels[0][-1].plot([], [], color=report.GREY, lw=1.2, ls=(0, (2, 2)), label="what None takes")
         panels[0][-1].legend(fontsize=9)
-        figure.savefig(plot_path(NAME))
-        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -100,9 +96,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found[kind] = {"seconds": seconds, "best": best, "own over best": seconds[OWN] / best}
             times = "  ".join(f"{text}: {1000 * value:.1f}" for text, value in seconds.items())
             print(f"{name:10s} {kind:16s} ms {times}  None over best: {seconds[OWN] / best:.2f}", flush=True)
-        results = {**earlier(NAME), name: found}
-        results = {each: results[each] for each in CASES if each in results}
-        save(NAME, {"T": args.inner_steps, "count": max(SIZES), "sizes": SIZES}, results)
+        settings = {"T": args.inner_steps, "count": max(SIZES), "sizes": SIZES}
+        results = keep(NAME, settings, found, name, order=CASES)
     draw(results)
     return results
 

@@ -18,7 +18,6 @@ own processes. Everything compiled is compared with what was not.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -42,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.measure import least_seconds
 from support.problems import NETS, Net, episodes, module
-from support.results import RESULTS, save
+from support.results import keep
 
 PARTS = ("gradient", "step", "products", "tangent")
 
@@ -154,13 +153,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = script.begin(parser, argv)
     warnings.simplefilter("ignore")  # torch's deprecations while it compiles
     torch._dynamo.config.trace_autograd_ops = True  # else a gradient within a compiled function breaks its graph
-    path = RESULTS / "compile_inner.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing is found compiled already
         for name in args.nets:
-            results[name] = {"text": NETS[name].text, **measure(NETS[name], args.repeats, args.parts)}
-            save("compile_inner", {"repeats": args.repeats}, results)
+            found = {"text": NETS[name].text, **measure(NETS[name], args.repeats, args.parts)}
+            results = keep("compile_inner", {"repeats": args.repeats}, found, name)
     return results
 
 

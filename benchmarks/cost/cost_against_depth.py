@@ -23,7 +23,7 @@ from lightning_bilevel import hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, keep
+from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, kept
 from support.measure import least_seconds, peak
 from support.problems import episodes, module, perceptron_net, plain_run
 
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     for inner_steps in args.depths if "MiB" in args.what else ():
         peaks = {name: peak(run, small[name]) for name, run in runs(inner_steps, args.strategies).items()}
-        rows = keep(NAME, inner_steps, "MiB", peaks, settings)
+        rows = kept(NAME, inner_steps, "MiB", peaks, settings)
     for inner_steps in args.depths if "seconds" in args.what else ():
         turns = 1 if inner_steps >= LONG else 2
         seconds = least_seconds(runs(inner_steps, args.strategies), turns, args.seconds, warm_up=turns > 1)
-        rows = keep(NAME, inner_steps, "seconds", seconds, settings)
+        rows = kept(NAME, inner_steps, "seconds", seconds, settings)
     draw(NAME, "inner steps T", 2, rows)
     return rows
 

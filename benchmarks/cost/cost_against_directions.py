@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
@@ -30,7 +29,7 @@ from support import script
 from support.curves import PLAIN, WHAT
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
-from support.results import earlier, plot_path, save
+from support.results import earlier, keep, plot
 
 import report
 
@@ -88,21 +87,17 @@ def times(name: str, numbers: Sequence[int], inner_steps: int, seconds: float) -
     return found
 
 
-def keep(name: str, numbers: Sequence[int], inner_steps: int, found: dict[str, Any]) -> dict[str, Any]:
+def kept(name: str, numbers: Sequence[int], inner_steps: int, found: dict[str, Any]) -> dict[str, Any]:
     """Put what was found for a net into the results, beside what is there, and return all."""
-    results = earlier(NAME)
-    row = results.setdefault(name, {})
-    row |= {"net": CASES[name].text, "b": list(numbers)}
+    row = earlier(NAME).get(name, {}) | {"net": CASES[name].text, "b": list(numbers)}
     for key, value in found.items():
         row[key] = {**row.get(key, {}), **value} if isinstance(value, dict) else value
-    results = {each: results[each] for each in CASES if each in results}
-    save(NAME, {"T": inner_steps}, results)
-    return results
+    return keep(NAME, {"T": inner_steps}, row, name, order=CASES)
 
 
 def draw(results: dict[str, Any]) -> None:
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(2, len(results), figsize=(3.5 * len(results), 5.6), squeeze=False, sharex=True)
+    size = (3.5 * len(results), 5.6)
+    with plot(NAME, 2, len(results), size=size, squeeze=False, sharex=True) as (_, panels):
         for column, (name, found) in zip(panels.T, results.items(), strict=True):
             numbers = found["b"]
             for kind, (_, color) in KINDS.items():
@@ -116,8 +111,6 @@ def draw(results: dict[str, Any]) -> None:
         panels[0][0].set_ylabel("CPU time, in inner runs")
         panels[1][0].set_ylabel("peak memory, MiB")
         panels[0][0].legend(fontsize=9)
-        figure.savefig(plot_path(NAME))
-        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -130,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = script.begin(parser, argv)
     results: dict[str, Any] = {}
     for name in args.nets if "MiB" in args.what else ():
-        results = keep(name, args.directions, args.inner_steps, peaks(name, args.directions, args.inner_steps))
+        results = kept(name, args.directions, args.inner_steps, peaks(name, args.directions, args.inner_steps))
     for name in args.nets if "seconds" in args.what else ():
         found = times(name, args.directions, args.inner_steps, args.seconds)
-        results = keep(name, args.directions, args.inner_steps, found)
+        results = kept(name, args.directions, args.inner_steps, found)
     draw(results)
     return results
 

@@ -23,7 +23,7 @@ from lightning_bilevel import hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, keep
+from support.curves import PLAIN, STRATEGIES, WHAT, Row, draw, kept
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
 
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     for size in args.sizes if "MiB" in args.what else ():
         peaks = {name: peak(run, small[name]) for name, run in runs(size).items()}
-        rows = keep(NAME, size, "MiB", peaks, settings)
+        rows = kept(NAME, size, "MiB", peaks, settings)
     for size in args.sizes if "seconds" in args.what else ():
-        rows = keep(NAME, size, "seconds", least_seconds(runs(size), 2, args.seconds), settings)
+        rows = kept(NAME, size, "seconds", least_seconds(runs(size), 2, args.seconds), settings)
     draw(NAME, "outer parameters N", 10, rows)
     return rows
 

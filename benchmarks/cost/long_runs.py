@@ -30,7 +30,7 @@ from support import script
 from support.curves import PLAIN
 from support.measure import least_seconds, peak
 from support.problems import NETS, episodes, module, plain_run
-from support.results import earlier, save
+from support.results import keep
 
 NAME = "long_runs"
 NET = NETS["MLP"]
@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in args.parts:
         found = PARTS[name](args.depth, args.repeats)
         print(name, found, flush=True)
-        results = {**earlier(NAME), name: found}
-        save(NAME, {"net": NET.text, "depth": args.depth}, results)
+        results = keep(NAME, {"net": NET.text, "depth": args.depth}, found, name)
     return results
 
 

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -40,7 +39,7 @@ from lightning_bilevel import SGD, BilevelModule, Episode, FirstOrder, ForwardGr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
-from support.results import plot_path, save
+from support.results import plot, save
 
 EXAMPLES, BATCH = 5000, 256
 DIRECTIONS, STEPS = (2, 4, 8, 16), (10, 20, 40)
@@ -142,30 +141,27 @@ def foreseen(constants: tuple[float, float, float], b: int, inner_steps: int, pr
 
 
 def draw(rows: list[dict[str, Any]], constants: tuple[float, float, float]) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
-    for processes, color in ((1, "#767676"), (2, "#0072B2")):
-        chosen = [row for row in rows if row["R"] == processes and row["T"] == 20 and row["b"]]
-        b = [row["b"] for row in chosen]
-        label = f"{processes} process{'es' * (processes > 1)}"
-        left.plot(b, [row["seconds"] for row in chosen], "o", color=color, label=label)
-        left.plot(b, [foreseen(constants, each, 20, processes) for each in b], color=color, lw=1.5)
-    left.set(xlabel="directions b", ylabel="seconds per outer step, T = 20", xticks=b)
-    left.set_title("Measured (dots), model (lines)", fontsize=11)
-    left.legend(frameon=False)
-    ranks = 2 ** np.arange(11)
-    for b, color in ((16, "#56B4E9"), (64, "#0072B2"), (1024, "#D55E00")):
-        alone = foreseen(constants, b, 20, 1)
-        gain = [alone / foreseen(constants, b, 20, int(processes)) for processes in ranks]
-        right.plot(ranks, gain, color=color, label=f"b = {b}")
-    right.plot(ranks, ranks, color="#B0B0B0", lw=1, ls="--", label="ideal")
-    right.set_xscale("log", base=2)
-    right.set_yscale("log", base=2)
-    right.set(xlabel="processes R", ylabel="times faster than one process")
-    right.set_title("What the model says of many processes (not measured)", fontsize=11)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(plot_path("scaling"), dpi=160)
+    with plot("scaling", 1, 2, size=(9.6, 3.9)) as (_, (left, right)):
+        for processes, color in ((1, "#767676"), (2, "#0072B2")):
+            chosen = [row for row in rows if row["R"] == processes and row["T"] == 20 and row["b"]]
+            b = [row["b"] for row in chosen]
+            label = f"{processes} process{'es' * (processes > 1)}"
+            left.plot(b, [row["seconds"] for row in chosen], "o", color=color, label=label)
+            left.plot(b, [foreseen(constants, each, 20, processes) for each in b], color=color, lw=1.5)
+        left.set(xlabel="directions b", ylabel="seconds per outer step, T = 20", xticks=b)
+        left.set_title("Measured (dots), model (lines)")
+        left.legend()
+        ranks = 2 ** np.arange(11)
+        for b, color in ((16, "#56B4E9"), (64, "#0072B2"), (1024, "#D55E00")):
+            alone = foreseen(constants, b, 20, 1)
+            gain = [alone / foreseen(constants, b, 20, int(processes)) for processes in ranks]
+            right.plot(ranks, gain, color=color, label=f"b = {b}")
+        right.plot(ranks, ranks, color="#B0B0B0", lw=1, ls="--", label="ideal")
+        right.set_xscale("log", base=2)
+        right.set_yscale("log", base=2)
+        right.set(xlabel="processes R", ylabel="times faster than one process")
+        right.set_title("What the model says of many processes (not measured)")
+        right.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -34,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
 from support.problems import NETS, RATE, Weighted, episodes, module, perceptron
-from support.results import earlier, plot_path, save
+from support.results import keep, plot
 
 import report
 
 NAME = "trainer_overhead"
 CONTENDERS = {"by hand": report.GREY, "in a LightningModule": "#B0B0B0", "BilevelModule": report.BLUE}
+PROBLEMS = ("small", "medium", "CNN")
 TASKS, WARM_UP = 25, 2
 
 
@@ -201,8 +201,7 @@ def check(problem: Problem) -> None:
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, len(results), figsize=(3.4 * len(results), 2.6), squeeze=False)
+    with plot(NAME, 1, len(results), size=(3.4 * len(results), 2.6), squeeze=False) as (_, panels):
         for axes, (name, found) in zip(panels[0], results.items(), strict=True):
             seconds = found["cpu seconds"]
             bars = axes.barh(list(seconds), [1000 * value for value in seconds.values()], color=CONTENDERS.values())
@@ -213,15 +212,13 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", left=False, labelleft=axes is panels[0][0])
-        figure.savefig(plot_path(NAME))
-        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = script.options(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="outer steps in a turn (%(default)s)")
-    parser.add_argument("--problems", nargs="+", choices=["small", "medium", "CNN"], default=["small", "medium", "CNN"])
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
     args = script.begin(parser, argv)
     results: dict[str, dict[str, Any]] = {}
     chosen = {name: problem for name, problem in problems().items() if name in args.problems}
@@ -240,9 +237,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         for contender, seconds in best.items():
             print(f"{name:8s} {contender:22s} {1000 * seconds:8.2f} ms  {seconds / best['by hand']:.3f}", flush=True)
-        results = {**earlier(NAME), name: found}
-        results = {each: results[each] for each in problems() if each in results}
-        save(NAME, {"rounds": args.rounds, "steps": args.steps}, results)
+        results = keep(NAME, {"rounds": args.rounds, "steps": args.steps}, found, name, order=PROBLEMS)
     draw(results)
     return results
 

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -51,11 +50,11 @@ from lightning_bilevel import BilevelModule, FirstOrder, ForwardGradient, Revers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.curves import ORANGE, PLAIN, PURPLE, SKY
+from support.curves import PLAIN
 from support.fits import Stopwatch
 from support.measure import least_seconds
 from support.problems import NETS, episodes, module, plain_run
-from support.results import earlier, plot_path, save
+from support.results import ORANGE, PURPLE, SKY, keep, plot
 
 import report
 
@@ -332,11 +331,9 @@ def split(row: Mapping[str, Any]) -> Times:
 
 
 def draw(results: Mapping[str, Any]) -> None:
-    with plt.rc_context(report.STYLE):
-        heights = [len(found) + 1.5 for found in results.values()]
-        figure, panels = plt.subplots(
-            len(results), 1, figsize=(9.5, 0.5 * sum(heights) + 0.4), height_ratios=heights, squeeze=False
-        )
+    heights = [len(found) + 1.5 for found in results.values()]
+    size = (9.5, 0.5 * sum(heights) + 0.4)
+    with plot(NAME, len(results), 1, size=size, height_ratios=heights, squeeze=False) as (_, panels):
         for axes, (name, found) in zip(panels[:, 0], results.items(), strict=True):
             left = np.zeros(len(found))
             for part in parts(found):
@@ -355,8 +352,6 @@ def draw(results: Mapping[str, Any]) -> None:
             axes.tick_params(axis="y", left=False)
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8.5, handlelength=1, labelspacing=0.25)
         panels[-1][0].set_xlabel("CPU milliseconds")
-        figure.savefig(plot_path(NAME))
-        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -376,9 +371,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in args.parts:
         found = measured[name]()
         show(name, found)
-        results = {**earlier(NAME), name: found}
-        results = {each: results[each] for each in TITLES if each in results}
-        save(NAME, {"repeats": args.repeats, "depth": args.depth, "steps": args.steps}, results)
+        settings = {"repeats": args.repeats, "depth": args.depth, "steps": args.steps}
+        results = keep(NAME, settings, found, name, order=TITLES)
     draw(results)
     return results
 

@@ -31,7 +31,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from pytorch_lightning.plugins import HalfPrecision
@@ -41,7 +40,7 @@ from lightning_bilevel import Episode, ForwardGradient, HypergradientStrategy, R
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import RESULTS, earlier, plot, save
 
 import report
 from camels_lm.encoding import Tokens
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     key = "camels_depth" if args.size == "small" else f"camels_depth_{args.size}_{args.precision}"
     key += "" if args.device == "cpu" else "_gpu"
     if args.draw:
-        rows = json.loads((RESULTS / f"{key}.json").read_text())["results"]
+        rows = earlier(key)
     else:
         rows = measured(key, args, sys.argv[1:] if argv is None else argv)
     draw(rows, args, key)
@@ -243,10 +242,9 @@ def foreseen(name: str, depth: int, rows: dict[Case, dict[str, Any]]) -> float |
 
 def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> None:
     """Draw memory, and the answers where they were measured, against the depth."""
-    answers = RESULTS / "camels_strategies.json"
-    with_answers = args.size == "small" and answers.exists()
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, 1 + with_answers, figsize=(5.6 * (1 + with_answers), 4.2), squeeze=False)
+    answers = earlier("camels_strategies")
+    columns = 1 + (args.size == "small" and bool(answers))
+    with plot(key, 1, columns, size=(5.6 * columns, 4.2), squeeze=False) as (_, panels):
         memory = panels[0, 0]
         for name, color in COLORS.items():
             found = [row for row in rows if row["strategy"] == name and "peak MiB" in row]
@@ -273,12 +271,11 @@ def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> 
         memory.set_ylim(bottom=0)
         memory.legend()
         panels_of_depth = [memory]
-        if with_answers:
+        if columns > 1:
             gain = panels[0, 1]
             panels_of_depth.append(gain)
-            results = json.loads(answers.read_text())["results"]
             for name, color in COLORS.items():
-                cases = sorted((row for row in results.values() if row["strategy"] == name), key=lambda c: c["depth"])
+                cases = sorted((row for row in answers.values() if row["strategy"] == name), key=lambda c: c["depth"])
                 draw_gain(gain, cases, color, LABELS[name])
             gain.set(
                 title="What the adapted model has learned",
@@ -292,7 +289,6 @@ def draw(rows: Sequence[dict[str, Any]], args: argparse.Namespace, key: str) -> 
             axes.set_xlim(0.85, 56)
             axes.set_xticks([1, 2, 4, 6, 24, 48], ["1", "2", "4", "6", "24", "48"])
             axes.minorticks_off()
-        figure.savefig(plot_path(key))
 
 
 def draw_gain(axes: Axes, cases: Sequence[dict[str, Any]], color: str, label: str) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from camels_strategies import comparison, interval
+from camels_strategies import comparison
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
+from support.intervals import interval
 from support.results import save
 
 import camels

@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import save
+from support.intervals import interval
+from support.results import IMAGES, save
 
 import camels
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 FIRST = "reverse 6"
 """Whose language model and weights the others take."""
 
@@ -87,14 +84,6 @@ def run(name: str, seed: int, output: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         camels.main(options)
     return json.loads(path.read_text())
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the values, their mean, and half the width of its 95% interval by Student's t."""
-    half = None
-    if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return {"values": list(values), "mean": statistics.fmean(values), "half_width": half}
 
 
 def summary(rows: Sequence[dict[str, Any]], weighting: str) -> dict[str, Any]:

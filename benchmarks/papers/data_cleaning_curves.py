@@ -15,8 +15,6 @@ all validation images is taken at chosen moments, which do not count. Results of
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import time
 import warnings
@@ -26,13 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
@@ -51,13 +47,12 @@ from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import fits, script
 from support.peers import inner_loss, outer_loss
-from support.results import RESULTS, plot_path, save
+from support.results import earlier, keep, plot, to_docs
 
 import report
 from data_cleaning import CleaningData
 
 NAME = "data_cleaning_curves"
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 CORRUPTION, BATCH_SIZE, INNER_LR, OUTER_LR = 0.8, 100, 0.5, 0.1
 BETA, DAMPING = 0.2, 0.1
 SPARE = 2  # inner batches of an episode beyond the steps: one for Hessian products, one for the mixed product
@@ -271,20 +266,12 @@ def curve(method: Method, data: CleaningData, seed: int, budget: float) -> dict[
     return {"steps": steps, "seconds": seconds, "losses": losses, "auroc": auroc}
 
 
-def stored() -> dict[str, Any]:
-    """Return the results so far: by method and seed."""
-    path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text())["results"] if path.is_file() else {}
-
-
 def run(args: argparse.Namespace) -> None:
     """Run what is asked for, saving each curve as it comes."""
     for seed in args.seeds:
         data = cnn_data(args.data_dir, seed)
         for name in args.methods:
             found = curve(METHODS[name], data, seed, args.seconds)
-            results = stored()  # read only now: others may have been run meanwhile
-            results.setdefault(name, {})[str(seed)] = found
             settings = {
                 "corruption": CORRUPTION,
                 "batch size": BATCH_SIZE,
@@ -294,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
                 "damping": DAMPING,
                 "seconds": args.seconds,
             }
-            save(NAME, settings, {name: results[name] for name in METHODS if name in results})
+            keep(NAME, settings, found, name, str(seed), order=METHODS)
             print(f"{name} {seed}: {found['steps'][-1]} steps, loss {found['losses'][-1]:.3f}", flush=True)
 
 
@@ -304,30 +291,26 @@ LINES = {"CG-1-1": ":", "CG-50-10": "--", "NS-50-20": "--", "BP-20": "--", "BP-5
 
 def draw() -> None:
     """Draw the means over seeds against outer steps and seconds, each seed faintly behind."""
-    with matplotlib.rc_context(report.STYLE):
-        figure = Figure(figsize=(11, 4.6))
-        left, right = figure.subplots(1, 2, sharey=True)
-        for name, runs in stored().items():
+    with plot(NAME, 1, 2, size=(11, 4.6), sharey=True) as (figure, (left, right)):
+        for name, runs in earlier(NAME).items():
             seeds = list(runs.values())
             for axes, key in ((left, "steps"), (right, "seconds")):
-                plot(axes, name, seeds, key)
+                line(axes, name, seeds, key)
         left.set(xscale="log", xlabel="outer steps", ylabel="validation loss", title="Each outer step counts the same")
         right.set(xscale="log", xlabel="CPU seconds", title="Each second counts the same")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", title="method-T-K", alignment="left")
-        figure.savefig(plot_path(NAME))
-    IMAGES.mkdir(exist_ok=True)
-    shutil.copy(plot_path(NAME), IMAGES)
+    to_docs(NAME)
 
 
-def plot(axes: Axes, name: str, seeds: Sequence[Mapping[str, Any]], key: str) -> None:
+def line(axes: Axes, name: str, seeds: Sequence[Mapping[str, Any]], key: str) -> None:
     """Draw one method: its seeds, and their mean as far as all of them go."""
-    color, line = COLORS[name.split("-")[0]], LINES.get(name, "-")
+    color, dashes = COLORS[name.split("-")[0]], LINES.get(name, "-")
     for seed in seeds:
         axes.plot(seed[key], seed["losses"], color=color, lw=0.7, alpha=0.3)
     places = np.geomspace(max(seed[key][0] for seed in seeds), min(seed[key][-1] for seed in seeds), 30)
     means = np.mean([np.interp(places, seed[key], seed["losses"]) for seed in seeds], axis=0)
-    axes.plot(places, means, color=color, ls=line, label=name)
+    axes.plot(places, means, color=color, ls=dashes, label=name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

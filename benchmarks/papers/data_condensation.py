@@ -13,8 +13,6 @@ other runs stay. `two-phase` spends half of its seconds on the first phase, for 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -27,13 +25,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import RESULTS, earlier, keep, plot_path, to_docs
 
 import data_condensation as example
 import report
 from lightning_bilevel import Episode, hypergradient
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
+NAME = "data_condensation"
 ALL = ("reverse", "truncated", "forward", "hessian-free", "neumann", "guided", "two-phase")
 
 
@@ -88,13 +86,13 @@ def run_case(name: str, seed: int, args: argparse.Namespace) -> None:
             chosen.output = Path(folder)
             if strategy == "two-phase":
                 chosen.phase_steps = saved()[name][str(seed)]["truncated"]["outer steps"] // 2
-            keep(name, seed, strategy, *judged(data, example.condense(data, strategy, chosen), case.steps, chosen))
+            add(name, seed, strategy, *judged(data, example.condense(data, strategy, chosen), case.steps, chosen))
     if "baselines" not in saved().get(name, {}).get(str(seed), {}):
         start = example.real_images(data, chosen.per_class, seed)
         found = {"start": example.test(data, start, chosen), "real images": example.test_real(data, chosen)}
         if chosen.per_class == 1:
             found["whole training set"] = example.test_whole(data, chosen)
-        keep(name, seed, "baselines", found, {})
+        add(name, seed, "baselines", found, {})
 
 
 def prepared(name: str, seed: int, args: argparse.Namespace) -> tuple[argparse.Namespace, example.Data]:
@@ -126,7 +124,7 @@ def compare_directions(name: str, seed: int, args: argparse.Namespace) -> None:
         )
         for each, estimate in zip(strategies[1:], others, strict=True):
             found.setdefault(each, []).append(torch.cosine_similarity(exact, estimate, dim=0).item())
-    keep(name, seed, "cosines", {**saved().get(name, {}).get(str(seed), {}).get("cosines", {}), **found}, {})
+    add(name, seed, "cosines", {**saved().get(name, {}).get(str(seed), {}).get("cosines", {}), **found}, {})
 
 
 def judged(
@@ -149,26 +147,22 @@ def judged(
 
 def saved() -> dict[str, Any]:
     """Return what was saved so far: by case, seed and strategy."""
-    file = RESULTS / "data_condensation.json"
-    return json.loads(file.read_text())["results"] if file.is_file() else {}
+    return earlier(NAME)
 
 
 def saved_images() -> dict[str, np.ndarray]:
     """Return the images saved so far, by "case/strategy"."""
-    file = RESULTS / "data_condensation.npz"
+    file = RESULTS / f"{NAME}.npz"
     return dict(np.load(file)) if file.is_file() else {}
 
 
-def keep(name: str, seed: int, strategy: str, numbers: dict[str, Any], images: dict[str, torch.Tensor]) -> None:
+def add(name: str, seed: int, strategy: str, numbers: dict[str, Any], images: dict[str, torch.Tensor]) -> None:
     """Add a run to what was saved; of the images, the first hundred of seed 0."""
-    results = saved()  # read only now: other runs may have ended meanwhile
-    results.setdefault(name, {}).setdefault(str(seed), {})[strategy] = numbers
-    settings = {key: case._asdict() for key, case in CASES.items()}
-    save("data_condensation", settings, results)
+    keep(NAME, {key: case._asdict() for key, case in CASES.items()}, numbers, name, str(seed), strategy)
     if seed == 0 and images:
         added = {f"{name}/{strategy}": images["images"], f"{name}/start": images["start"]}
         arrays = {key: value[:100].half().numpy() for key, value in added.items()}
-        np.savez_compressed(RESULTS / "data_condensation.npz", **{**saved_images(), **arrays})
+        np.savez_compressed(RESULTS / f"{NAME}.npz", **{**saved_images(), **arrays})
 
 
 def draw_all() -> None:
@@ -182,9 +176,8 @@ def draw_all() -> None:
             for key in example.STRATEGIES
             if key in strategies
         ]
-        path = plot_path(f"condensation_{name}")
-        example.draw(path, runs, found["baselines"]["start"])
-        shutil.copy(path, IMAGES)
+        example.draw(plot_path(f"condensation_{name}"), runs, found["baselines"]["start"])
+        to_docs(f"condensation_{name}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,9 @@ from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
-from support.results import plot_path, save
+from support.results import SKY, plot, save
+
+import report
 
 
 class SyntheticQuadratic(BilevelModule):
@@ -125,23 +126,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results[name] = [estimate_error(make(k), k, **problem) for k in counts]
     save("fsla_figure1", vars(args), results)
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     styles = {
-        "FSLA": ("#D55E00", "-"),
-        "Neumann": ("#0072B2", "-"),
-        "reverse": ("#56B4E9", "--"),
-        "CG": ("#009E73", "-"),
+        "FSLA": (report.VERMILION, "-"),
+        "Neumann": (report.BLUE, "-"),
+        "reverse": (SKY, "--"),
+        "CG": (report.GREEN, "-"),
     }
-    for name, (color, line) in styles.items():
-        axes.loglog(counts, results[name], line, color=color, lw=2, label=name)
-    axes.set(
-        xlabel="inner steps K",
-        ylabel=r"$\|\nabla f_K - \nabla f\|^2\ /\ \|\nabla f\|^2$",
-        title="One hypergradient, four estimators",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(plot_path("fsla_figure1"), dpi=160)
+    with plot("fsla_figure1", size=(6.4, 4.2)) as (_, axes):
+        for name, (color, line) in styles.items():
+            axes.loglog(counts, results[name], line, color=color, label=name)
+        axes.set(
+            xlabel="inner steps K",
+            ylabel=r"$\|\nabla f_K - \nabla f\|^2\ /\ \|\nabla f\|^2$",
+            title="One hypergradient, four estimators",
+        )
+        axes.legend()
     print(f"{'K':>5} " + " ".join(f"{name:>10}" for name in styles))
     for row, k in enumerate(counts):
         print(f"{k:5d} " + " ".join(f"{results[name][row]:10.2e}" for name in styles))

@@ -11,7 +11,6 @@ quarter turns, and Omniglot at 14×14 with `--data-dir`; CIFAR-100 with `--data 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from scipy import stats
 
 from lightning_bilevel import (
     FirstOrder,
@@ -36,7 +34,8 @@ from lightning_bilevel.linear_solvers import Neumann
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
-from support.results import RESULTS, save
+from support.intervals import interval
+from support.results import keep
 
 import report
 from few_shot import data
@@ -83,20 +82,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--test-tasks", type=int, default=100)
     args = script.begin(parser, argv)
     problem = data.images(args.data, args.data_dir, size=14)
-    path = RESULTS / "gamma_greedy_table.json"
     for seed in args.seeds:
         for ways in args.ways:
             for method in args.methods:
                 with report.screen():
                     found, seconds = accuracy(method, problem, ways, seed, args.steps, args.test_tasks)
+                settings = {"steps": args.steps, "test tasks": args.test_tasks}
+                each = {"accuracy": found, "cpu seconds": seconds}
                 # Kept seed by seed, so that a run can be cut into parts.
-                results = json.loads(path.read_text())["results"] if path.is_file() else {}
-                row = results.setdefault(args.data, {}).setdefault(f"{ways}-way", {}).setdefault(method, {})
-                row[str(seed)] = {"accuracy": found, "cpu seconds": seconds}
-                save("gamma_greedy_table", {"steps": args.steps, "test tasks": args.test_tasks}, results)
-                values = torch.tensor([each["accuracy"] for each in row.values()])
-                half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5 if len(values) > 1 else 0
-                shown = f"{100 * values.mean():.2f} ± {100 * half:.2f}, n = {len(values)}"
+                results = keep("gamma_greedy_table", settings, each, args.data, f"{ways}-way", method, str(seed))
+                row = results[args.data][f"{ways}-way"][method]
+                over_seeds = interval([each["accuracy"] for each in row.values()])
+                mean, half = over_seeds["mean"], over_seeds["half_width"] or 0.0
+                shown = f"{100 * mean:.2f} ± {100 * half:.2f}, n = {len(row)}"
                 print(f"{args.data} {ways}-way {method:14s} {shown}", flush=True)
     return results
 

@@ -12,8 +12,6 @@ numbers N of inner steps, for PZOBO with directions of length 1. Results of othe
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import earlier, plot_path, save, to_docs
 
 import hyper_representation as example
 import report
 
 NAME = "hyper_representation"
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 DRAWN = ("outer_loss", "test_accuracy", "true_norm", "cpu_seconds")
 CASES: Mapping[str, Sequence[str]] = {
     "linear": ["--problem", "linear"],
@@ -65,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             for case in args.case:
                 mnist = ["--data-dir", str(args.data_dir), "--seconds", str(args.seconds)] if case == "mnist" else []
                 run(case, seed, [*CASES[case], *mnist, "--strategy", *args.strategy])
-    rows = known()
+    rows = earlier(NAME) or []
     draw(rows)
     return rows
 
@@ -87,18 +84,13 @@ def short(curve: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]
     return steps, [float(f"{value:.4g}") for value in values]
 
 
-def known() -> list[Row]:
-    path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text())["results"] if path.is_file() else []
-
-
 def keep(row: Row) -> None:
     """Save a row with the others, in place of what an earlier run of the same kind found."""
 
     def kind(row: Row) -> tuple[Any, ...]:
         return row["case"], row["strategy"], row["inner_steps"], row["seed"]
 
-    rows = [other for other in known() if kind(other) != kind(row)] + [row]
+    rows = [other for other in earlier(NAME) if kind(other) != kind(row)] + [row]
     save(NAME, {case: {"options": CASES[case]} for case in CASES}, rows)
 
 
@@ -106,7 +98,7 @@ def draw(rows: Sequence[Row]) -> None:
     """Draw the strategies' runs, those of each case that was run."""
     with report.screen():
         example.draw(plot_path(NAME), [row for case in CASES for row in rows if row["case"] == case])
-    shutil.copy(plot_path(NAME), IMAGES)
+    to_docs(NAME)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Newsgroups runs where `--data-dir` leads to it; results of other seeds and data 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -19,11 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import earlier, plot_path, save, to_docs
 
 import hyperparameters as example
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 LONG = ("curve", "penalties", "path", "grid")
 
 
@@ -41,10 +39,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if seed == 0:
                 name = f"hyperparameters_{args.data}"
                 shutil.copy(Path(folder) / f"{name}.png", plot_path(name))
-                shutil.copy(plot_path(name), IMAGES)
-        # Read only now: other seeds may have been run meanwhile.
-        before = RESULTS / "hyperparameters.json"
-        results = json.loads(before.read_text())["results"] if before.is_file() else {}
+                to_docs(name)
+        results = earlier("hyperparameters")  # read only now: other seeds may have been run meanwhile
         tasks = {task: [short(row) for row in found[task]] for task in ("penalties", "learning rate")}
         results.setdefault(args.data, {})[str(seed)] = tasks
         save("hyperparameters", {"seeds": {name: sorted(rows) for name, rows in results.items()}}, results)

@@ -12,18 +12,16 @@ queries a class, to test on. What learned from tasks of 1 shot is tested on task
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import ORANGE, earlier, keep, plot
 
 import report
 from few_shot import run
@@ -38,14 +36,12 @@ RUNS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "ANIL, 5-shot": (ANIL, FIVE),
 }
 
-COLORS = dict(zip(RUNS, (report.VERMILION, report.BLUE, "#E69F00", report.GREEN), strict=True))
+COLORS = dict(zip(RUNS, (report.VERMILION, report.BLUE, ORANGE, report.GREEN), strict=True))
 
 
 def draw(results: Mapping[str, Any]) -> None:
     """Draw all runs there are."""
-    with report.screen():
-        figure = Figure(figsize=(9, 3.6))
-        left, right = figure.subplots(1, 2)
+    with report.screen(), plot("omniglot", 1, 2, size=(9, 3.6)) as (_, (left, right)):
         for name, result in results.items():
             steps, accuracy = result["during the run"]
             minutes = [result["cpu seconds"] / 60 * step / steps[-1] for step in steps]
@@ -56,7 +52,6 @@ def draw(results: Mapping[str, Any]) -> None:
         left.set(title="Held-out characters during the run", xlabel="CPU minutes", ylabel="accuracy, %", ylim=(85, 100))
         right.set(title="Adaptation, 600 tasks", xlabel="inner steps", ylabel="accuracy, %", ylim=(0, 102))
         left.legend(loc="lower right")
-        figure.savefig(plot_path("omniglot"))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -72,24 +67,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print("Skipped: name the folder of Omniglot's npz files with --data-dir.")
         return {}
     args.output.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "omniglot.json"
     results: dict[str, Any] = {}
     for name in [args.only] if args.only else RUNS:
         levels, settings = RUNS[name]
         options = settled(settings, args)
         with report.screen():
             if args.judge:
-                result = json.loads(path.read_text())["results"][name]
+                result = earlier("omniglot")[name]
             else:
                 _, result, _ = run.train(options, name.replace(", ", "_"), **levels)
                 run.show(name, result, [])
             if options.shots != 5:
                 checkpoint = args.judge or args.output / f"{name.replace(', ', '_')}.ckpt"
                 result["curve at 5 shots"] = with_five_shots(options, levels, checkpoint)
-        # Read again: another run may have finished meanwhile.
-        results = json.loads(path.read_text())["results"] if path.is_file() else {}
-        results[name] = result
-        save("omniglot", {"test queries of each class": 15}, results)
+        results = keep("omniglot", {"test queries of each class": 15}, result, name)
         draw(results)
     return results
 

@@ -14,7 +14,6 @@ pinn      Burgers with a net as the inner level, 1,000 inner steps and ForwardGr
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from lightning_bilevel import Episode, ForwardGradient, ReverseUnroll, hypergrad
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import RESULTS, plot_path, save
+from support.results import keep, plot_path, to_docs
 
 import pde_discovery as example
 import report
@@ -40,7 +39,6 @@ STARTS = {"burgers": 5, "allen-cahn": 5, "kdv": 10}
 PARTS = (*STARTS, "accuracy", "memory", "pinn")
 MEMORY = (("forward", 10), ("forward", 1000), ("reverse", 10), ("reverse", 100))
 PINN_STEPS = 8  # of the outer level; about two minutes on a free core
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def discover(name: str, seed: int, starts: int, *options: str) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def draw(results: dict[str, Any]) -> None:
     if runs:
         with report.screen():
             example.draw(plot_path("pde_discovery"), runs, {name: example.reference(name) for name in runs})
-        shutil.copy(plot_path("pde_discovery"), IMAGES)
+        to_docs("pde_discovery")
 
 
 def accuracy(name: str) -> dict[str, float]:
@@ -120,11 +118,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found = [memory(*combination) for combination in MEMORY]
         else:
             found = discover("burgers", args.seed, 1, "--inner", "pinn", "--steps", str(PINN_STEPS))
-        # Read only now: another part may have been measured meanwhile.
-        before = RESULTS / "pde_discovery.json"
-        results = json.loads(before.read_text())["results"] if before.is_file() else {}
-        results[part] = found
-        save("pde_discovery", {"seed": args.seed, "starts": STARTS, "outer steps of the net": PINN_STEPS}, results)
+        settings = {"seed": args.seed, "starts": STARTS, "outer steps of the net": PINN_STEPS}
+        results = keep("pde_discovery", settings, found, part)
     draw(results)
     return results
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 
 from lightning_bilevel import (
     PZOBO,
@@ -34,7 +33,7 @@ from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
-from support.results import plot_path, save
+from support.results import plot, save
 
 import report
 from few_shot import data
@@ -124,15 +123,14 @@ def estimates(found: data.Images) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any]) -> None:
-    figure = Figure(figsize=(5.6, 3.6))
-    axes = figure.subplots()
-    for name, color in COLORS.items():
-        spent, accuracy = zip(*results[name]["curve"], strict=True)
-        cost = results[name]["cpu seconds per meta-step"]
-        axes.plot(spent, [100 * value for value in accuracy], color=color, label=f"{name}, {cost:.2f} s a meta-step")
-    axes.set(title="ResNet-12 on Omniglot, 5-way 5-shot", xlabel="CPU seconds of training", ylabel="accuracy, %")
-    axes.legend(loc="center right")
-    figure.savefig(plot_path("pzobo_backbone"))
+    with plot("pzobo_backbone", size=(5.6, 3.6)) as (_, axes):
+        for name, color in COLORS.items():
+            spent, accuracy = zip(*results[name]["curve"], strict=True)
+            cost = results[name]["cpu seconds per meta-step"]
+            label = f"{name}, {cost:.2f} s a meta-step"
+            axes.plot(spent, [100 * value for value in accuracy], color=color, label=label)
+        axes.set(title="ResNet-12 on Omniglot, 5-way 5-shot", xlabel="CPU seconds of training", ylabel="accuracy, %")
+        axes.legend(loc="center right")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

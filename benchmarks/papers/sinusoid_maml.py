@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.results import plot_path, save
+from support.intervals import interval
+from support.results import plot, save
 
 import report
 from few_shot import data, run
@@ -71,23 +68,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         runs = [curves(args, seed) for seed in range(args.seeds)]
         results: dict[str, Any] = {"runs": runs, "steps": STEPS}
         for name in COLORS:
-            values = torch.tensor([run[name] for run in runs])
-            half = torch.zeros(values.shape[1])
-            if len(runs) > 1:
-                half = stats.t.ppf(0.975, len(runs) - 1) * values.std(0) / len(runs) ** 0.5
-            results[name] = {"mean": values.mean(0).tolist(), "95%": half.tolist()}
-            both = zip(STEPS, results[name]["mean"], results[name]["95%"], strict=True)
+            found = [interval(errors) for errors in zip(*(run[name] for run in runs), strict=True)]
+            means, halves = [each["mean"] for each in found], [each["half_width"] or 0.0 for each in found]
+            results[name] = {"mean": means, "95%": halves}
+            both = zip(STEPS, means, halves, strict=True)
             shown = [f"{steps}: {mean:.3f} ± {half:.3f}" for steps, mean, half in both]
             print(f"{name:12s} error after inner steps  {'   '.join(shown)}")
         settings = {"steps": args.steps, "seeds": args.seeds, "test tasks": args.test_tasks, "rates": RATES}
         save("sinusoid_maml", settings, results)
-        figure = Figure(figsize=(5.6, 3.6))
-        axes = figure.subplots()
-        for name, color in COLORS.items():
-            axes.errorbar(STEPS, results[name]["mean"], results[name]["95%"], color=color, marker="o", ms=4, label=name)
-        axes.set(title="Held-out sinusoids, 10 points", xlabel="inner steps", ylabel="squared error", ylim=(0, None))
-        axes.legend()
-        figure.savefig(plot_path("sinusoid_maml"))
+        with plot("sinusoid_maml", size=(5.6, 3.6)) as (_, axes):
+            for name, color in COLORS.items():
+                axes.errorbar(STEPS, *results[name].values(), color=color, marker="o", ms=4, label=name)
+            axes.set(title="Held-out sinusoids, 10 points", xlabel="inner steps", ylabel="squared error")
+            axes.set_ylim(bottom=0)
+            axes.legend()
     return results
 
 

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -44,12 +43,13 @@ from support import script
 from support.fits import Stopwatch, fit
 from support.measure import cpu_seconds
 from support.peers import PEERS, ROUNDING, SAME, Batch, Loop, Solver, Task, outer_loss, versions
-from support.results import earlier, plot_path, save
+from support.results import keep, plot
 from support.tensor_memory import tensor_peak
 
 import report
 from few_shot.nets import cnn
 
+NAME = "data_cleaning_speed"
 OURS = "lightning_bilevel"
 REVERSE, FORWARD = ("reverse", "reverse, checkpoints"), ("forward gradient, 1", "forward gradient, 4")
 STRATEGIES: dict[str, Callable[[Task], HypergradientStrategy]] = {
@@ -248,8 +248,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     shown.sort(key=lambda row: row["library"] != OURS)
     names = [row["library"] + (",\ncheckpoints" if "check" in row["method"] else "") for row in shown][::-1]
     colors = [report.BLUE if name.startswith("lightning") else report.GREY for name in names]
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True)
+    with plot(NAME, 1, 2, size=(9, 2.9), sharey=True) as (_, panels):
         for axes, key, title, form in zip(
             panels,
             ("cpu seconds", "MiB"),
@@ -261,8 +260,6 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
             axes.set(title=title)
             axes.margins(x=0.12)
             axes.grid(axis="y", visible=False)
-        figure.savefig(plot_path("data_cleaning_speed"))
-        plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -271,13 +268,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="estimates in a turn, after one more (%(default)s)")
     args = script.begin(parser, argv)
-    results = earlier("data_cleaning_speed")
+    results: dict[str, Any] = {}
+    settings = {"repeats": args.repeats, "K": TERMS, "peers": versions()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the others' deprecated calls, and that 10 iterations of CG do not converge
         for name in args.cases:
             for turn, rows in enumerate(measure(name, args.rounds, args.repeats), start=1):
-                results[name] = {"rounds": turn, "rows": rows, "of the best other": of_the_best_other(rows)}
-                save("data_cleaning_speed", {"repeats": args.repeats, "K": TERMS, "peers": versions()}, results)
+                found = {"rounds": turn, "rows": rows, "of the best other": of_the_best_other(rows)}
+                results = keep(NAME, settings, found, name)
             for row in rows:
                 print(" ".join(f"{key}: {value}" for key, value in row.items()))
             print(name, results[name]["of the best other"], flush=True)

@@ -23,19 +23,15 @@ kept.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -55,7 +51,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "papers"))
 from data_cleaning_curves import (
     BATCH_SIZE,
     BETA,
-    IMAGES,
     INNER_LR,
     SPARE,
     CleaningCNN,
@@ -71,7 +66,7 @@ from data_cleaning_curves import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import peers, script
 from support.peers import SAME, Loop, Task, versions
-from support.results import RESULTS, plot_path, save
+from support.results import earlier, keep, plot, to_docs
 
 import report
 from data_cleaning import SETTINGS, CleaningData, DataCleaning, Setting, accuracy_of_retrained
@@ -299,32 +294,23 @@ def phases(problem: Problem, seed: int, budget: float) -> dict[str, dict[str, fl
     return {"phase I": first, "phase II": second, "both": both}
 
 
-def stored() -> dict[str, Any]:
-    """Return the results so far: by problem, method and seed."""
-    path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text())["results"] if path.is_file() else {}
-
-
-def keep(problem: str, method: str, seed: int, row: Mapping[str, Any]) -> None:
-    results = stored()  # read only now: others may have been run meanwhile
-    results.setdefault(problem, {}).setdefault(method, {})[str(seed)] = row
-    save(NAME, {"factor": FACTOR, "inner steps": INNER_STEPS, "libraries": versions()}, results)
-
-
 def run(args: argparse.Namespace) -> None:
     """Run what is asked for, saving each row as it comes."""
+    settings = {"factor": FACTOR, "inner steps": INNER_STEPS, "libraries": versions()}
     for seed in args.seeds:
         problem = mnist(seed, args.data_dir) if args.data_dir else digits(seed)
         if args.seconds:
             problem = problem._replace(budget=args.seconds)
         if args.phases:
             for name, row in phases(problem, seed, problem.budget).items():
-                keep("phases-mnist" if args.data_dir else "phases", name, seed, {"budget": problem.budget, **row})
+                where = "phases-mnist" if args.data_dir else "phases"
+                keep(NAME, settings, {"budget": problem.budget, **row}, where, name, str(seed))
             continue
         where = "mnist" if args.data_dir else "digits"
         for name in args.methods or [*problem.strategies, *PEERS]:
             row = run_one(problem, name, seed)
-            keep(where, name, seed, {"budget": problem.budget, "target": problem.target, **row})
+            found = {"budget": problem.budget, "target": problem.target, **row}
+            keep(NAME, settings, found, where, name, str(seed))
             print(where, seed, name, row, flush=True)
 
 
@@ -336,18 +322,15 @@ TITLES = {
 
 def draw() -> None:
     """Draw the seconds of every method, one dot a seed; an open one at the end of the time did not get there."""
-    results = stored()
+    results = earlier(NAME)
     names = [name for name in TITLES if name in results]
-    with matplotlib.rc_context(report.STYLE):
-        rows = max(len(results[name]) for name in names)
-        figure = Figure(figsize=(5.6 * len(names), 1.6 + 0.22 * rows))
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    size = (5.6 * len(names), 1.6 + 0.22 * max(len(results[name]) for name in names))
+    with plot(NAME, 1, len(names), size=size, squeeze=False) as (figure, panels):
+        for axes, name in zip(panels[0], names, strict=True):
             panel(axes, results[name])
             axes.set_title(TITLES[name])
         figure.suptitle("Seconds until it is good: this library in blue, others in orange", x=0.01, ha="left")
-        figure.savefig(plot_path(NAME))
-    IMAGES.mkdir(exist_ok=True)
-    shutil.copy(plot_path(NAME), IMAGES / "data_cleaning_curves_equal_quality.png")
+    to_docs(NAME, "data_cleaning_curves_equal_quality")
 
 
 def panel(axes: Any, methods: Mapping[str, Mapping[str, Any]]) -> None:
@@ -387,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = script.begin(parser, argv)
     if not args.draw:
         run(args)
-    if set(TITLES) & set(stored()):
+    if set(TITLES) & set(earlier(NAME)):
         draw()
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import higher
-import matplotlib.pyplot as plt
 import torch
 import torchopt
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
-from support.results import plot_path, save
+from support.results import plot, save
 
 import report
 from few_shot.learners import FewShotClassifier, FewShotRegressor, MetaLearner
@@ -169,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     peers = {name: version(name.lower()) for name in PEERS}
     save("maml_speed", {**vars(args), "peers": peers}, results)
 
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 2.8))
+    with plot("maml_speed", 1, 2, size=(9, 2.8)) as (_, panels):
         for axes, (problem, title) in zip(
             panels, (("sinusoids", "Sinusoids"), ("images", "28×28 images")), strict=True
         ):
@@ -181,7 +179,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             axes.bar_label(bars, fmt="%.0f", padding=3)
             axes.set(title=title, xlabel="CPU milliseconds per meta-step")
             axes.grid(axis="y", visible=False)
-        figure.savefig(plot_path("maml_speed"))
     return results
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 import report
@@ -22,9 +21,8 @@ from lightning_bilevel import (
     ZerothOrder,
 )
 from lightning_bilevel.linear_solvers import ConjugateGradient
-from support.results import earlier, plot_path, save
+from support.results import ORANGE, PURPLE, SKY, earlier, keep, plot
 
-ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"  # the other colours of Okabe and Ito
 PLAIN = "the inner run alone"
 WHAT = ("MiB", "seconds")
 """What is measured, in this order: memory is best measured before anything is timed."""
@@ -59,23 +57,21 @@ STRATEGIES = {
 """The guide is one-step truncation; the implicit gradient takes up to 10 steps of conjugate gradients."""
 
 
-def keep(name: str, size: int, quantity: str, values: Mapping[str, float], settings: dict[str, Any]) -> dict[int, Row]:
+def kept(name: str, size: int, quantity: str, values: Mapping[str, float], settings: dict[str, Any]) -> dict[int, Row]:
     """Put "seconds" or "MiB" of one size into ``results/NAME.json``, beside what is there; return all rows by size."""
     rows = earlier(name)
-    row = rows.setdefault(str(size), {})
+    row = rows.get(str(size), {})
     for contender in [PLAIN, *STRATEGIES]:
         if contender in values:
             row.setdefault(contender, {})[quantity] = values[contender]
             print(f"{size:8d} {contender:30s} {values[contender]:9.4f} {quantity}", flush=True)
-    rows = {key: rows[key] for key in sorted(rows, key=int)}
-    save(name, settings, rows)
+    rows = keep(name, settings, row, str(size), order=sorted({*rows, str(size)}, key=int))
     return {int(key): found for key, found in rows.items()}
 
 
 def draw(name: str, xlabel: str, base: float, rows: Mapping[int, Row]) -> None:
     """Draw ``results/NAME.png``."""
-    with plt.rc_context(report.STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(11, 3.9))
+    with plot(name, 1, 2, size=(11, 3.9)) as (figure, panels):
         looks = {**{name: each[1:] for name, each in STRATEGIES.items()}, PLAIN: (report.GREY, "-")}
         for axes, quantity, title in zip(panels, ("seconds", "MiB"), ("Time", "Peak memory"), strict=True):
             for strategy, (color, dashes) in looks.items():
@@ -94,5 +90,3 @@ def draw(name: str, xlabel: str, base: float, rows: Mapping[int, Row]) -> None:
         figure.legend(
             *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8.5, handlelength=2.8
         )
-        figure.savefig(plot_path(name))
-        plt.close(figure)
