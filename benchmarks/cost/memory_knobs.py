@@ -15,65 +15,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from lightning_bilevel import (
-    PZOBO,
-    SGD,
-    BilevelModule,
-    Episode,
-    ForwardGradient,
-    HypergradientStrategy,
-    ReverseUnroll,
-    hypergradient,
-)
+from lightning_bilevel import PZOBO, ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.measure import peak
+from support.problems import episodes, module, perceptron_net
 from support.results import save
 
-EXAMPLES, MIB = 1000, 2**20
-
-
-class Cleaning(BilevelModule):
-    """One weight per example."""
-
-    def __init__(self, inner_steps: int, episode_chunk_size: int | None = None) -> None:
-        super().__init__(inner_steps, "reset", episode_chunk_size=episode_chunk_size)
-        self.net = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 10))
-        self.logits = nn.Parameter(torch.zeros(EXAMPLES))
-
-    def inner_parameters(self) -> Any:
-        return self.net
-
-    def inner_loss(self, batch: Any) -> Tensor:
-        return (self.logits.sigmoid() * F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")).mean()
-
-    def outer_loss(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_inner_optimizer(self) -> Any:
-        return SGD(lr=0.01)
-
-
-def episodes(count: int) -> list[Episode]:
-    """Return episodes of one batch, which is the inner and the outer one."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        (torch.randn(EXAMPLES, 784, generator=generator), torch.randint(10, (EXAMPLES,), generator=generator))
-        for _ in range(count)
-    ]
-    return [Episode([batch], batch) for batch in batches]
+NET = perceptron_net(784, 256, 10, examples=1000)
+MIB = 2**20
 
 
 def of(strategy: HypergradientStrategy, steps: int, count: int = 1, chunk: int | None = None) -> float:
-    module, some = Cleaning(steps, chunk), episodes(count)
-    small = Cleaning(1, chunk)
+    full, small = (module(NET, each, episode_chunk_size=chunk) for each in (steps, 1))
+    some = episodes(NET, count)
     return peak(
-        lambda: hypergradient(module, strategy, some if count > 1 else some[0]),
+        lambda: hypergradient(full, strategy, some if count > 1 else some[0]),
         lambda: hypergradient(small, strategy, some[:2]),  # what is loaded at first use is no part of a peak
     )
 
@@ -83,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=64, help="T (%(default)s)")
     args = script.begin(parser, argv)
     total = args.steps
-    state = sum(p.numel() for p in Cleaning(1).net.parameters()) * 4 / MIB
-    direction = 4 * state + EXAMPLES * 4 / MIB
+    state = sum(p.numel() for p in NET.make().parameters()) * 4 / MIB
+    direction = 4 * state + NET.examples * 4 / MIB
     base = of(ReverseUnroll(), 1)
     graph = (of(ReverseUnroll(), 2 * total) - of(ReverseUnroll(), total)) / total
     results: dict[str, Any] = {"state": state, "graph of a step": graph, "one step": base}

@@ -30,45 +30,23 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
-from lightning_bilevel import SGD, BilevelModule, Episode, FirstOrder, ForwardGradient
+from lightning_bilevel import FirstOrder, ForwardGradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import fit
+from support.problems import episodes, module, perceptron_net
 from support.results import plot, save
 
-EXAMPLES, BATCH = 5000, 256
+NET = perceptron_net(784, 256, 10, examples=256)._replace(
+    make=lambda: nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+)
+EXAMPLES = 5000
 DIRECTIONS, STEPS = (2, 4, 8, 16), (10, 20, 40)
 WARM_UP = 2
-
-
-class Weighted(BilevelModule):
-    """A perceptron inside, example weights outside."""
-
-    def __init__(self, inner_steps: int) -> None:
-        super().__init__(inner_steps=inner_steps, inner_start="reset")
-        self.net = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
-        self.example_weights = nn.Parameter(torch.zeros(EXAMPLES))
-
-    def inner_parameters(self) -> nn.Module:
-        return self.net
-
-    def inner_loss(self, batch: Any) -> Tensor:
-        x, y, index = batch
-        return (self.example_weights[index].sigmoid() * F.cross_entropy(self.net(x), y, reduction="none")).mean()
-
-    def outer_loss(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_inner_optimizer(self) -> SGD:
-        return SGD(lr=0.1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.outer_parameters(), lr=0.1)
 
 
 class Clock(pl.Callback):
@@ -101,13 +79,11 @@ def measure(processes: int, cases: Sequence[tuple[int, int]], repeats: int) -> l
     torch.set_num_threads(1)
     rows = []
     for b, inner_steps in cases:
-        torch.manual_seed(0)
-        x, y, index = torch.randn(BATCH, 784), torch.randint(10, (BATCH,)), torch.arange(BATCH)
-        data = DataLoader([Episode([(x, y, index)], (x, y))] * (repeats + WARM_UP), batch_size=None)  # type: ignore[arg-type]
+        data: DataLoader = DataLoader(episodes(NET, 1, EXAMPLES) * (repeats + WARM_UP), batch_size=None)
         clock = Clock()
         strategy = "ddp_directions" if processes > 1 else "auto"
         callbacks = [ForwardGradient(b) if b else FirstOrder(), clock]
-        fit(Weighted(inner_steps), data, *callbacks, max_epochs=1, strategy=strategy, devices=processes)
+        fit(module(NET, inner_steps, EXAMPLES), data, *callbacks, max_epochs=1, strategy=strategy, devices=processes)
         # DDP's own all-reduce of the N gradients is in C++, and is added.
         own = 4 * EXAMPLES if processes > 1 else 0
         seconds = min(clock.seconds[WARM_UP:])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
+from support.measure import turns
 from support.problems import NETS, RATE, Weighted, episodes, module, perceptron
 from support.results import keep, plot
 
@@ -224,11 +226,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = {name: problem for name, problem in problems().items() if name in args.problems}
     for name, problem in chosen.items():
         check(problem)
-        best = dict.fromkeys(CONTENDERS, float("inf"))
         steps = args.steps * (5 if name == "small" else 1)
-        for _ in range(args.rounds):
-            for contender in CONTENDERS:
-                best[contender] = min(best[contender], turn(contender, problem, steps)[0])
+        contenders = {each: lambda e=each, p=problem, s=steps: turn(e, p, s)[0] for each in CONTENDERS}
+        *_, best = islice(turns(contenders), args.rounds)
         found = {
             "text": problem.text,
             "cpu seconds": best,

@@ -6,7 +6,7 @@ Four things whose totals other benchmarks show, taken apart:
   batch norm (`cost_against_directions`);
 * `recomputation`: an inner step of `FirstOrder()`, of `ReverseUnroll()` and of `ReverseUnroll("sqrt")` on a perceptron
   (`long_runs`), and on the CNN without batch norm;
-* `sinusoids`: a meta-step of MAML in a Trainer (`maml_speed`; needs the other libraries, as that does);
+* `sinusoids`: a meta-step of MAML in a Trainer (`maml_speed`);
 * `trainer`: an outer step by hand, in a LightningModule and as a `BilevelModule` (`trainer_overhead`).
 
 The first three by operator, with torch.profiler: the time within an operator and in no other that it calls, by kind.
@@ -44,12 +44,13 @@ from pytorch_lightning.loops.optimization.automatic import Closure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from trainer_overhead import WARM_UP, ByHand, fitted, looped, problems
+from trainer_overhead import WARM_UP, ByHand, fitted, looped
+from trainer_overhead import problems as problems_by_hand
 
 from lightning_bilevel import BilevelModule, FirstOrder, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import script
+from support import problems, script
 from support.curves import PLAIN
 from support.fits import Stopwatch
 from support.measure import least_seconds
@@ -217,13 +218,10 @@ class Profiles(pl.Callback):
 
 def sinusoids(repeats: int, steps: int) -> dict[str, Any]:
     """Return the milliseconds of a meta-step by kind."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-    from maml_speed import sinusoids as maml  # which imports the other libraries
-
     stopwatch, profiles = Stopwatch(), Profiles()
     for callback, count in ((stopwatch, steps), (profiles, repeats)):
         torch.manual_seed(0)
-        learner, loader = maml()
+        learner, loader = problems.sinusoids()
         batches: DataLoader = DataLoader([next(iter(loader))] * (count + WARM_UP), batch_size=None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")  # and no data for it: so it is meant
@@ -282,7 +280,7 @@ TIMED: list[tuple[Any, str, str]] = [
 
 def trainer(rounds: int, steps: int) -> dict[str, Any]:
     """Return the milliseconds of an outer step by part; of the loop by hand, as a whole."""
-    problem = problems()["small"]
+    problem = problems_by_hand()["small"]
     loader: DataLoader = DataLoader([problem.batch] * (steps + WARM_UP), batch_size=None)
     taken: dict[str, list[Counter[str]]] = {"by hand": [], "in a LightningModule": [], "BilevelModule": []}
     for _ in range(rounds):

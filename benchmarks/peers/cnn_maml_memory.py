@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from maml_speed import PEERS, images
-
 from lightning_bilevel import ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.measure import least_seconds
+from support.maml_peers import PEERS
+from support.measure import least_seconds, tensor_peak
+from support.problems import images
 from support.results import save
-from support.tensor_memory import tensor_peak
 
 STRATEGIES = {
     "lightning_bilevel": ReverseUnroll(),

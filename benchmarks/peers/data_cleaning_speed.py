@@ -14,12 +14,12 @@ one estimate. Betty and BOAT are left out where they are not installed (docs/pee
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +41,9 @@ from lightning_bilevel import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
-from support.measure import cpu_seconds
+from support.measure import cpu_seconds, tensor_peak, turns
 from support.peers import PEERS, ROUNDING, SAME, Batch, Loop, Solver, Task, outer_loss, versions
 from support.results import keep, plot
-from support.tensor_memory import tensor_peak
 
 import report
 from few_shot.nets import cnn
@@ -221,12 +220,10 @@ def measure(name: str, rounds: int, repeats: int) -> Iterator[list[dict[str, Any
     all_of_them = contenders(case)
     rows = compare(all_of_them, case)
     running = [pair for pair in zip(all_of_them, rows, strict=True) if pair[1].get("same")]
-    for _ in range(rounds):
-        for contender, row in running:
-            gc.collect()  # or one contender pays for what another has left behind
-            seconds = contender.seconds(case, repeats)
-            row["cpu seconds"] = min(seconds, row.get("cpu seconds", seconds))
-        running.append(running.pop(0))  # whoever comes first finds the caches as nobody else does
+    found = turns({str(place): partial(each.seconds, case, repeats) for place, (each, _) in enumerate(running)})
+    for best in islice(found, rounds):
+        for (_, row), seconds in zip(running, best.values(), strict=True):
+            row["cpu seconds"] = seconds
         yield rows
 
 

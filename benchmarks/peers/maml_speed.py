@@ -11,98 +11,34 @@ take turns, and the least of all their steps counts.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-import time
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import higher
 import torch
-import torchopt
-from torch import Tensor, nn
 
 from lightning_bilevel import Episode, ReverseUnroll, hypergradient, tree
-from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
+from lightning_bilevel.few_shot import TaskLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
+from support.maml_peers import PEERS, Gradient
+from support.measure import cpu_seconds, turns
+from support.problems import images, sinusoids
 from support.results import plot, save
 
 import report
-from few_shot.learners import FewShotClassifier, FewShotRegressor, MetaLearner
-from few_shot.nets import cnn, mlp
-from few_shot.sinusoid import Sinusoids
+from few_shot.learners import MetaLearner
 
-LEARN2LEARN = importlib.util.find_spec("learn2learn")
-if LEARN2LEARN is not None:
-    # Its top-level package is not executed: that imports torchvision and gym, for nothing that MAML needs.
-    sys.modules["learn2learn"] = importlib.util.module_from_spec(LEARN2LEARN)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from learn2learn.algorithms import MAML
-    for name in [name for name in sys.modules if name.split(".")[0] == "learn2learn"]:
-        del sys.modules[name]  # or whoever imports it next finds the package without its contents
-
-Gradient = Callable[[MetaLearner, Sequence[Episode]], None]
-"""Adds the meta-gradient to ``.grad`` of the net's parameters."""
+Problem = Callable[[], tuple[MetaLearner, TaskLoader]]
 
 
-def with_higher(module: MetaLearner, tasks: Sequence[Episode]) -> None:
-    inner = torch.optim.SGD(module.net.parameters(), lr=module.hparams.inner_lr)
-    for task in tasks:
-        with higher.innerloop_ctx(module.net, inner, copy_initial_weights=False) as (net, optimizer):
-            for _ in range(module.inner_steps):
-                optimizer.step(loss(module, net, task.inner[0]))
-            (loss(module, net, task.outer) / len(tasks)).backward()
-
-
-def with_torchopt(module: MetaLearner, tasks: Sequence[Episode]) -> None:
-    optimizer = torchopt.MetaSGD(module.net, lr=module.hparams.inner_lr)
-    start, state = torchopt.extract_state_dict(module.net), torchopt.extract_state_dict(optimizer)
-    for task in tasks:
-        for _ in range(module.inner_steps):
-            optimizer.step(loss(module, module.net, task.inner[0]))
-        (loss(module, module.net, task.outer) / len(tasks)).backward()
-        torchopt.recover_state_dict(module.net, start)
-        torchopt.recover_state_dict(optimizer, state)
-
-
-def with_learn2learn(module: MetaLearner, tasks: Sequence[Episode]) -> None:
-    maml = MAML(module.net, lr=module.hparams.inner_lr)
-    for task in tasks:
-        net = maml.clone()
-        for _ in range(module.inner_steps):
-            net.adapt(loss(module, net, task.inner[0]))
-        (loss(module, net, task.outer) / len(tasks)).backward()
-
-
-PEERS: dict[str, Gradient] = {"higher": with_higher, "TorchOpt": with_torchopt}
-if LEARN2LEARN is not None:
-    PEERS["learn2learn"] = with_learn2learn
-
-
-def loss(module: MetaLearner, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return module.loss(net(batch[0]), batch[1])
-
-
-def sinusoids() -> tuple[MetaLearner, TaskLoader]:
-    return FewShotRegressor(mlp(), inner_steps=5, inner_lr=0.01), TaskLoader(Sinusoids(num_tasks=2500), 25)
-
-
-def images(inner: str = "all") -> tuple[MetaLearner, TaskLoader]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(400, 1, 28, 28, generator=generator), torch.arange(400) % 50
-    tasks = FewShotTasks(x, y, ways=5, shots=5, queries=3, num_tasks=400)
-    net = cnn(5, channels=32)
-    return FewShotClassifier(net, inner=inner, inner_steps=5, inner_lr=0.1), TaskLoader(tasks, 4)
-
-
-def check(make: Callable[[], tuple[MetaLearner, TaskLoader]]) -> None:
+def check(make: Problem) -> None:
     """Raise unless all compute one gradient."""
     module, loader = make()
     tasks = next(iter(loader))
@@ -116,7 +52,7 @@ def check(make: Callable[[], tuple[MetaLearner, TaskLoader]]) -> None:
             raise AssertionError(f"{name}: relative difference {error:.1e}")
 
 
-def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, barebones: bool = False) -> float:
+def time_ours(make: Problem, steps: int, barebones: bool = False) -> float:
     """Return the seconds of the fastest step."""
     module, loader = make()
     stopwatch = Stopwatch()
@@ -125,17 +61,16 @@ def time_ours(make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int, ba
     return min(stopwatch.seconds)
 
 
-def time_peer(peer: Gradient, make: Callable[[], tuple[MetaLearner, TaskLoader]], steps: int) -> float:
+def time_peer(peer: Gradient, make: Problem, steps: int) -> float:
     module, loader = make()
-    optimizer, seconds, batches = torch.optim.Adam(module.parameters(), lr=1e-3), [], iter(loader)
-    for _ in range(steps):
-        tasks = next(batches)
-        began = time.process_time()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+
+    def step(tasks: Sequence[Episode]) -> None:
         optimizer.zero_grad()
         peer(module, tasks)
         optimizer.step()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
+
+    return min(cpu_seconds(partial(step, tasks)) for tasks in islice(loader, steps))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -153,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         contenders["lightning_bilevel, barebones"] = lambda make=make: time_ours(make, args.steps, barebones=True)
         if problem == "images":
             contenders["lightning_bilevel, ANIL"] = lambda: time_ours(lambda: images("head"), args.steps)
-        best = dict.fromkeys(contenders, float("inf"))
-        for _ in range(args.rounds):
-            for name, contender in contenders.items():
-                best[name] = min(best[name], contender())
+        *_, best = islice(turns(contenders), args.rounds)
         fastest = min(best[name] for name in PEERS)
         results[problem] = {"cpu seconds": best, "of the fastest peer": best["lightning_bilevel"] / fastest}
         for name, value in best.items():

@@ -1,4 +1,4 @@
-"""CPU seconds and peak memory: how the benchmarks of cost measure."""
+"""CPU seconds and peak memory: how the benchmarks measure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from torch.profiler import ProfilerActivity, profile
+
+Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
@@ -19,6 +24,17 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
     began = time.process_time()
     run()
     return time.process_time() - began
+
+
+def turns(contenders: Mapping[str, Callable[[], float]]) -> Iterator[dict[str, float]]:
+    """Let contenders take turns without end; yield the least that each has returned, after every turn of all."""
+    names, best = list(contenders), dict.fromkeys(contenders, float("inf"))
+    while True:
+        for name in names:
+            gc.collect()  # or one contender pays for what another has left behind
+            best[name] = min(best[name], contenders[name]())
+        names.append(names.pop(0))  # whoever comes first finds the caches as nobody else does
+        yield best
 
 
 def least_seconds(
@@ -35,19 +51,18 @@ def least_seconds(
     if warm_up:
         for run in contenders.values():
             run()
-    best = dict.fromkeys(contenders, float("inf"))
-    total, turns = 0.0, 0
+    spent: list[float] = []
+
+    def timed(run: Callable[[], Any]) -> float:
+        spent.append(cpu_seconds(run))
+        return spent[-1]
+
     gc.collect()
-    gc.freeze()  # the collections below need not look at what is there already
-    names = list(contenders)
-    while turns < repeats or total < at_least:
-        for name in names:
-            gc.collect()  # or one contender pays for what another has left behind
-            seconds = cpu_seconds(contenders[name])
-            best[name] = min(best[name], seconds)
-            total += seconds
-        turns += 1
-        names.append(names.pop(0))  # whoever comes first finds the caches as nobody else does
+    gc.freeze()  # the collections between the calls need not look at what is there already
+    found = turns({name: partial(timed, run) for name, run in contenders.items()})
+    best = next(found)
+    while len(spent) < repeats * len(contenders) or sum(spent) < at_least:
+        best = next(found)
     return best
 
 
@@ -86,3 +101,17 @@ def peak(run: Callable[[], Any], warm_up: Callable[[], Any] = lambda: None) -> f
     if os.waitpid(child, 0)[1]:
         raise RuntimeError("The estimate failed: run it without a fork to see why.")
     return float(text) / 1024  # Linux counts in KiB
+
+
+def tensor_peak(run: Callable[[], Result]) -> tuple[Result, float]:
+    """Return what ``run`` returns, and the most MiB that its tensors on the CPU hold beyond those at the start.
+
+    The resident memory of a process says what the system lends to it: it depends on what the process freed before, on
+    pages of code and on what else runs. What tensors hold, as the profiler counts it, is the same in every run.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return result, max(accumulate(size for _, size in changes), default=0) / 2**20
