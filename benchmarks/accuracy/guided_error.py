@@ -15,18 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from lightning_bilevel import ForwardGradient, GammaGreedy, ReverseUnroll, TruncatedReverse, hypergradient, tree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.fits import fit
+from support.cleaning import started
 from support.results import ORANGE, SKY, plot, save
 
 import report
-from data_cleaning import CleaningData, DataCleaning
+from data_cleaning import DataCleaning
 
 GUIDES = {
     "no guide": None,
@@ -35,14 +34,6 @@ GUIDES = {
     "TruncatedReverse(20)": TruncatedReverse(20),
 }
 COLORS = dict(zip(GUIDES, (report.GREY, SKY, ORANGE, report.BLUE), strict=True))
-
-
-def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[DataCleaning, Any]:
-    """Return the module a few outer steps in, and the episode to estimate on."""
-    pl.seed_everything(seed, verbose=False)
-    module, data = DataCleaning(inner_steps=inner_steps), CleaningData(seed=seed)
-    fit(module, data, ReverseUnroll(checkpoint="sqrt"), max_steps=outer_steps, max_epochs=-1)
-    return module, next(iter(data.train_dataloader()))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -54,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     args = script.begin(parser, argv)
 
-    module, episode = started(args.inner_steps, args.outer_steps, args.seed)
+    start = ReverseUnroll(checkpoint="sqrt")
+    module, episode = started(DataCleaning, start, args.inner_steps, args.outer_steps, args.seed)
     exact = hypergradient(module, ReverseUnroll(checkpoint="sqrt"), episode).grads
     size, length = tree.numel(exact), tree.norm(exact)
     results: dict[str, Any] = {"N": size, "b": args.directions}

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -51,11 +50,11 @@ from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
-from support.fits import fit
+from support.cleaning import started
 from support.results import ORANGE, plot, save
 
 import report
-from data_cleaning import CleaningData, DataCleaning
+from data_cleaning import DataCleaning
 
 STRATEGIES: dict[str, Callable[[], HypergradientStrategy]] = {
     "ReverseUnroll": ReverseUnroll,
@@ -102,14 +101,6 @@ class Scaled(DataCleaning):
 
     def configure_inner_optimizer(self) -> Any:
         return SGD(lr=self.hparams.inner_lr / self.factor)
-
-
-def started(inner_steps: int, outer_steps: int, seed: int) -> tuple[Scaled, Episode]:
-    """Return the module a few outer steps in, and the episode to estimate on."""
-    pl.seed_everything(seed, verbose=False)
-    module, data = Scaled(inner_steps=inner_steps), CleaningData(seed=seed)
-    fit(module, data, ReverseUnroll(), max_steps=outer_steps, max_epochs=-1)
-    return module, next(iter(data.train_dataloader()))
 
 
 def estimate(
@@ -205,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = script.begin(parser, argv)
     warnings.filterwarnings("ignore", message="(`isinstance|`ConjugateGradient|`Neumann)")
 
-    problems = [started(args.inner_steps, args.outer_steps, seed) for seed in range(args.seeds)]
+    steps = args.inner_steps, args.outer_steps
+    problems = [started(Scaled, ReverseUnroll(), *steps, seed) for seed in range(args.seeds)]
     results = {"strategies": each_strategy(problems), "mu": over_mu(problems), "scale": over_scale(problems)}
     save("precision", {**vars(args), "N": 900, "scales": SCALES}, results)
     draw(results["mu"])

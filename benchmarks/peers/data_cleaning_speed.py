@@ -40,9 +40,10 @@ from lightning_bilevel import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
+from support.cleaning import Batch, outer_loss
 from support.fits import Stopwatch, fit
 from support.measure import cpu_seconds, tensor_peak, turns
-from support.peers import PEERS, ROUNDING, SAME, Batch, Loop, Solver, Task, outer_loss, versions
+from support.peers import PEERS, ROUNDING, SAME, Loop, Solver, Task, versions
 from support.results import keep, plot
 
 import report

@@ -47,8 +47,9 @@ from lightning_bilevel import (
     hypergradient,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "papers"))
-from data_cleaning_curves import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import peers, script
+from support.cleaning import (
     BATCH_SIZE,
     BETA,
     INNER_LR,
@@ -62,9 +63,6 @@ from data_cleaning_curves import (
     fit,
     validation_loss,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import peers, script
 from support.peers import SAME, Loop, Task, versions
 from support.results import earlier, keep, plot, to_docs
 

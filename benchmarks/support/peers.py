@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import higher
 import torch
-import torch.nn.functional as F
 import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,9 +27,7 @@ from torch.nn.utils import parameters_to_vector
 
 from lightning_bilevel import Episode, HypergradientStrategy, ImplicitGradient, ReverseUnroll
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Neumann
-
-Batch = Any
-Net = Callable[[Tensor], Tensor]
+from support.cleaning import Batch, Net, inner_loss, outer_loss
 
 PACKAGES = {"higher": "higher", "TorchOpt": "torchopt", "BOAT": "boat-torch", "Betty": "betty-ml"}
 BY_HAND = "by hand"
@@ -110,15 +107,6 @@ class Loop(NamedTuple):
         """Take the first step; return what it subtracts from logits of 0: gradient descent at rate 1 is needed."""
         self.step(episode)
         return -self.logits.detach()
-
-
-def inner_loss(net: Net, logits: Tensor, batch: Batch) -> Tensor:
-    x, y, index = batch
-    return (logits[index].sigmoid() * F.cross_entropy(net(x), y, reduction="none")).mean()
-
-
-def outer_loss(net: Net, batch: Batch) -> Tensor:
-    return F.cross_entropy(net(batch[0]), batch[1])
 
 
 def by_hand(task: Task) -> Loop:
