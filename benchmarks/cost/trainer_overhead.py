@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.data import DataLoader
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll
+from lightning_bilevel import Episode, ReverseUnroll
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.fits import Stopwatch, fit
 from support.measure import turns
-from support.problems import NETS, RATE, Weighted, episodes, module, perceptron
+from support.problems import NETS, RATE, Weighted, episodes, module, sinusoids
 from support.results import keep, plot
 
 import report
@@ -43,32 +43,6 @@ NAME = "trainer_overhead"
 CONTENDERS = {"by hand": report.GREY, "in a LightningModule": "#B0B0B0", "BilevelModule": report.BLUE}
 PROBLEMS = ("small", "medium", "CNN")
 TASKS, WARM_UP = 25, 2
-
-
-class Sinusoids(BilevelModule):
-    """MAML: the net is the start of the inner level."""
-
-    def __init__(self, inner_steps: int) -> None:
-        super().__init__(inner_steps)
-        self.net = perceptron(1, 40, 40, 1)
-
-    def inner_parameters(self) -> Any:
-        return self.net
-
-    def outer_parameters(self) -> Any:
-        return self.net
-
-    def inner_loss(self, batch: Any) -> Tensor:
-        return F.mse_loss(self.net(batch[0]), batch[1])
-
-    def outer_loss(self, batch: Any) -> Tensor:
-        return self.inner_loss(batch)
-
-    def configure_inner_optimizer(self) -> Any:
-        return SGD(lr=RATE)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
 def maml_by_hand(problem: Any, tasks: Sequence[Episode]) -> Tensor:
@@ -118,24 +92,17 @@ class Problem(NamedTuple):
 
 
 def problems() -> dict[str, Problem]:
-    generator = torch.Generator().manual_seed(0)
-    tasks = []
-    for _ in range(TASKS):
-        x, amplitude, phase = (torch.rand(size, generator=generator) for size in ((20, 1), (1,), (1,)))
-        x, y = 10 * x - 5, (0.1 + 4.9 * amplitude) * torch.sin(10 * x - 5 + torch.pi * phase)
-        tasks.append(Episode([(x[:10], y[:10])], (x[10:], y[10:])))
-
     def weighted(net: str, steps: int, text: str) -> Problem:
         make: Callable[[], Weighted] = lambda: module(NETS[net], steps)  # noqa: E731
         return Problem(text, make, episodes(NETS[net], 1)[0], weighted_by_hand, lambda m: [m.logits])
 
-    def sinusoids() -> Sinusoids:
-        torch.manual_seed(0)
-        return Sinusoids(5)
-
     return {
         "small": Problem(
-            "MAML, 25 sinusoids, MLP 1-40-40-1, T = 5", sinusoids, tasks, maml_by_hand, lambda m: [*m.net.parameters()]
+            "MAML, 25 sinusoids, MLP 1-40-40-1, T = 5",
+            lambda: sinusoids(TASKS)[0],
+            sinusoids(TASKS)[1],
+            maml_by_hand,
+            lambda m: [*m.net.parameters()],
         ),
         "medium": weighted("MLP", 20, "example weights, MLP 784-256-10, batch 100, T = 20"),
         "CNN": weighted("CNN", 5, "example weights, 4 blocks of 32 channels on 28×28, batch 25, T = 5"),

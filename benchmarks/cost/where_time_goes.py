@@ -44,14 +44,14 @@ from pytorch_lightning.loops.optimization.automatic import Closure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from trainer_overhead import WARM_UP, ByHand, fitted, looped
-from trainer_overhead import problems as problems_by_hand
+from trainer_overhead import WARM_UP, ByHand, fitted, looped, problems
 
 from lightning_bilevel import BilevelModule, FirstOrder, ForwardGradient, ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import problems, script
+from support import script
 from support.curves import PLAIN
+from support.few_shot_problems import sinusoids as meta_learning
 from support.fits import Stopwatch
 from support.measure import least_seconds
 from support.problems import NETS, episodes, module, plain_run
@@ -221,7 +221,7 @@ def sinusoids(repeats: int, steps: int) -> dict[str, Any]:
     stopwatch, profiles = Stopwatch(), Profiles()
     for callback, count in ((stopwatch, steps), (profiles, repeats)):
         torch.manual_seed(0)
-        learner, loader = problems.sinusoids()
+        learner, loader = meta_learning()
         batches: DataLoader = DataLoader([next(iter(loader))] * (count + WARM_UP), batch_size=None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You defined a `validation_step`")  # and no data for it: so it is meant
@@ -280,7 +280,7 @@ TIMED: list[tuple[Any, str, str]] = [
 
 def trainer(rounds: int, steps: int) -> dict[str, Any]:
     """Return the milliseconds of an outer step by part; of the loop by hand, as a whole."""
-    problem = problems_by_hand()["small"]
+    problem = problems()["small"]
     loader: DataLoader = DataLoader([problem.batch] * (steps + WARM_UP), batch_size=None)
     taken: dict[str, list[Counter[str]]] = {"by hand": [], "in a LightningModule": [], "BilevelModule": []}
     for _ in range(rounds):

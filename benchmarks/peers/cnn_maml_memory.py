@@ -18,9 +18,9 @@ from lightning_bilevel import ReverseUnroll, hypergradient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
+from support.few_shot_problems import images
 from support.maml_peers import PEERS
 from support.measure import least_seconds, tensor_peak
-from support.problems import images
 from support.results import save
 
 STRATEGIES = {

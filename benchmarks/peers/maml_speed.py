@@ -26,10 +26,10 @@ from lightning_bilevel.few_shot import TaskLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
+from support.few_shot_problems import images, sinusoids
 from support.fits import Stopwatch, fit
 from support.maml_peers import PEERS, Gradient
 from support.measure import cpu_seconds, turns
-from support.problems import images, sinusoids
 from support.results import plot, save
 
 import report

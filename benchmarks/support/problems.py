@@ -8,13 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from few_shot.learners import FewShotClassifier, FewShotRegressor, MetaLearner
-from few_shot.nets import cnn, mlp
-from few_shot.sinusoid import Sinusoids
+from few_shot.nets import cnn
 from lightning_bilevel import SGD, BilevelModule, Episode
-from lightning_bilevel.few_shot import FewShotTasks, TaskLoader
 
 RATE = 0.01
 
@@ -26,11 +22,14 @@ class Weighted(BilevelModule):
         net: from inputs to scores, ``(examples, classes)`` or ``(examples, classes, places)``.
         num_weights: N.
         inner_steps: T.
+        inner_start: where each run starts.
         **options: of :class:`BilevelModule`.
     """
 
-    def __init__(self, net: nn.Module, num_weights: int, inner_steps: int, **options: Any) -> None:
-        super().__init__(inner_steps, "reset", **options)
+    def __init__(
+        self, net: nn.Module, num_weights: int, inner_steps: int, inner_start: Any = "reset", **options: Any
+    ) -> None:
+        super().__init__(inner_steps, inner_start, **options)
         self.net = net
         self.logits = nn.Parameter(torch.zeros(num_weights))
 
@@ -52,10 +51,44 @@ class Weighted(BilevelModule):
         return torch.optim.Adam(self.outer_parameters(), lr=0.1)
 
 
+class Maml(BilevelModule):
+    """MAML: the net is the start of the inner level.
+
+    Args:
+        net: from inputs to outputs.
+        loss: of outputs and targets.
+        inner_steps: T.
+    """
+
+    def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], inner_steps: int) -> None:
+        super().__init__(inner_steps)
+        self.net, self.loss = net, loss
+
+    def inner_parameters(self) -> Any:
+        return self.net
+
+    def outer_parameters(self) -> Any:
+        return self.net
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return self.inner_loss(batch)
+
+    def configure_inner_optimizer(self) -> Any:
+        return SGD(lr=RATE)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
 class NextToken(nn.Module):
     """A GPT-2 that is not trained, from tokens to scores of the next ones, ``(texts, vocabulary, places)``."""
 
     def __init__(self, layers: int = 2, width: int = 64, vocabulary: int = 512, window: int = 32) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds, and most nets do without it
+
         super().__init__()
         config = GPT2Config(
             vocab_size=vocabulary, n_positions=window, n_embd=width, n_layer=layers, n_head=4,
@@ -146,15 +179,14 @@ def plain_run(problem: Weighted, episode: Episode) -> None:
             parameter.copy_(value)
 
 
-def sinusoids() -> tuple[MetaLearner, TaskLoader]:
-    """Return MAML on sinusoids: a perceptron 1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps."""
-    return FewShotRegressor(mlp(), inner_steps=5, inner_lr=0.01), TaskLoader(Sinusoids(num_tasks=2500), 25)
-
-
-def images(inner: str = "all") -> tuple[MetaLearner, TaskLoader]:
-    """Return MAML, or ANIL, on 28×28 images: 4 blocks of 32 channels, 4 tasks of 5 ways and 5 + 3 examples, 5 steps."""
+def sinusoids(count: int, inner_steps: int = 5) -> tuple[Maml, list[Episode]]:
+    """Return MAML with a perceptron 1-40-40-1, and tasks of 10 + 10 points."""
+    torch.manual_seed(0)
+    learner = Maml(perceptron(1, 40, 40, 1), F.mse_loss, inner_steps)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(400, 1, 28, 28, generator=generator), torch.arange(400) % 50
-    tasks = FewShotTasks(x, y, ways=5, shots=5, queries=3, num_tasks=400)
-    net = cnn(5, channels=32)
-    return FewShotClassifier(net, inner=inner, inner_steps=5, inner_lr=0.1), TaskLoader(tasks, 4)
+    tasks = []
+    for _ in range(count):
+        x, amplitude, phase = (torch.rand(size, generator=generator) for size in ((20, 1), (1,), (1,)))
+        x, y = 10 * x - 5, (0.1 + 4.9 * amplitude) * torch.sin(10 * x - 5 + torch.pi * phase)
+        tasks.append(Episode([(x[:10], y[:10])], (x[10:], y[10:])))
+    return learner, tasks
