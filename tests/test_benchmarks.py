@@ -118,7 +118,9 @@ def test_a_peak_of_what_fails(benchmark: Any) -> None:
 
 
 def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ?([\w ]*) \|$", (FOLDER / "README.md").read_text(), re.M)
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"^\| .* \| \[`(\w+)`\]\(\w+/\1\.py\) \|.*\| ?([\w ]*) \|$", text, re.M)
+    assert [path for path in re.findall(r"\]\(([^#)]+)\)", text) if not (FOLDER / path).is_file()] == []
     bench = re.search(r"^BENCH \?= ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert bench is not None
     chosen = bench[1].replace("\\\n", " ").split()
