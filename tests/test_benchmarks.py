@@ -211,3 +211,21 @@ def test_where_time_goes(benchmark: Any, tmp_path: Path) -> None:
         "Lightning",
         "self.log",
     }
+
+
+@pytest.mark.slow
+@needs_linux
+def test_a_checkout_against_itself(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    script = benchmark("against_before")
+    found = script.main(["--before", str(ROOT), "--quick", "--processes", "1", "--only", "1 sinusoid", "peak"])
+    assert set(found) == {"MAML, 1 sinusoid", *script.HELD}
+    assert found["MAML, 1 sinusoid"][script.LENGTH] == 0
+    assert all(row["before"] > 0 and row["after"] > 0 for row in found.values())
+    assert "same" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_another_package_is_not_taken_for_a_checkout(benchmark: Any, tmp_path: Path) -> None:
+    script = benchmark("against_before")
+    with script.Worker(tmp_path) as worker, pytest.raises(RuntimeError, match="Expected the package of"):
+        worker.check()

@@ -90,12 +90,19 @@ def to_docs(name: str, to: str | None = None) -> None:
     shutil.copy(plot_path(name), IMAGES / f"{to or name}.png")
 
 
+def commit(checkout: Path | None = None) -> str:
+    """Return the commit of a checkout, by default that around the working directory."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return (
+        subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    )
+
+
 def environment() -> dict[str, Any]:
     """Describe the machine, the versions and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "python": platform.python_version(),
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
