@@ -45,7 +45,7 @@ docs: .venv/installed-docs
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
 
 bench: .venv/installed-bench
-	@for name in $(BENCH); do echo "$$name"; .venv/bin/python "benchmarks/$$name.py" $(ARGS) || exit 1; done
+	@for name in $(BENCH); do echo "$$name"; .venv/bin/python benchmarks/*/$$name.py $(ARGS) || exit 1; done
 
 learn2learn: .venv/installed-learn2learn-itself
 

@@ -1,4 +1,4 @@
-"""`benchmarks/camels_strategies.py`, `camels_squad.py` and `camels_depth.py`."""
+"""`benchmarks/papers/camels_strategies.py`, `camels_squad.py` and `camels_depth.py`."""
 
 from statistics import fmean
 from typing import Any

@@ -1,4 +1,4 @@
-"""`benchmarks/data_cleaning_curves.py` and `benchmarks/equal_quality.py`."""
+"""`benchmarks/papers/data_cleaning_curves.py` and `benchmarks/peers/equal_quality.py`."""
 
 from math import sqrt
 from statistics import mean, median, stdev

@@ -1,4 +1,4 @@
-"""`benchmarks/data_condensation.py`."""
+"""`benchmarks/papers/data_condensation.py`."""
 
 from statistics import mean, stdev
 from typing import Any

@@ -1,4 +1,4 @@
-"""`benchmarks/hyper_representation.py`."""
+"""`benchmarks/papers/hyper_representation.py`."""
 
 from math import sqrt
 from statistics import mean, stdev

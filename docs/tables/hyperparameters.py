@@ -1,4 +1,4 @@
-"""`benchmarks/hyperparameters.py`."""
+"""`benchmarks/papers/hyperparameters.py`."""
 
 from math import sqrt
 from statistics import mean, stdev

@@ -1,4 +1,4 @@
-"""`benchmarks/pde_discovery.py`, beside the numbers of the paper."""
+"""`benchmarks/papers/pde_discovery.py`, beside the numbers of the paper."""
 
 from statistics import mean, stdev
 from typing import Any

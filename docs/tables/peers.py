@@ -1,4 +1,4 @@
-"""`benchmarks/data_cleaning_speed.py`, `cnn_maml_memory.py`, `maml_speed.py` and `compile_inner.py`."""
+"""`data_cleaning_speed.py`, `cnn_maml_memory.py` and `maml_speed.py` of `benchmarks/peers/`, and `compile_inner.py`."""
 
 from typing import Any
 

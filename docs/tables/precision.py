@@ -1,4 +1,4 @@
-"""`benchmarks/precision.py` and `benchmarks/memory_knobs.py`."""
+"""`benchmarks/accuracy/precision.py` and `benchmarks/cost/memory_knobs.py`."""
 
 from tables import markdown, results
 

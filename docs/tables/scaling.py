@@ -1,4 +1,4 @@
-"""`benchmarks/scaling.py`: measured and foreseen seconds, and what the model says of many processes."""
+"""`benchmarks/cost/scaling.py`: measured and foreseen seconds, and what the model says of many processes."""
 
 from tables import markdown, results
 

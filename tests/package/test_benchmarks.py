@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = {path.stem for path in FOLDER.glob("[!_]*.py")}
+ROOMS = [FOLDER / name for name in ("cost", "accuracy", "peers", "papers")]
+SCRIPTS = {path.stem for room in ROOMS for path in room.glob("*.py")}
 RUNS = {
     "chunk_choice": ["--nets", "small MLP", "--repeats", "1", "--inner-steps", "1", "--seconds", "0"],
     "cost_against_depth": ["--depths", "1", "2", "--seconds", "0"],
@@ -34,9 +35,10 @@ forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:Dep
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Return a function that imports a file of the folder; results go elsewhere."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(importlib.import_module("_results"), "RESULTS", tmp_path)
+    """Return a function that imports a file of the folder, or of a room of it; results go elsewhere."""
+    for folder in (*ROOMS, FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(importlib.import_module("support.results"), "RESULTS", tmp_path)
     return importlib.import_module
 
 
@@ -73,7 +75,7 @@ def test_other_parts_are_kept(benchmark: Any) -> None:
 
 
 def test_the_fastest_of_the_turns_counts(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure: ModuleType = benchmark("_measure")
+    measure: ModuleType = benchmark("support.measure")
     seconds = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([9.0, 5.0, 6.0, 7.0])}
     now, order = [0.0], []
 
@@ -89,7 +91,7 @@ def test_the_fastest_of_the_turns_counts(benchmark: Any, monkeypatch: pytest.Mon
 
 PEAKS = """
 import torch
-from _measure import peak
+from support.measure import peak
 
 def ones(mebibytes):
     return torch.ones(mebibytes * 2**18)
@@ -112,11 +114,13 @@ def test_a_peak_is_what_is_held_at_once() -> None:
 @forks
 def test_a_peak_of_what_fails(benchmark: Any) -> None:
     with pytest.raises(RuntimeError, match="The estimate failed: run it without a fork to see why."):
-        benchmark("_measure").peak(lambda: 1 / 0)
+        benchmark("support.measure").peak(lambda: 1 / 0)
 
 
 def test_the_readme_has_every_script_and_make_bench_those_it_says() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ?([\w ]*) \|$", (FOLDER / "README.md").read_text(), re.M)
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"^\| .* \| \[`(\w+)`\]\(\w+/\1\.py\) \|.*\| ?([\w ]*) \|$", text, re.M)
+    assert [path for path in re.findall(r"\]\(([^#)]+)\)", text) if not (FOLDER / path).is_file()] == []
     bench = re.search(r"^BENCH \?= ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert bench is not None
     chosen = bench[1].replace("\\\n", " ").split()
@@ -144,8 +148,8 @@ def test_learn2learn_can_be_imported_after_its_benchmark(benchmark: Any) -> None
         pytest.importorskip(library)
     if importlib.util.find_spec("learn2learn") is None:
         pytest.skip("learn2learn is not installed")
-    sys.modules.pop("maml_speed", None)
-    assert "learn2learn" in benchmark("maml_speed").PEERS
+    sys.modules.pop("support.maml_peers", None)
+    assert "learn2learn" in benchmark("support.maml_peers").PEERS
     assert not [name for name in sys.modules if name.split(".")[0] == "learn2learn"]
 
 
@@ -153,7 +157,7 @@ def test_learn2learn_can_be_imported_after_its_benchmark(benchmark: Any) -> None
 @pytest.mark.filterwarnings("ignore")  # the other libraries' own
 def test_other_libraries_compute_our_hypergradients(name: str, speed: Any) -> None:
     """But for those that docs/peers.md lists: their rows say how they differ, or why they do not run."""
-    rows = speed.compare(speed.contenders(speed.CASES[name], name), speed.CASES[name])
+    rows = speed.compare(speed.contenders(speed.CASES[name]), speed.CASES[name])
     others = {(row["method"], row["library"]) for row in rows if not row.get("same")}
     assert others <= {
         *(("CG", "Betty"), ("identity", "BOAT"), ("reverse", "Betty")),
@@ -207,3 +211,21 @@ def test_where_time_goes(benchmark: Any, tmp_path: Path) -> None:
         "Lightning",
         "self.log",
     }
+
+
+@pytest.mark.slow
+@needs_linux
+def test_a_checkout_against_itself(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    script = benchmark("against_before")
+    found = script.main(["--before", str(ROOT), "--quick", "--processes", "1", "--only", "1 sinusoid", "peak"])
+    assert set(found) == {"MAML, 1 sinusoid", *script.HELD}
+    assert found["MAML, 1 sinusoid"][script.LENGTH] == 0
+    assert all(row["before"] > 0 and row["after"] > 0 for row in found.values())
+    assert "same" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_another_package_is_not_taken_for_a_checkout(benchmark: Any, tmp_path: Path) -> None:
+    script = benchmark("against_before")
+    with script.Worker(tmp_path) as worker, pytest.raises(RuntimeError, match="Expected the package of"):
+        worker.check()

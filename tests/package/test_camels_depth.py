@@ -18,7 +18,7 @@ from lightning_bilevel.strategies.rounding import CoarsestDtype
 
 @pytest.fixture
 def camels_depth(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "papers")
     return importlib.import_module("camels_depth")
 
 
@@ -40,7 +40,7 @@ def test_the_benchmark_of_memory_at_any_size(camels_depth: Any, name: str, preci
 def test_a_case_that_fails_is_a_result(camels_depth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each case is a process of its own; of one that runs out of memory, the row says why."""
     monkeypatch.setattr(camels_depth, "CASES", [("reverse", 1), ("reverse", 2)])
-    results = importlib.import_module("_results")
+    results = importlib.import_module("support.results")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     whole = subprocess.run
 
@@ -70,8 +70,8 @@ def asked_for(camels_depth: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
 
     monkeypatch.setattr(camels_depth.subprocess, "run", run)
-    monkeypatch.setattr(importlib.import_module("_results"), "environment", dict)
-    for module in (camels_depth, importlib.import_module("_results")):
+    monkeypatch.setattr(importlib.import_module("support.results"), "environment", dict)
+    for module in (camels_depth, importlib.import_module("support.results")):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     return cases
 

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def curves(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "papers")
     import data_cleaning_curves
 
     return data_cleaning_curves
@@ -26,7 +26,7 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> Any:
 def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("higher")
     pytest.importorskip("torchopt")
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
     import equal_quality
 
     return equal_quality
@@ -187,9 +187,9 @@ def test_a_library_that_fails_is_reported(quality: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(quality.PEERS, "broken", quality.PEERS["by hand, reverse"]._replace(make=broken))
     assert quality.run_one(quality.digits(0), "broken", 0) == {"fails": "RuntimeError: no such thing"}
-    missing = quality.PEERS["by hand, reverse"]._replace(package="not_a_package")
+    missing = quality.PEERS["by hand, reverse"]._replace(library="no library")
     monkeypatch.setitem(quality.PEERS, "missing", missing)
-    assert quality.run_one(quality.digits(0), "missing", 0) == {"fails": "not_a_package is not installed"}
+    assert quality.run_one(quality.digits(0), "missing", 0) == {"fails": "no library is not installed"}
 
 
 @pytest.mark.filterwarnings("ignore")

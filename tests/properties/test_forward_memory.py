@@ -52,6 +52,7 @@ def test_copies_of_theta(
     module, x = Deep(momentum), torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     strategy, episode = ForwardGradient(directions, chunk_size=chunk), Episode([x], x)
     hypergradient(module, strategy, episode)  # checks the losses
-    _, peak = importlib.import_module("_tensor_memory").tensor_peak(lambda: hypergradient(module, strategy, episode))
+    tensor_peak = importlib.import_module("support.measure").tensor_peak
+    _, peak = tensor_peak(lambda: hypergradient(module, strategy, episode))
     copies = peak / (LAYERS * WIDTH**2 * 4 / 2**20)
     assert copies < most + 0.7
