@@ -146,6 +146,10 @@ class Carry(NamedTuple):
     Attributes:
         inner: the inner level's; stacked, ``(episodes, *shape)``, where an estimate is that of several episodes.
         strategy: the hypergradient strategy's own, a tree by name; empty at first.
+
+    >>> carry = Carry(InnerState({"w": torch.ones(1)}), {"guide/d": {"p": torch.zeros(1)}})
+    >>> carry.of("guide").strategy
+    {'d': {'p': tensor([0.])}}
     """
 
     inner: InnerState

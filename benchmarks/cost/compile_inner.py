@@ -34,6 +34,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus import inner_step
 from lightning_bilevel.problem import BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
 
@@ -59,7 +60,7 @@ def parts(
             return tree.detach(tree.grad(loss, theta))
 
     def step(params: Params, outer: Params) -> Params:
-        return problem.step(replace(state, params=params), outer, batch)[0].params
+        return inner_step(problem)(replace(state, params=params), outer, batch)[0].params
 
     def products(params: Params, outer: Params, v: Params) -> list[Tensor]:
         theta, leaves = tree.leaves(params), tree.leaves(outer)

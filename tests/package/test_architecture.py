@@ -1,11 +1,16 @@
-"""Imports point down: a file knows what is below it, and nothing above or beside it. Each has tests of its name."""
+"""Imports point down: a file knows what is below it, and nothing above or beside it. Each has tests of its name.
+
+``python -m tests.package.test_architecture`` writes the table of the layers into CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -17,14 +22,12 @@ PACKAGE = "lightning_bilevel"
 ROOT = Path(lightning_bilevel.__file__).parent
 
 # From the ground up. A file, or a folder of them, imports from lines above its own; the files of one folder also from
-# each other, without a circle.
+# each other, without a circle. It stands as low as that allows.
 LAYERS = [
-    ("tree", "errors", "host", "kernels"),  # nothing of ours
-    ("randomness",),
+    ("tree", "errors", "host", "randomness", "kernels"),  # nothing of ours
     ("inner_optimizers", "directions", "linear_solvers"),
     ("problem",),
-    ("calculus",),
-    ("modules", "data", "few_shot"),
+    ("calculus", "modules", "data", "few_shot"),
     ("strategies",),
     ("estimation",),
     ("training",),
@@ -35,11 +38,9 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 DOOR_TO_LIGHTNING = "host"
 
 TESTS = Path(__file__).parents[1]
+CONTRIBUTING = TESTS.parent / "CONTRIBUTING.md"
 WITHOUT_TESTS_OF_ITS_NAME = {
     "strategies.forward_unroll": "exact, and without a part of its own: the properties of the table say all there is",
-    "modules.examine": "by the audit: auditing/test_diagnosis, properties/test_misuse",  # redesign
-    "modules.hooks": "by what a fit refuses and calls: properties/test_misuse, test_arguments",  # redesign
-    "modules.swap": "by every estimate on a module, which leaves it as it was: properties/test_exact",  # redesign
 }
 """Files that are tested elsewhere, and why."""
 
@@ -50,14 +51,17 @@ def sources() -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
-def imports(text: str) -> Iterator[tuple[ast.stmt, str]]:
-    """Yield every imported module, or module and name, as a dotted name."""
+@cache
+def imports(text: str) -> list[tuple[ast.stmt, str]]:
+    """Return every imported module, or module and name, as a dotted name."""
+    found: list[tuple[ast.stmt, str]] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
+            found += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             dots = "." * node.level
-            yield from ((node, f"{dots}{node.module or ''}.{alias.name}") for alias in node.names)
+            found += [(node, f"{dots}{node.module or ''}.{alias.name}") for alias in node.names]
+    return found
 
 
 def own(name: str, files: dict[str, str]) -> str | None:
@@ -73,42 +77,95 @@ def own(name: str, files: dict[str, str]) -> str | None:
     raise AssertionError(f"no file for {name}")
 
 
+def own_imports(files: dict[str, str]) -> Iterator[tuple[str, ast.stmt, str, str]]:
+    """Yield every import of a file of the package by another one: by which, the statement, the name, which file."""
+    for file, text in files.items():
+        for node, name in imports(text):
+            target = None if name.startswith(".") else own(name, files)
+            if target is not None:
+                yield file, node, name, target
+
+
+def room(file: str) -> str:
+    """Return what stands in a layer: the folder of a file, or the file itself."""
+    return file.split(".")[0]
+
+
+def points_up(file: str, target: str) -> bool:
+    """Return whether an import goes to the file's own layer or to one above it; within a folder none does."""
+    inside = room(file) == room(target) and "." in file
+    return not inside and LAYER[room(target)] >= LAYER[room(file)]
+
+
+def circle(files: dict[str, str]) -> list[str]:
+    """Return files that import each other in a circle; empty where there are none."""
+    graph: dict[str, set[str]] = {file: set() for file in files}
+    for file, _, _, target in own_imports(files):
+        graph[file].add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def violations(files: dict[str, str]) -> list[str]:
     """Return what is wrong with the imports, a sentence each."""
-    found, graph = [], {}
+    found = [f"{file} has no layer: give it a line in LAYERS." for file in files if room(file) not in LAYER]
     for file, text in files.items():
-        room = file.split(".")[0]
-        if room not in LAYER:
-            found.append(f"{file} has no layer: give it a line in LAYERS.")
-            continue
-        graph[file] = set()
         for node, name in imports(text):
             where = f"{file}, line {node.lineno}: imports {name}"
             if name.startswith("."):
                 found.append(f"{where}, a relative import: write its whole name.")
-                continue
-            if (
-                name.split(".")[0] in ("pytorch_lightning", "lightning", "lightning_fabric")
-                and room != DOOR_TO_LIGHTNING
-            ):
+            elif room(name) in ("pytorch_lightning", "lightning", "lightning_fabric") and file != DOOR_TO_LIGHTNING:
                 found.append(f"{where}: take it from {PACKAGE}.{DOOR_TO_LIGHTNING}.")
-            target = own(name, files)
-            if target is None:
-                continue
-            graph[file].add(target)
-            other = target.split(".")[0]
-            inside = other == room and "." in file
-            if not inside and other in LAYER and LAYER[other] >= LAYER[room]:
-                found.append(f"{where}, from layer {LAYER[other]}, but is itself in layer {LAYER[room]}.")
         for function in ast.walk(ast.parse(text)):
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 inner = [node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))]
                 found += [f"{file}, line {node.lineno}: an import inside `{function.name}`." for node in inner]
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        found.append(f"a circle: {' -> '.join(error.args[1])}.")
+    for file, node, name, target in own_imports(files):
+        if room(file) in LAYER and room(target) in LAYER and points_up(file, target):
+            layers = f"from layer {LAYER[room(target)]}, but is itself in layer {LAYER[room(file)]}"
+            found.append(f"{file}, line {node.lineno}: imports {name}, {layers}.")
+    if round_trip := circle(files):
+        found.append(f"a circle: {' -> '.join(round_trip)}.")
     return found
+
+
+def table(files: dict[str, str]) -> str:
+    """Return the layers in Markdown, with what stands in each in the words of its docstring, and the counts."""
+    rows = []
+    for number, names in enumerate(LAYERS):
+        for name in names:
+            source, shown = (name, f"{name}.py") if name in files else (f"{name}.__init__", f"{name}/")
+            first = (ast.get_docstring(ast.parse(files[source])) or "").split("\n\n")[0].replace("\n", " ")
+            words = re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", first))
+            rows.append(f"| {number} | `{shown}` | {words} |")
+    pairs = {(room(file), room(target)): points_up(file, target) for file, _, _, target in own_imports(files)}
+    between = {pair: up for pair, up in pairs.items() if pair[0] != pair[1]}
+    counts = (
+        f"{len(LAYERS)} layers, {len(LAYER)} files or folders, {len(between)} imports between them; "
+        f"{sum(between.values())} point up, {int(bool(circle(files)))} circles."
+    )
+    return "\n".join(["| layer | | what |", "|---|---|---|", *rows, "", counts])
+
+
+BLOCK = re.compile(r"(?<=<!-- layers -->\n\n).*?(?=\n\n<!-- end of layers -->)", re.S)
+"""Where the table stands in CONTRIBUTING.md."""
+
+
+def test_contributing_has_the_table_of_the_layers():
+    (found,) = BLOCK.findall(CONTRIBUTING.read_text(encoding="utf-8"))
+    assert found == table(sources()), "`python -m tests.package.test_architecture` writes it anew"
+    assert found.endswith("; 0 point up, 0 circles.")
+
+
+def test_every_layer_is_as_low_as_it_can_be():
+    lowest = dict.fromkeys(LAYER, 0)
+    for file, _, _, target in sorted(own_imports(sources()), key=lambda found: LAYER[room(found[0])]):
+        if room(file) != room(target):
+            lowest[room(file)] = max(lowest[room(file)], lowest[room(target)] + 1)
+    assert lowest == LAYER
 
 
 def test_imports_point_down():
@@ -149,8 +206,8 @@ def test_every_layer_exists():
         ),
         (
             "problem",
-            "from lightning_bilevel.calculus import inner_loop",
-            "problem, line 1: imports .*, from layer 3, but",
+            "from lightning_bilevel.calculus import run",
+            "problem, line 1: imports .*, from layer 3, but is itself in layer 2",
         ),
         (
             "tree",
@@ -190,3 +247,9 @@ def test_the_import_brings_no_heavy_package_along():
     brought = set(done.stdout.split())
     assert PACKAGE in brought
     assert not brought & {"transformers", "matplotlib", "sklearn", "jsonargparse", "rich", "higher", "scipy"}
+
+
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(
+        BLOCK.sub(lambda _: table(sources()), CONTRIBUTING.read_text(encoding="utf-8")), encoding="utf-8"
+    )
