@@ -27,7 +27,7 @@ STACKED_ENTRIES = 2**21
 """Inner parameters that one vectorized call may hold on a CPU; with more, page faults take the time that is gained."""
 
 FEWEST_COPIES = 8
-"""Copies of θ below which a CPU is faster in a loop; both are measured in ``benchmarks/chunk_choice.py``."""
+"""Copies of θ below which a CPU is faster in a loop; both are measured in ``benchmarks/cost/chunk_choice.py``."""
 
 _ONE_AT_A_TIME = threading.RLock()
 """Kernel patches and RNG state are process-global, so estimates of several threads run one at a time."""
