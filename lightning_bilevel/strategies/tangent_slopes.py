@@ -16,7 +16,7 @@ TANGENT_BYTES = 512 * 2**20
 """Memory that the tangents of one chunk may take when the user sets no chunk size."""
 
 TANGENT_BYTES_CPU = 48 * 2**20
-"""What is enough on a CPU: with more, page faults take the time that is gained (``benchmarks/cost/chunk_choice.py``)."""
+"""What is enough on a CPU: beyond, page faults take the time that is gained (``benchmarks/cost/chunk_choice.py``)."""
 
 FEWEST_DIRECTIONS = 4
 """Directions that a chunk has on a CPU, as far as memory allows: each chunk repeats the inner run."""
