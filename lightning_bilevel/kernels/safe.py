@@ -1,9 +1,9 @@
 """Surroundings in which a user's losses can be differentiated twice.
 
-PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
-fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and those of batch norm
-and of convolutions are slow. The contexts below choose other kernels instead, only while a
-hypergradient is computed.
+PyTorch's fused attention has neither a double backward nor forward AD, those of its fused weight norm, of spectral
+norm are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
+forward AD, and those of batch norm and of convolutions are slow. The contexts below choose other kernels instead, only
+while a hypergradient is computed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
 from lightning_bilevel.kernels.embedding import embedding
 from lightning_bilevel.kernels.linear import linear
+from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 """What runs both passes of ``torch.utils.checkpoint``; from PyTorch 2.14 on, one of another name does."""
@@ -41,6 +42,8 @@ _ALWAYS: list[tuple[Any, str, Any]] = [
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),  # the old style holds its own
     (torch, "embedding", embedding),
     (F, "linear", linear),
+    (PARAMETRIZATION, "forward", spectral_norm),
+    (OLD, "compute_weight", old_spectral_norm),
 ]
 _TWICE: list[tuple[Any, str, Any]] = [
     (torch, "batch_norm", batch_norm),
