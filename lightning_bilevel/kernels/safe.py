@@ -1,7 +1,7 @@
 """Surroundings in which a user's losses can be differentiated twice.
 
 PyTorch's fused attention has neither a double backward nor forward AD, those of its fused weight norm, of spectral
-norm are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
+norm and of scaled embeddings are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
 forward AD, and those of batch norm and of convolutions are slow. The contexts below choose other kernels instead, only
 while a hypergradient is computed.
 """
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
-from lightning_bilevel.kernels.embedding import embedding
+from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renormalize
 from lightning_bilevel.kernels.linear import linear
 from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
@@ -41,6 +41,8 @@ _ALWAYS: list[tuple[Any, str, Any]] = [
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),  # the old style holds its own
     (torch, "embedding", embedding),
+    (torch, "embedding_bag", embedding_bag),
+    (F, "_no_grad_embedding_renorm_", renormalize),
     (F, "linear", linear),
     (PARAMETRIZATION, "forward", spectral_norm),
     (OLD, "compute_weight", old_spectral_norm),
