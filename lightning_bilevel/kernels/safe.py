@@ -1,7 +1,7 @@
 """Surroundings in which a user's losses can be differentiated twice.
 
 PyTorch's fused attention has neither a double backward nor forward AD, those of its fused weight norm, of spectral
-norm and of scaled embeddings are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
+norm, of scaled embeddings and of chunked cross entropies are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
 forward AD, and those of batch norm and of convolutions are slow. The contexts below choose other kernels instead, only
 while a hypergradient is computed.
 """
@@ -23,6 +23,8 @@ from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
 from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renormalize
 from lightning_bilevel.kernels.linear import linear
+from lightning_bilevel.kernels.linear_cross_entropy import NATIVE as CHUNKED
+from lightning_bilevel.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -53,6 +55,7 @@ _TWICE: list[tuple[Any, str, Any]] = [
     (F, "conv1d", conv1d),
     (F, "conv2d", conv2d),
     (F, "conv3d", conv3d),
+    *([] if CHUNKED is None else [(F, "linear_cross_entropy", linear_cross_entropy)]),
 ]
 """Owner, name, and what takes the place of its function: always, and where losses are differentiated twice."""
 
