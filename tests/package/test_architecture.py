@@ -19,7 +19,8 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # From the ground up. A file, or a folder of them, imports from lines above its own; the files of one folder also from
 # each other, without a circle.
 LAYERS = [
-    ("tree", "errors", "host", "kernels"),  # nothing of ours
+    ("tree", "errors", "host"),  # nothing of ours
+    ("kernels",),
     ("randomness",),
     ("inner_optimizers", "directions", "linear_solvers"),
     ("problem",),

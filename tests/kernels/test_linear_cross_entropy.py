@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from problems import draw, generator
+from tests.support.problems import draw, generator
 
 pytestmark = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch has it from 2.13 on")
 

@@ -15,12 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from lightning_bilevel import SGD, BilevelModule, Episode, ReverseUnroll, ZerothOrder, hypergradient
+from lightning_bilevel import (
+    SGD,
+    BilevelModule,
+    Episode,
+    ForwardUnroll,
+    ReverseUnroll,
+    ZerothOrder,
+    hypergradient,
+)
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.kernels import embedding as kernels
 from lightning_bilevel.kernels.inner_gradient import inner_gradient, is_no_derivative
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from problems import draw, generator
+from tests.support.problems import draw, generator
 
 STEP = 1e-5
 INDICES = torch.tensor([0, 0, 0, 1, 3, 1, 2])
@@ -184,6 +192,7 @@ def trained(layer: nn.Module, batch: Tensor, p: Tensor) -> float:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Embedding": lambda: nn.Embedding(5, 2, padding_idx=2),
     "Embedding, sparse": lambda: nn.Embedding(5, 2, sparse=True),
+    "Embedding, frequencies": lambda: nn.Embedding(5, 2, scale_grad_by_freq=True),
     "EmbeddingBag, sum": lambda: nn.EmbeddingBag(5, 2, mode="sum"),
     "EmbeddingBag, mean": lambda: nn.EmbeddingBag(5, 2, mode="mean", padding_idx=2),
     "EmbeddingBag, max": lambda: nn.EmbeddingBag(5, 2, mode="max"),
@@ -194,11 +203,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_run_agrees_with_differences_of_a_plain_loop(name: str) -> None:
     batch = torch.randint(5, (3, 4), generator=generator(0))
-    result = hypergradient(Rows(LAYERS[name]()), ReverseUnroll(), Episode([batch], batch))
-    assert result.value.item() == pytest.approx(trained(LAYERS[name](), batch, torch.zeros(2)), rel=1e-12)
-    for i, row in enumerate(torch.eye(2, dtype=torch.float64)):
+    slopes = []
+    for row in torch.eye(2, dtype=torch.float64):
         ends = [trained(LAYERS[name](), batch, sign * STEP * row) for sign in (1, -1)]
-        assert result.grads["p"][i].item() == pytest.approx((ends[0] - ends[1]) / (2 * STEP), rel=1e-6)
+        slopes.append((ends[0] - ends[1]) / (2 * STEP))
+    for strategy in (ReverseUnroll(), ReverseUnroll(checkpoint=1), ForwardUnroll(), ForwardUnroll(mode="forward")):
+        result = hypergradient(Rows(LAYERS[name]()), strategy, Episode([batch], batch))
+        assert result.value.item() == pytest.approx(trained(LAYERS[name](), batch, torch.zeros(2)), rel=1e-12)
+        assert result.grads["p"].tolist() == pytest.approx(slopes, rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [ReverseUnroll(), ZerothOrder(2)], ids=["reverse", "zeroth"])

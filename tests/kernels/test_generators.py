@@ -26,7 +26,7 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Orthogonal
 from lightning_bilevel.kernels.generators import generators_of, process_generators, same, seed, set_state, state_of
 from lightning_bilevel.randomness import RngState, repeating
-from problems import draw
+from tests.support.problems import draw
 
 CPU = torch.device("cpu")
 

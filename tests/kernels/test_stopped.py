@@ -15,8 +15,19 @@ from torch.func import grad, jvp, vmap
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
+from lightning_bilevel import (
+    SGD,
+    BilevelModule,
+    Episode,
+    ForwardGradient,
+    ForwardUnroll,
+    ReverseUnroll,
+    hypergradient,
+)
+from lightning_bilevel.directions import Orthogonal
+from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
-from problems import draw
+from tests.support.problems import assert_close, draw
 
 
 def context(x: Tensor) -> Tensor:
@@ -251,3 +262,80 @@ def test_other_threads_keep_their_own_mode() -> None:
         go.set()
         thread.join()
     torch.testing.assert_close(pushed, 2 * x * v)
+
+
+# --- Whole runs ---
+
+
+class Base(BilevelModule):
+    def __init__(self) -> None:
+        super().__init__(inner_steps=3, inner_start="reset")
+        self.w = nn.Parameter(draw(3, seed=1))
+        self.p = nn.Parameter(torch.tensor([0.1, -0.05], dtype=torch.float64))
+
+    def inner_parameters(self):
+        return [self.w]
+
+    def inner_loss(self, batch):
+        return (self.w - batch * self.p[0]).square().sum() + self.p[1].exp() * self.w.square().sum()
+
+    def outer_loss(self, batch):
+        return (self.w - batch).square().sum()
+
+    def configure_inner_optimizer(self):
+        return SGD(lr=0.1)
+
+
+class Normalized(InnerOptimizer):
+    elementwise = False
+
+    def update(self, params, grads, slots, step):
+        with torch.no_grad():
+            length = torch.sqrt(sum(g.square().sum() for g in grads.values())) + 1e-3
+        return {name: p - 0.1 * grads[name] / length for name, p in params.items()}, {}
+
+
+class OwnOptimizer(Base):
+    def configure_inner_optimizer(self):
+        return Normalized()
+
+
+class OwnStart(Base):
+    @torch.no_grad()
+    def initial_inner_parameters(self):
+        return {"w": torch.stack([self.p[0], self.p[1], self.p.sum()])}
+
+
+class OwnSolver(Base):
+    def solve_inner(self, batches):
+        def image(w: Tensor) -> Tensor:
+            return torch.tanh(w * self.p[0] + batches[0] * self.p[1])
+
+        with torch.no_grad():
+            w = self.w
+            for _ in range(50):
+                w = image(w)
+        return {"w": image(w)}
+
+
+class OwnLoss(Base):
+    def inner_loss(self, batch):
+        with torch.no_grad():
+            scale = self.w.square().sum() + self.p.exp().sum()
+        return super().inner_loss(batch) * scale
+
+
+@pytest.mark.parametrize("kind", [OwnOptimizer, OwnStart, OwnSolver, OwnLoss], ids=lambda kind: kind.__name__)
+def test_exact_strategies_agree(kind: type[Base]) -> None:
+    batch = draw(3, seed=2)
+    episode = Episode([batch], batch.flip(0))
+    expected = hypergradient(kind(), ReverseUnroll(), episode).grads
+    for strategy in (
+        ForwardUnroll(),
+        ForwardUnroll(mode="forward"),
+        ForwardGradient(2, directions=Orthogonal()),
+        ReverseUnroll(checkpoint=1),
+    ):
+        if kind is OwnSolver and isinstance(strategy, ReverseUnroll):
+            continue
+        assert_close(hypergradient(kind(), strategy, episode).grads, expected)
