@@ -1,14 +1,19 @@
-"""Who draws what, repeatably: seeds made of words, keys that name draws, snapshots of the global generators."""
+"""Who draws what, repeatably: seeds made of words, keys that name draws, snapshots of the generators."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_bilevel.kernels.generators import same, set_state, state_of
+from lightning_bilevel.kernels.generators import seed as seed_generator
 
 
 def seed_of(*words: int | str) -> int:
@@ -74,27 +79,62 @@ class Call:
         return start, start + size + (part < extra)
 
 
+_repeated: ContextVar[tuple[Any, ...]] = ContextVar("_repeated", default=())
+
+
+@contextmanager
+def repeating(generators: Iterable[Any]) -> Iterator[None]:
+    """Let every snapshot that is taken inside keep these generators, too.
+
+    Args:
+        generators: of ``torch``, ``random`` or ``numpy``; see :mod:`lightning_bilevel.kernels.generators`.
+    """
+    token = _repeated.set(tuple({id(generator): generator for generator in generators}.values()))
+    try:
+        yield
+    finally:
+        _repeated.reset(token)
+
+
 class RngState:
-    """A snapshot of the global random generators, so that a run can be repeated with the same dropout masks.
+    """A snapshot of random generators, so that a run can be repeated with the same dropout masks.
 
     Args:
         device: the device of the run; its generator is kept as well as the CPU's.
+        sources: further generators; ``None`` takes those of :func:`repeating`.
+
+    >>> generator = torch.Generator()
+    >>> with RngState(torch.device("cpu"), [generator]).fork(seed=1):
+    ...     first = torch.rand(2, generator=generator)
+    >>> with RngState(torch.device("cpu"), [generator]).fork(seed=1):
+    ...     torch.equal(first, torch.rand(2, generator=generator))
+    True
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sources: Iterable[Any] | None = None) -> None:
         self._device = device
         self._cpu, self._there = torch.get_rng_state(), generator_state(device)
+        self._others = [(source, state_of(source)) for source in (_repeated.get() if sources is None else sources)]
 
     def untouched(self) -> bool:
         """Return whether nothing has been drawn since the snapshot was taken."""
-        now = RngState(self._device)
-        same = torch.equal(self._cpu, now._cpu)
-        return same and (self._there is None or now._there is None or torch.equal(self._there, now._there))
+        there = generator_state(self._device)
+        return (
+            torch.equal(self._cpu, torch.get_rng_state())
+            and (self._there is None or there is None or torch.equal(self._there, there))
+            and not self.drawn()
+        )
+
+    def drawn(self) -> list[Any]:
+        """Return the sources that have been drawn from since the snapshot was taken."""
+        return [source for source, state in self._others if not same(state, state_of(source))]
 
     def restore(self) -> None:
         """Put the generators back to where the snapshot was taken."""
         torch.set_rng_state(self._cpu)
         set_generator_state(self._device, self._there)
+        for source, state in self._others:
+            set_state(source, state)
 
     @contextmanager
     def fork(self, seed: int | None = None) -> Iterator[None]:
@@ -107,6 +147,8 @@ class RngState:
             torch.default_generator.manual_seed(seed)
             if self._there is not None:
                 set_generator_state(self._device, torch.Generator(self._device).manual_seed(seed).get_state())
+            for number, (source, _) in enumerate(self._others):
+                seed_generator(source, seed_of(seed, number))
         try:
             yield
         finally:

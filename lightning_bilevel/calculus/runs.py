@@ -15,6 +15,7 @@ from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.step import InnerStep, Mode, Pulled, append_loss, inner_step
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.kernels.safe import forward_mode_kernels
+from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
@@ -180,6 +181,6 @@ def _start_tangents(
     def start(outer: Params) -> Params:
         return problem.start(carried, outer).flat()
 
-    with torch.no_grad():
+    with no_grad_stops_tangents():
         tangents = vmap(lambda v: jvp(start, (phi,), (v,))[1])(directions)
-    return shape.detach(), tangents
+    return shape.detach(), tree.detach(tangents)

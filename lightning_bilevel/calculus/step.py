@@ -20,7 +20,9 @@ from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward
+from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
+from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
 
@@ -134,7 +136,8 @@ class GradientStep(InnerStep):
         problem = self.problem
         with torch.enable_grad():
             loss, buffers = problem.inner_loss(theta, phi, batch, state.buffers)
-            grads = tree.grad(loss, theta, create_graph=create_graph)
+            with inner_gradient():
+                grads = tree.grad(loss, theta, create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
             before = theta if create_graph else tree.detach(theta)
             params, opt_state = problem.update(before, grads, state.opt_state, phi, state.steps + 1)
@@ -166,9 +169,9 @@ class SolverStep(InnerStep):
         def push(tangent: Params, v: Params) -> Any:
             return jvp(solve, (state.params, phi), (tangent, v))
 
-        with torch.no_grad(), forward_mode_kernels():
+        with no_grad_stops_tangents(), forward_mode_kernels():
             params, pushed = vmap(push, out_dims=_PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
-        return Pushed(self._solved(state, params, batch), None, pushed)
+        return Pushed(self._solved(state, params, batch).detach(), None, tree.detach(pushed))
 
     def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
         """Return the products of the inner loss at the solution."""
@@ -217,7 +220,8 @@ def second_derivatives(
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
     with torch.enable_grad():
         loss, _ = problem.inner_loss(theta, outer, batch, state.buffers)
-        gradient = tree.grad(loss, theta, create_graph=True)
+        with inner_gradient():
+            gradient = tree.grad(loss, theta, create_graph=True)
 
     def product(vector: Params, inputs: Params) -> Params:
         pairs = [(gradient[name], vector[name]) for name in theta if gradient[name].requires_grad]

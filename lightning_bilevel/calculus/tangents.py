@@ -20,6 +20,8 @@ from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import OptState
+from lightning_bilevel.kernels.inner_gradient import inner_gradient, is_no_derivative
+from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
 
@@ -47,7 +49,7 @@ def push_double_backward(
     Memory: θ, its tangents, ∇_θ g and its tangents, a part of the new θ, and before these the graph of the step.
     """
     pushed = _push_gradient(problem, state, phi, batch, tangents, directions)
-    with torch.no_grad():
+    with no_grad_stops_tangents():
         after, tangents = _push_update(problem, state, phi, pushed.gradient, tangents, pushed.tangents, directions)
     return Pushed(replace(after, buffers=pushed.buffers), pushed.loss, tangents)
 
@@ -68,6 +70,9 @@ def _push_gradient(
     with torch.enable_grad():
         loss, buffers = problem.inner_loss(theta, outer, batch, state.buffers)
         inputs = [*theta.values(), *outer.values()]
+        if is_no_derivative(loss):
+            gradient, rows = _push_no_derivative(loss, theta, outer, tangents, directions)
+            return PushedGradient(gradient, _stack_and_empty(rows), buffers, loss.detach())
         grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     cotangents = [*(tangents[name] for name in theta), *directions.values()]
     pairs = [(g, rows) for g, rows in zip(grads, cotangents, strict=True) if g is not None and g.requires_grad]
@@ -84,6 +89,31 @@ def _push_gradient(
     rows = [row(i) for i in range(count)]
     gradient = tree.detach(tree.like(theta, grads[: len(theta)]))
     return PushedGradient(gradient, _stack_and_empty(rows), buffers, loss.detach())
+
+
+def _push_no_derivative(
+    loss: Tensor, theta: Params, outer: Params, tangents: Params, directions: Params
+) -> tuple[Params, list[Params]]:
+    """Return an inner gradient G that is no derivative, so that ∂G/∂θ is not symmetric, and its tangents.
+
+    w ↦ (w ∂G/∂θ, w ∂G/∂φ) is linear; its own vector-Jacobian product with (z, v) is ∂G/∂θ z + ∂G/∂φ v.
+    """
+    with inner_gradient():
+        gradient = tree.grad(loss, theta, create_graph=True)
+    w = tree.leaves(tree.zeros_like(theta))
+    ends = {name: g for name, g in gradient.items() if g.requires_grad}
+    inputs = [*theta.values(), *outer.values()]
+    pulled = torch.autograd.grad(
+        list(ends.values()), inputs, [w[name] for name in ends], create_graph=True, allow_unused=True
+    )
+    cotangents = [*(tangents[name] for name in theta), *directions.values()]
+    pairs = [(p, rows) for p, rows in zip(pulled, cotangents, strict=True) if p is not None and p.requires_grad]
+    rows = []
+    for i in range(next(iter(directions.values())).shape[0]):
+        outputs, vectors = zip(*((p, rows_of[i].to(p.dtype)) for p, rows_of in pairs), strict=True)
+        values = torch.autograd.grad(outputs, list(w.values()), vectors, retain_graph=True, allow_unused=True)
+        rows.append(tree.like(theta, values))
+    return tree.detach(gradient), rows
 
 
 def _stack_and_empty(rows: list[Params]) -> Params:
@@ -164,7 +194,7 @@ def _push_part(
         return jvp(update, (flat, gradient, phi), (t, dg, v))
 
     after, tangents = vmap(push, out_dims=_PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
-    return replace(state.unflat(after), steps=step), tangents
+    return replace(state.unflat(tree.detach(after)), steps=step), tree.detach(tangents)
 
 
 def push_forward(
@@ -179,14 +209,16 @@ def push_forward(
             loss, buffers = problem.inner_loss(theta, outer, batch, state.buffers)
             return loss, (loss, buffers)
 
-        gradient, aux = torch.func.grad(inner_loss, has_aux=True)(before.params)
+        with inner_gradient():
+            gradient, aux = torch.func.grad(inner_loss, has_aux=True)(before.params)
         params, opt_state = problem.update(before.params, gradient, before.opt_state, outer, state.steps + 1)
         return InnerState(params, opt_state=opt_state).flat(), aux
 
     def push(tangent: Params, v: Params) -> Any:
         return jvp(step, (state.flat(), phi), (tangent, v), has_aux=True)
 
-    with torch.no_grad():
+    with no_grad_stops_tangents():
         pushed = vmap(push, out_dims=_PRIMAL_TANGENT_AUX, randomness="same")(tangents, directions)
     after, tangents, (loss, buffers) = pushed
-    return Pushed(replace(state.unflat(after), buffers=buffers, steps=state.steps + 1), loss, tangents)
+    state = replace(state.unflat(tree.detach(after)), buffers=tree.detach(buffers), steps=state.steps + 1)
+    return Pushed(state, loss.detach(), tree.detach(tangents))

@@ -1,9 +1,9 @@
 """Surroundings in which a user's losses can be differentiated twice.
 
-PyTorch's fused attention has neither a double backward nor forward AD, the double backward of its
-fused weight norm is wrong, cuDNN's RNNs have none, mkldnn's RNNs have no forward AD, and those of batch norm
-and of convolutions are slow. The contexts below choose other kernels instead, only while a
-hypergradient is computed.
+PyTorch's fused attention has neither a double backward nor forward AD, those of its fused weight norm, of spectral
+norm, of scaled embeddings and of chunked cross entropies are wrong, cuDNN's RNNs have none, mkldnn's RNNs have no
+forward AD, and those of batch norm and of convolutions are slow. The contexts below choose other kernels instead, only
+while a hypergradient is computed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
-from lightning_bilevel.kernels.embedding import embedding
+from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renormalize
 from lightning_bilevel.kernels.linear import linear
+from lightning_bilevel.kernels.linear_cross_entropy import NATIVE as CHUNKED
+from lightning_bilevel.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 """What runs both passes of ``torch.utils.checkpoint``; from PyTorch 2.14 on, one of another name does."""
@@ -40,7 +43,11 @@ _ALWAYS: list[tuple[Any, str, Any]] = [
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),  # the old style holds its own
     (torch, "embedding", embedding),
+    (torch, "embedding_bag", embedding_bag),
+    (F, "_no_grad_embedding_renorm_", renormalize),
     (F, "linear", linear),
+    (PARAMETRIZATION, "forward", spectral_norm),
+    (OLD, "compute_weight", old_spectral_norm),
 ]
 _TWICE: list[tuple[Any, str, Any]] = [
     (torch, "batch_norm", batch_norm),
@@ -48,6 +55,7 @@ _TWICE: list[tuple[Any, str, Any]] = [
     (F, "conv1d", conv1d),
     (F, "conv2d", conv2d),
     (F, "conv3d", conv3d),
+    *([] if CHUNKED is None else [(F, "linear_cross_entropy", linear_cross_entropy)]),
 ]
 """Owner, name, and what takes the place of its function: always, and where losses are differentiated twice."""
 

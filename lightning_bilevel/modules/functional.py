@@ -15,12 +15,14 @@ from lightning_bilevel.errors import combination_error, missing_error, value_err
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
+from lightning_bilevel.kernels.generators import generators_of, process_generators
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
+from lightning_bilevel.randomness import repeating
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -192,6 +194,7 @@ class FunctionalModule:
         """
         kind = self.device.type
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
+            stack.enter_context(repeating([*generators_of(self.module), *process_generators()]))
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))

@@ -9,6 +9,7 @@ from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.runs import run, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
+from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.linear_solvers import LinearSolver, LinearSystem
 from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
@@ -123,6 +124,7 @@ def _preconditioner(problem: BilevelProblem, state: InnerState, phi: Params, bat
     theta = tree.leaves(state.params)
     with torch.enable_grad():
         loss, _ = problem.inner_loss(theta, phi, batch, state.buffers)
-        gradient = tree.leaves(tree.grad(loss, theta))
+        with inner_gradient():
+            gradient = tree.leaves(tree.grad(loss, theta))
         params, _ = problem.update(tree.detach(theta), gradient, state.opt_state, phi, state.steps + 1)
     return lambda v: tree.scale(vector_jacobian(params, gradient, v), -1.0)

@@ -24,7 +24,9 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # From the ground up. A file, or a folder of them, imports from lines above its own; the files of one folder also from
 # each other, without a circle. It stands as low as that allows.
 LAYERS = [
-    ("tree", "errors", "host", "randomness", "kernels"),  # nothing of ours
+    ("tree", "errors", "host"),  # nothing of ours
+    ("kernels",),
+    ("randomness",),
     ("inner_optimizers", "directions", "linear_solvers"),
     ("problem",),
     ("calculus", "modules", "data", "few_shot"),

@@ -1,0 +1,186 @@
+"""Random generators besides PyTorch's own: what draws in a loss, found and put back.
+
+A run that is repeated has to draw the same numbers, whoever draws them: NumPy, ``random``, a generator of the user's.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEPTH = 6
+"""Steps from a module to what it holds; a dataset in a list of an augmentation is four."""
+
+WIDTH = 1_000
+"""Entries of a container that are looked at: longer ones are data."""
+
+_LEAVES = (Tensor, str, bytes, bytearray, int, float, complex, type(None), range, types.ModuleType, type)
+_OTHERS_CODE = ("torch", "numpy", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "transformers")
+"""Packages whose objects and functions hold no generator of a user's; those in containers of theirs are found."""
+
+
+def process_generators() -> list[Any]:
+    """Return the generators behind the functions of ``random``, and of ``numpy.random`` if that is loaded."""
+    found: list[Any] = [random.getstate.__self__]  # type: ignore[attr-defined]
+    numpy = sys.modules.get("numpy.random")
+    return found if numpy is None else [*found, numpy.get_state.__self__]
+
+
+def generators_of(module: nn.Module) -> list[Any]:
+    """Return the generators that a module can reach without calling anything, each once.
+
+    That are those in attributes of it and its submodules, in containers and objects there, and those that its methods,
+    and functions they name, have in closures, defaults and globals. Generators of ``torch``, ``random`` and ``numpy``
+    are found, but for those of the process, and for ``random.SystemRandom``, which cannot be repeated.
+    """
+    skipped = {id(generator) for generator in (*process_generators(), torch.default_generator)}
+    for kind in ("cuda", "xpu"):
+        skipped |= {id(generator) for generator in getattr(getattr(torch, kind, None), "default_generators", ())}
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    layer: list[Any] = list(module.modules())
+    for _ in range(DEPTH):
+        following: list[Any] = []
+        for value in layer:
+            if id(value) in seen or isinstance(value, _LEAVES):
+                continue
+            seen.add(id(value))
+            if _repeatable(value):
+                if id(value) not in skipped:
+                    found[id(value)] = value
+            else:
+                following += _held(value)
+        layer = following
+    return list(found.values())
+
+
+def state_of(generator: Any) -> Any:
+    """Return the state of a generator, for :func:`set_state` to put back."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "get_state"):  # numpy.random.RandomState
+        return generator.get_state(legacy=False)
+    return _bits(generator).state
+
+
+def set_state(generator: Any, state: Any) -> None:
+    """Put back what :func:`state_of` returned."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        _bits(generator).state = state
+
+
+def seed(generator: Any, value: int) -> None:
+    """Let a generator start from a seed, of up to 63 bits."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(value)
+    elif isinstance(generator, random.Random):
+        generator.seed(value)
+    elif hasattr(generator, "get_state"):
+        fresh = type(generator._bit_generator)(value)
+        generator.set_state({**fresh.state, "has_gauss": 0, "gauss": 0.0})
+    else:
+        bits = _bits(generator)
+        bits.state = type(bits)(value).state
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two states are equal."""
+    if isinstance(a, dict):
+        return all(same(value, b[key]) for key, value in a.items())
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
+def _bits(generator: Any) -> Any:
+    """Return what holds the state of one of NumPy's new generators."""
+    return getattr(generator, "bit_generator", generator)
+
+
+def _repeatable(value: Any) -> bool:
+    if isinstance(value, (torch.Generator, random.Random)):
+        return not isinstance(value, random.SystemRandom)
+    numpy = sys.modules.get("numpy.random")
+    return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """Return what an object holds."""
+    if isinstance(value, nn.Module):
+        names = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+        attributes = [attribute for name, attribute in vars(value).items() if name not in names]
+        return [*attributes, *_methods(type(value))]
+    if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
+        return islice(value.values(), WIDTH)
+    if isinstance(value, (list, tuple, deque)):  # no sets: their order, and with it every seed, differs by process
+        return islice(value, WIDTH)
+    if isinstance(value, types.BuiltinFunctionType):
+        return [value.__self__]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, types.FunctionType):
+        return _named(value)
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if _is_others(type(value).__module__):
+        return list(vars(value).values()) if isinstance(value, torch.utils.data.Dataset) else []
+    return [*getattr(value, "__dict__", {}).values(), *_slots(value), *_methods(type(value))]
+
+
+def _slots(value: Any) -> Iterator[Any]:
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield getattr(value, name)
+
+
+def _methods(kind: type) -> Iterator[Any]:
+    """Yield the functions of a class, and what it holds itself, as far as the code is the user's."""
+    for owner in kind.__mro__:
+        if not _is_others(owner.__module__) and owner.__module__ not in sys.stdlib_module_names:
+            for attribute in vars(owner).values():
+                if isinstance(attribute, (staticmethod, classmethod)):
+                    yield attribute.__func__
+                elif isinstance(attribute, property):
+                    yield attribute.fget
+                else:
+                    yield attribute
+
+
+def _named(function: types.FunctionType) -> Iterator[Any]:
+    """Yield what a function of the user's has in its closure, defaults, and under the global names in its code."""
+    if _is_others(function.__module__ or ""):
+        return
+    yield getattr(function, "__wrapped__", None)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # empty yet
+            continue
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+
+
+def _is_others(module: str) -> bool:
+    return module.split(".")[0] in (*_OTHERS_CODE, __package__.split(".")[0])
