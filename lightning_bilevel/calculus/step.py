@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward
+from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward, typed_as
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
@@ -168,7 +168,7 @@ class SolverStep(InnerStep):
 
         with torch.no_grad(), forward_mode_kernels():
             params, pushed = vmap(push, out_dims=_PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
-        return Pushed(self._solved(state, params, batch), None, pushed)
+        return Pushed(self._solved(state, params, batch), None, typed_as(params, pushed))
 
     def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
         """Return the products of the inner loss at the solution."""

@@ -164,7 +164,15 @@ def _push_part(
         return jvp(update, (flat, gradient, phi), (t, dg, v))
 
     after, tangents = vmap(push, out_dims=_PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
-    return replace(state.unflat(after), steps=step), tangents
+    return replace(state.unflat(after), steps=step), typed_as(after, tangents)
+
+
+def typed_as(primals: Params, tangents: Params) -> Params:
+    """Return tangents in the dtypes of their primals.
+
+    A Python number times a 0-dim tensor has a float64 tangent under ``vmap(jvp)``, and with it all that depends on it.
+    """
+    return {name: value.to(primals[name].dtype) for name, value in tangents.items()}
 
 
 def push_forward(
@@ -189,4 +197,5 @@ def push_forward(
     with torch.no_grad():
         pushed = vmap(push, out_dims=_PRIMAL_TANGENT_AUX, randomness="same")(tangents, directions)
     after, tangents, (loss, buffers) = pushed
-    return Pushed(replace(state.unflat(after), buffers=buffers, steps=state.steps + 1), loss, tangents)
+    after_step = replace(state.unflat(after), buffers=buffers, steps=state.steps + 1)
+    return Pushed(after_step, loss, typed_as(after, tangents))
