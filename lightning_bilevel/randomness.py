@@ -56,6 +56,9 @@ class Call:
         key: of its random directions.
         shard: (i, n): this process evaluates the i-th of n shards of the directions.
         step: outer optimizer steps taken so far; does not change what is drawn.
+
+    >>> Call(Key((1,)), shard=(1, 2)).bounds(5)
+    (3, 5)
     """
 
     key: Key = Key()
