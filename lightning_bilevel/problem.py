@@ -364,7 +364,15 @@ class BilevelProblem:
 
 
 def with_proximal(problem: BilevelProblem, weight: float) -> BilevelProblem:
-    """Return the problem with weight/2 ‖θ − φ‖² over the shared parameters added to its inner loss (iMAML)."""
+    """Return the problem with weight/2 ‖θ − φ‖² over the shared parameters added to its inner loss (iMAML).
+
+    >>> from lightning_bilevel.testing import Initialization
+    >>> (plain, phi, _), batch = Initialization().plain(), torch.zeros(1, 4)
+    >>> theta = {"theta": phi["theta"] + 1}
+    >>> near, far = (each.inner_loss(theta, phi, batch, {})[0] for each in (plain, with_proximal(plain, 3.0)))
+    >>> round((far - near).item(), 6)  # 3/2 · 4
+    6.0
+    """
 
     def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         loss, buffers = problem.inner_loss(theta, phi, batch, buffers)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bilevel.kernels.generators import same, set_state, state_of
-from lightning_bilevel.kernels.generators import seed as seed_generator
+from lightning_bilevel.generators import same, set_state, state_of
+from lightning_bilevel.generators import seed as seed_generator
 
 
 def seed_of(*words: int | str) -> int:
@@ -61,6 +61,9 @@ class Call:
         key: of its random directions.
         shard: (i, n): this process evaluates the i-th of n shards of the directions.
         step: outer optimizer steps taken so far; does not change what is drawn.
+
+    >>> Call(Key((1,)), shard=(1, 2)).bounds(5)
+    (3, 5)
     """
 
     key: Key = Key()
@@ -87,7 +90,7 @@ def repeating(generators: Iterable[Any]) -> Iterator[None]:
     """Let every snapshot that is taken inside keep these generators, too.
 
     Args:
-        generators: of ``torch``, ``random`` or ``numpy``; see :mod:`lightning_bilevel.kernels.generators`.
+        generators: of ``torch``, ``random`` or ``numpy``; see :mod:`lightning_bilevel.generators`.
     """
     token = _repeated.set(tuple({id(generator): generator for generator in generators}.values()))
     try:

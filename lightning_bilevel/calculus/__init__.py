@@ -5,7 +5,14 @@ Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer a
 """
 
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value, outer_value_and_grads
-from lightning_bilevel.calculus.runs import Run, directional_derivatives, run, run_checkpointed, vector_jacobian
+from lightning_bilevel.calculus.runs import (
+    Run,
+    directional_derivatives,
+    last_loss,
+    run,
+    run_checkpointed,
+    vector_jacobian,
+)
 from lightning_bilevel.calculus.step import InnerStep, Mode, Pullback, Pulled, inner_step
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "Run",
     "directional_derivatives",
     "inner_step",
+    "last_loss",
     "outer_value",
     "outer_value_and_grads",
     "run",

@@ -20,6 +20,9 @@ class OuterEvaluation(NamedTuple):
         d: ∂f/∂θ.
         c: ∂f/∂φ.
         observed: what the evaluation left behind, see :class:`~lightning_bilevel.problem.Observer`.
+
+    >>> OuterEvaluation(torch.tensor(1.0), {"w": torch.ones(1)}, {"p": torch.zeros(1)}, None).c
+    {'p': tensor([0.])}
     """
 
     value: Tensor
@@ -29,7 +32,17 @@ class OuterEvaluation(NamedTuple):
 
 
 def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> OuterEvaluation:
-    """Return f, d = ∂f/∂θ and c = ∂f/∂φ at ``state``."""
+    """Return f, d = ∂f/∂θ and c = ∂f/∂φ at ``state``.
+
+    On f = ½‖Cθ − y‖² + ½ρ‖φ‖²:
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> value, d, c, _ = outer_value_and_grads(problem, carry.inner, phi, episode)
+    >>> torch.allclose(c["target"], module.rho * phi["target"])
+    True
+    """
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
     with torch.enable_grad():
         value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
@@ -39,7 +52,15 @@ def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Param
 
 
 def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
-    """Return f at ``state`` and what the evaluation left behind; the loss itself may take gradients."""
+    """Return f at ``state`` and what the evaluation left behind; the loss itself may take gradients.
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> value, observed = outer_value(problem, carry.inner, phi, episode)
+    >>> value.requires_grad, observed
+    (False, None)
+    """
     with torch.enable_grad():
         theta, outer = tree.leaves(state.params), tree.leaves(phi)
         value = problem.outer_loss(theta, outer, episode.outer, state.buffers)

@@ -27,6 +27,9 @@ class Run(NamedTuple):
     Attributes:
         state: the state after the last step.
         metrics: ``inner_loss`` of the last step, the sum over stacked episodes; empty for a user's own solver.
+
+    >>> Run(InnerState({"w": torch.ones(1)}, steps=3), {"inner_loss": torch.tensor(0.5)}).state.steps
+    3
     """
 
     state: InnerState
@@ -80,6 +83,10 @@ def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0)
         problem: the problem.
         losses: in the order of the steps.
         taken: steps of this run that were taken before; only counts in messages.
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> last_loss(Quadratic().plain().problem, [torch.tensor([2.0]), torch.tensor([1.0])])
+    {'inner_loss': tensor(1.)}
     """
     if not losses:
         return {}
@@ -102,6 +109,18 @@ def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: 
     the state it started with, with the same random draws.
 
     Memory: one inner state per segment, and the graph of the longest. Cost: all steps but the last segment's twice.
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> first, second, third = problem.batches(episode)
+    >>> ends = []
+    >>> for segments in ([[first, second, third]], [[first, second], [third]]):
+    ...     pulled = run_checkpointed(inner_step(problem), carry.inner, phi, segments)
+    ...     d, through = pulled.pull({"theta": torch.ones(4, dtype=torch.float64)}, ["theta"])
+    ...     ends.append(through["target"])
+    >>> torch.allclose(*ends)
+    True
     """
     device = next(iter(phi.values())).device
     checkpoints: list[tuple[InnerState, RngState, Sequence[Batch]]] = []
@@ -136,7 +155,12 @@ def _again(step: InnerStep, phi: Params, state: InnerState, rng: RngState, batch
 
 
 def vector_jacobian(outputs: Params, inputs: Params, cotangent: Params) -> Params:
-    """Return Σ ⟨cotangent, ∂outputs/∂inputs⟩, zeros where nothing depends; frees the graph."""
+    """Return Σ ⟨cotangent, ∂outputs/∂inputs⟩, zeros where nothing depends; frees the graph.
+
+    >>> inputs = {"w": torch.tensor([1.0, 2.0], requires_grad=True)}
+    >>> vector_jacobian({"y": inputs["w"] ** 2}, inputs, {"y": torch.ones(2)})
+    {'w': tensor([2., 4.])}
+    """
     pairs = [(value, cotangent[name]) for name, value in outputs.items() if value.requires_grad and name in cotangent]
     if not pairs:
         return tree.zeros_like(inputs)
@@ -159,6 +183,14 @@ def directional_derivatives(
 
     Returns:
         D of shape ``(n,)`` and the run it belongs to, whose ``grads`` are c = ∂f/∂φ, not ∇h.
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> axes = {"target": torch.eye(3, dtype=torch.float64)}
+    >>> slopes, _ = directional_derivatives(problem, carry.inner, phi, episode, axes)
+    >>> torch.allclose(slopes, module.solution(episode).grads["target"])
+    True
     """
     step = inner_step(problem, mode)
     with forward_mode_kernels() if mode == "forward" else nullcontext():

@@ -194,7 +194,15 @@ def _push_part(
         return jvp(update, (flat, gradient, phi), (t, dg, v))
 
     after, tangents = vmap(push, out_dims=_PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
-    return replace(state.unflat(tree.detach(after)), steps=step), tree.detach(tangents)
+    return replace(state.unflat(tree.detach(after)), steps=step), typed_as(after, tangents)
+
+
+def typed_as(primals: Params, tangents: Params) -> Params:
+    """Return tangents in the dtypes of their primals, without a graph.
+
+    A Python number times a 0-dim tensor has a float64 tangent under ``vmap(jvp)``, and with it all that depends on it.
+    """
+    return {name: value.detach().to(primals[name].dtype) for name, value in tangents.items()}
 
 
 def push_forward(
@@ -221,4 +229,4 @@ def push_forward(
         pushed = vmap(push, out_dims=_PRIMAL_TANGENT_AUX, randomness="same")(tangents, directions)
     after, tangents, (loss, buffers) = pushed
     state = replace(state.unflat(tree.detach(after)), buffers=tree.detach(buffers), steps=state.steps + 1)
-    return Pushed(state, loss.detach(), tree.detach(tangents))
+    return Pushed(state, loss.detach(), typed_as(after, tangents))

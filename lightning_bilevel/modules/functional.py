@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
-from lightning_bilevel.kernels.generators import generators_of, process_generators
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels

@@ -24,7 +24,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.directions import Orthogonal
-from lightning_bilevel.kernels.generators import generators_of, process_generators, same, seed, set_state, state_of
+from lightning_bilevel.generators import generators_of, process_generators, same, seed, set_state, state_of
 from lightning_bilevel.randomness import RngState, repeating
 from tests.support.problems import draw
 
