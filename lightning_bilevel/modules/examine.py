@@ -14,6 +14,7 @@ from torch.autograd import function as autograd_function
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import missing_error
+from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached
 from lightning_bilevel.problem import Episode
@@ -33,12 +34,14 @@ class Examination:
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
         outer_has_gradient: whether the outer loss has a gradient at all.
+        generators: of the process, those of NumPy and ``random``, from which the losses draw.
     """
 
     buffers: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     once_differentiable: tuple[tuple[str, str], ...] = ()
     outer_has_gradient: bool = True
+    generators: tuple[Any, ...] = ()
 
 
 def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
@@ -56,12 +59,15 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     for argument in functional.negative():
         rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
     phi = tree.leaves(functional.phi())
-    with torch.enable_grad(), RngState(functional.device).fork():
+    of_process = process_generators()
+    rng = RngState(functional.device, [*functional.generators, *of_process])
+    with torch.enable_grad(), rng.fork():
         start = functional.problem.initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
+        drawn = tuple(each for each in rng.drawn() if any(each is one for one in of_process))
         if episode.outer is None:
-            return Examination(tuple(buffers))
+            return Examination(tuple(buffers), generators=drawn)
         inner = losses.get("inner_loss")
         if inner is not None and not names_reached([inner], theta):
             raise missing_error(
@@ -79,7 +85,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
             if unreached:
                 unreached = [name for name in unreached if name not in functional.learned()]
         once = once_differentiable(inner) if inner is not None else []
-        return Examination(tuple(buffers), tuple(unreached), tuple(once), losses["outer_loss"].requires_grad)
+        return Examination(tuple(buffers), tuple(unreached), tuple(once), losses["outer_loss"].requires_grad, drawn)
 
 
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
-from lightning_bilevel.randomness import repeating
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -194,7 +194,6 @@ class FunctionalModule:
         """
         kind = self.device.type
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
-            stack.enter_context(repeating([*generators_of(self.module), *process_generators()]))
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
@@ -205,6 +204,11 @@ class FunctionalModule:
                 yield
             finally:
                 self._autocast_dtype = None
+
+    @cached_property
+    def generators(self) -> list[Any]:
+        """The user's own random generators, as far as the module leads to them; of a black box, those of the process."""
+        return [*generators_of(self.module), *(process_generators() if self._solves else ())]
 
     def negative(self) -> list[str]:
         """Return the hyperparameters of the inner optimizer that are tensors of negative numbers only."""

@@ -15,7 +15,7 @@ from lightning_bilevel.estimation import estimate, vectorizes
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
-from lightning_bilevel.randomness import Call, Key, RngState
+from lightning_bilevel.randomness import Call, Key, RngState, repeating
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.tree import Params
@@ -111,18 +111,24 @@ def estimating(
             f"{inner_only[0]} would continue from several ends at once",
             "Use `inner_start='reset'`, or one episode per batch",
         )
-    with functional.session(twice), RngState(functional.device).fork(masks.fold_in(-1).seed):
+    with functional.session(twice):
         problem = functional.problem
         if inner_steps is not None:
             problem = replace(problem, inner_steps=inner_steps)
         check(problem)
         examination = examination_of(functional, memory.values(functional), episodes[0])
+        if examination.generators:
+            functional.vectorizes = False  # what NumPy draws, all episodes of a stack would share
         carried = memory.recall(functional, examination.buffers, len(episodes))
         kept = memory.recall_strategy(functional.device)
         if carry is not None:
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
-        yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination)
+        with (
+            repeating([*functional.generators, *examination.generators]),
+            RngState(functional.device).fork(masks.fold_in(-1).seed),
+        ):
+            yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination)
 
 
 def estimated(
