@@ -32,7 +32,7 @@ from lightning_bilevel.strategies import (
     ReverseUnroll,
     ZerothOrder,
 )
-from lightning_bilevel.training.estimating import Surroundings, estimated_at, estimating
+from lightning_bilevel.training.estimating import Reach, Surroundings, estimated_at, estimating
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.tree import Params
 
@@ -114,6 +114,7 @@ class Rehearsal:
         self.problem, self.phi, self.device = functional.problem, functional.phi(), functional.device
         self.steps = min(steps, module.inner_steps)
         self._compiled = compiled(module)
+        self._reach = Reach()
         self._first_order = self.attempt(FirstOrder(), timed=False)
         self._graphs: Graphs = self._probe(graphs).result or Graphs()
         self._exact = self.attempt(ReverseUnroll(), timed=False).result
@@ -142,6 +143,11 @@ class Rehearsal:
             found = diagnose(error, lambda: self._estimate(FirstOrder()))
             return f"Not even first derivatives work: {located(found.reason, found.where)}. {found.fix}"
         return f"The outer loss has no gradient: {self._graphs.flat}" if self._graphs.flat else ""
+
+    def unread(self) -> str:
+        """Return a sentence on outer parameters that these episodes do not read; empty where they read all."""
+        names = [name for name in self.phi if name in (self._reach.unreached or ())]
+        return f"These episodes do not read the outer parameters {names}: their estimates are zero." if names else ""
 
     def vectorization(self) -> tuple[str, bool | None]:
         """Return a sentence on whether episodes of a batch can be stacked, and the answer, if there is one."""
@@ -200,6 +206,7 @@ class Rehearsal:
 
         def again(carry: Carry | None = None) -> Hypergradient:
             with estimating(functional, memory, episodes, self._call.key, carry=carry, **options) as at:
+                self._reach.look(functional, memory, at)  # of a fit, other episodes may reach the others
                 return estimated_at(functional, strategy, at, self._call)
 
         with torch.inference_mode(False), torch.enable_grad():

@@ -207,7 +207,7 @@ class FunctionalModule:
 
     @cached_property
     def generators(self) -> list[Any]:
-        """The user's own random generators, as far as the module leads to them; of a black box, those of the process."""
+        """The user's own random generators, as far as the module leads to them; of a black box the process's."""
         return [*generators_of(self.module), *(process_generators() if self._solves else ())]
 
     def negative(self) -> list[str]:

@@ -165,6 +165,18 @@ def test_losses_that_leave_an_outer_parameter_out() -> None:
     assert report.notes[0].startswith("Not even first derivatives work: `Forgotten` has no loss that depends on the")
 
 
+def test_an_outer_parameter_that_these_episodes_do_not_read() -> None:
+    class Spare(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = torch.nn.Parameter(torch.zeros(()))
+
+    report = quiet(Spare())
+    assert report["ReverseUnroll"].verdict == "zero"
+    assert report["ReverseUnroll"].zero == ("spare",)
+    assert report.notes[0] == "These episodes do not read the outer parameters ['spare']: their estimates are zero."
+
+
 def test_a_broken_strategy() -> None:
     report = quiet(Net(), EPISODE, [Broken(), ReverseUnroll()])
     assert [row.verdict for row in report.rows] == ["no", "yes"]

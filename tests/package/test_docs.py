@@ -38,7 +38,7 @@ MODULES = [
     "lightning_bilevel",
     *(
         f"lightning_bilevel.{name}"
-        for name in ("directions", "few_shot", "inner_optimizers", "linear_solvers", "strategies")
+        for name in ("directions", "few_shot", "inner_optimizers", "linear_solvers", "strategies", "testing")
     ),
 ]
 
