@@ -234,17 +234,18 @@ _JOINED_AT = 100
 
 
 def append_loss(losses: list[Tensor], loss: Tensor | None) -> None:
-    """Append a loss to those of a run.
+    """Append a loss, or several that were joined, to those of a run.
 
     Every 100 losses are concatenated: a 0-dim tensor costs about 1 kB of Python objects.
 
     >>> losses = []
     >>> append_loss(losses, torch.tensor(2.0))
+    >>> append_loss(losses, torch.tensor([3.0, 4.0]))
     >>> losses
-    [tensor([2.])]
+    [tensor([2.]), tensor([3., 4.])]
     """
     if loss is None:
         return
-    losses.append(loss.reshape(1))
+    losses.append(loss.reshape(-1))
     if len(losses) == _JOINED_AT:
         losses[:] = [torch.cat(losses)]
