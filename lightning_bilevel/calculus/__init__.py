@@ -6,9 +6,10 @@ Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer a
 
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import Run, directional_derivatives, run, run_checkpointed, vector_jacobian
-from lightning_bilevel.calculus.step import InnerStep, Mode, Pullback, Pulled, inner_step
+from lightning_bilevel.calculus.step import Condition, InnerStep, Mode, Pullback, Pulled, inner_step
 
 __all__ = [
+    "Condition",
     "InnerStep",
     "Mode",
     "OuterEvaluation",
