@@ -42,6 +42,9 @@ InitOptState = Callable[[Params, Params], OptState]
 Update = Callable[[Params, Params, OptState, Params, int], tuple[Params, OptState]]
 """(θ, ∇_θ g, optimizer state, φ, number of the step from 1) to the next θ and optimizer state."""
 
+Penalty = Callable[[Params, Params], Tensor]
+"""(θ, φ) to what the inner optimizer's updates decrease besides g, see :meth:`InnerOptimizer.penalty`."""
+
 Solver = Callable[[Params, Params, Sequence[Batch], Params], Params]
 """(θ_0, φ, inner batches, buffers) to θ_T: a user's own solver in place of the gradient loop."""
 
@@ -220,7 +223,11 @@ class Traits(NamedTuple):
     Attributes:
         warm: whether θ and the optimizer's state continue from one outer step to the next.
         proximal: λ of the term λ/2 ‖θ − φ‖² in the inner loss, see :func:`with_proximal`.
-        learned: returns the outer parameters that the inner optimizer's updates read: a learned learning rate, say.
+        learned: returns the outer parameters that the inner optimizer's updates read, other than as a decay that is in
+            :attr:`BilevelProblem.penalty`: a learned learning rate, say.
+        rates: returns those of them that only say how a fixed point of the updates is reached, as far as is known.
+        unstationary: names the inner optimizer if its fixed points are known not to be the stationary points that
+            :meth:`BilevelProblem.stationary` has.
         stateful: returns whether the inner optimizer has state besides θ.
         differentiable_solve: whether autograd may go through ``solver``.
     """
@@ -228,6 +235,8 @@ class Traits(NamedTuple):
     warm: bool = False
     proximal: float = 0.0
     learned: Callable[[], frozenset[str]] = frozenset
+    rates: Callable[[], frozenset[str]] = frozenset
+    unstationary: Callable[[], str] = str
     stateful: Callable[[], bool] = bool
     differentiable_solve: bool = True
 
@@ -247,6 +256,8 @@ class BilevelProblem:
         inner_steps: T, the number of inner steps.
         shared: names that are in θ and in φ: there θ_0 = φ.
         solver: the user's own inner solver, see :data:`Solver`, or ``None`` for the gradient loop.
+        penalty: what ``update`` decreases besides g, see :data:`Penalty`; ``None``: nothing.
+        maximize: whether ``update`` ascends.
         elementwise: whether ``update`` treats every entry of θ alike, so that stacked θ can pass as one.
         max_copies: copies of θ that one vectorized call should hold at most; 1 where loops are faster.
         traits: see :class:`Traits`.
@@ -277,6 +288,8 @@ class BilevelProblem:
     init_opt_state: InitOptState = lambda theta, phi: {}  # noqa: E731
     shared: frozenset[str] = frozenset()
     solver: Solver | None = None
+    penalty: Penalty | None = None
+    maximize: bool = False
     elementwise: bool = False
     max_copies: int = 2**30
     traits: Traits = Traits()
@@ -295,6 +308,36 @@ class BilevelProblem:
         fresh = self.init_opt_state(params, phi)
         opt_state = {slot: {**values, **carried.opt_state.get(slot, {})} for slot, values in fresh.items()}
         return replace(carried, params=params, opt_state=opt_state)
+
+    def stationary(self) -> BilevelProblem:
+        """Return the problem whose inner loss is stationary where the inner optimizer stays: g or −g, and the penalty.
+
+        The fixed points of descent with a weight decay λ are the stationary points of g + λ/2 ‖θ‖², those of ascent are
+        those of −g + λ/2 ‖θ‖². What implicit differentiation takes derivatives of is this loss; its update is not to be
+        used, for it would count the penalty twice.
+
+        >>> problem = BilevelProblem(
+        ...     inner_loss=lambda theta, phi, batch, buffers: ((theta["w"] - phi["p"]).square() / 2, buffers),
+        ...     outer_loss=lambda theta, phi, batch, buffers: theta["w"],
+        ...     update=lambda theta, grads, opt_state, phi, step: ({"w": 0.9 * theta["w"] + grads["w"]}, opt_state),
+        ...     inner_steps=1,
+        ...     penalty=lambda theta, phi: 0.1 * theta["w"].square() / 2,
+        ...     maximize=True,
+        ... )
+        >>> problem.stationary().inner_loss({"w": torch.tensor(1.0)}, {"p": torch.tensor(3.0)}, None, {})[0]
+        tensor(-1.9500)
+        """
+        if self.penalty is None and not self.maximize:
+            return self
+        problem = self
+
+        def inner_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
+            loss, buffers = problem.inner_loss(theta, phi, batch, buffers)
+            if problem.maximize:
+                loss = -loss
+            return loss if problem.penalty is None else loss + problem.penalty(theta, phi), buffers
+
+        return replace(self, inner_loss=inner_loss, penalty=None, maximize=False)
 
     def vmapped(self, count: int, over: Literal["episodes", "phi"]) -> BilevelProblem:
         """Return the problem of ``count`` copies at once, again a bilevel problem.
@@ -351,6 +394,10 @@ class BilevelProblem:
             one = lambda p, g, s, outer: self.update(p, g, s, outer, step)  # noqa: E731
             return vmap(one, in_dims=(0, 0, 0, of_phi))(params, grads, opt_state, phi)
 
+        def penalty(theta: Params, phi: Params) -> Tensor:
+            assert self.penalty is not None
+            return vmap(self.penalty, in_dims=(0, of_phi))(theta, phi).sum()
+
         alike = self.elementwise and not each_phi
         return replace(
             self,
@@ -359,6 +406,7 @@ class BilevelProblem:
             initial=initial,
             init_opt_state=self.init_opt_state if alike else vmap(self.init_opt_state, in_dims=(0, of_phi)),
             update=self.update if alike else update,
+            penalty=None if self.penalty is None else penalty,
             max_copies=max(1, self.max_copies // count),
         )
 

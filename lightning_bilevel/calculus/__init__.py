@@ -13,9 +13,10 @@ from lightning_bilevel.calculus.runs import (
     run_checkpointed,
     vector_jacobian,
 )
-from lightning_bilevel.calculus.step import InnerStep, Mode, Pullback, Pulled, inner_step
+from lightning_bilevel.calculus.step import Condition, InnerStep, Mode, Pullback, Pulled, inner_step
 
 __all__ = [
+    "Condition",
     "InnerStep",
     "Mode",
     "OuterEvaluation",

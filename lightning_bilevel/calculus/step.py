@@ -5,7 +5,8 @@ With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for para
 - calling it takes the step;
 - ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
 - ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
-- ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ.
+- ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
+- ``stationarity`` and ``fixed_point`` are conditions r = 0 for the end of a run, ∇g = 0 and Ω(s) = s, with products.
 """
 
 from __future__ import annotations
@@ -62,6 +63,23 @@ class Pulled(NamedTuple):
     pull: Pullback
 
 
+class Condition(NamedTuple):
+    """r(s, φ) = 0, which defines s as a function of φ, at some s that nearly satisfies it; both products on one graph.
+
+    With d = ∂f/∂s and (∂r/∂s)ᵀ x = d, df/dφ = ∂f/∂φ − x ∂r/∂φ where r is 0. Memory: the graph of r lives as long as the
+    functions do.
+
+    Attributes:
+        residual: r, detached.
+        transposed: v ↦ (∂r/∂s)ᵀ v.
+        mixed: v ↦ v ∂r/∂φ.
+    """
+
+    residual: Params
+    transposed: Product
+    mixed: Product
+
+
 class InnerStep(ABC):
     """(θ, optimizer state) ↦ Ω_t, and its derivatives.
 
@@ -111,11 +129,28 @@ class InnerStep(ABC):
         """
 
     @abstractmethod
-    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
-        """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, both on one graph of the inner gradient.
+    def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Return r = s − Ω(s, φ) at s = ``state.flat()``, parameters and optimizer state: ∂r/∂s = I − A, ∂r/∂φ = −B.
 
-        Memory: the graph lives as long as the returned functions do.
+        Each product is one backward pass over the graph of a step.
         """
+
+    def stationarity(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Return r = ∇_θ g at θ = ``state.params``: ∂r/∂θ = ∂²g/∂θ², symmetric, and ∂r/∂φ = ∂²g/∂θ∂φ.
+
+        Each product is one backward pass over the graph of the inner gradient.
+        """
+        theta, outer = tree.leaves(state.params), tree.leaves(phi)
+        with torch.enable_grad():
+            loss, _ = self.problem.inner_loss(theta, outer, batch, state.buffers)
+            with inner_gradient():
+                gradient = tree.grad(loss, theta, create_graph=True)
+        return _condition(gradient, theta, outer)
+
+    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
+        """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, those of :meth:`stationarity`."""
+        _, hessian, mixed = self.stationarity(state, phi, batch)
+        return hessian, mixed
 
 
 class GradientStep(InnerStep):
@@ -149,9 +184,13 @@ class GradientStep(InnerStep):
         """Push tangents by the chosen engine."""
         return self._push(self.problem, state, phi, batch, tangents, directions)
 
-    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
-        """Return both products; each call is one backward pass over the graph of the inner gradient."""
-        return second_derivatives(self.problem, state, phi, batch)
+    def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Take a step with a graph, and return how far it goes."""
+        begin, outer = tree.leaves(state.flat()), tree.leaves(phi)
+        state = state.unflat(begin)
+        after, _ = self._taken(state, outer, batch, state.params, create_graph=True)
+        with torch.enable_grad():
+            return _condition(tree.sub(begin, after.flat()), begin, outer)
 
     def _taken(
         self, state: InnerState, phi: Params, batch: Batch, theta: Params, create_graph: bool
@@ -196,9 +235,12 @@ class SolverStep(InnerStep):
             params, pushed = vmap(push, out_dims=_PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
         return Pushed(self._solved(state, params, batch).detach(), None, typed_as(params, pushed))
 
-    def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
-        """Return the products of the inner loss at the solution."""
-        return second_derivatives(self.problem, state, phi, batch)
+    def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Call the solver from ``state`` with a graph; one that does not look where it starts has A = 0."""
+        begin, outer = tree.leaves(state.params), tree.leaves(phi)
+        with torch.enable_grad():
+            after = self._solve(InnerState(begin, state.buffers), outer, batch)
+            return _condition(tree.sub(begin, after), begin, outer)
 
     def _solve(self, state: InnerState, phi: Params, batch: Batch) -> Params:
         assert self.problem.solver is not None
@@ -243,42 +285,36 @@ def pullback(end: Params, begin: Params, outer: Params) -> Pullback:
     return pull
 
 
-def second_derivatives(
-    problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch
-) -> tuple[Product, Product]:
-    """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ, see :meth:`InnerStep.products`."""
-    theta, outer = tree.leaves(state.params), tree.leaves(phi)
-    with torch.enable_grad():
-        loss, _ = problem.inner_loss(theta, outer, batch, state.buffers)
-        with inner_gradient():
-            gradient = tree.grad(loss, theta, create_graph=True)
+def _condition(residual: Params, begin: Params, outer: Params) -> Condition:
+    """Return the condition of a residual with a graph that leads back to the leaves ``begin`` and ``outer``."""
 
     def product(vector: Params, inputs: Params) -> Params:
-        pairs = [(gradient[name], vector[name]) for name in theta if gradient[name].requires_grad]
+        pairs = [(value, vector[name]) for name, value in residual.items() if value.requires_grad]
         if not pairs:
             return tree.zeros_like(inputs)
         outputs, vectors = zip(*pairs, strict=True)
         values = torch.autograd.grad(outputs, list(inputs.values()), vectors, retain_graph=True, allow_unused=True)
         return tree.like(inputs, values)
 
-    return lambda v: product(v, theta), lambda v: product(v, outer)
+    return Condition(tree.detach(residual), lambda v: product(v, begin), lambda v: product(v, outer))
 
 
 _JOINED_AT = 100
 
 
 def append_loss(losses: list[Tensor], loss: Tensor | None) -> None:
-    """Append a loss to those of a run.
+    """Append a loss, or several that were joined, to those of a run.
 
     Every 100 losses are concatenated: a 0-dim tensor costs about 1 kB of Python objects.
 
     >>> losses = []
     >>> append_loss(losses, torch.tensor(2.0))
+    >>> append_loss(losses, torch.tensor([3.0, 4.0]))
     >>> losses
-    [tensor([2.])]
+    [tensor([2.]), tensor([3., 4.])]
     """
     if loss is None:
         return
-    losses.append(loss.reshape(1))
+    losses.append(loss.reshape(-1))
     if len(losses) == _JOINED_AT:
         losses[:] = [torch.cat(losses)]

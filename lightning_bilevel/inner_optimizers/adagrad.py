@@ -44,6 +44,8 @@ class Adagrad(ElementwiseOptimizer):
     {'w': tensor([0.9000, 1.0000])}
     """
 
+    stationary = True
+
     def __init__(
         self,
         lr: Hyperparameter = 1e-2,

@@ -106,6 +106,8 @@ class Adam(AdamFamily):
     {'w': tensor([0.9000, 1.0000])}
     """
 
+    stationary = True
+
     def __init__(
         self,
         lr: Hyperparameter = 1e-3,

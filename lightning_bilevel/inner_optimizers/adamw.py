@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_bilevel.inner_optimizers.adam import AdamFamily
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
-from lightning_bilevel.inner_optimizers.hyper import Value
+from lightning_bilevel.inner_optimizers.hyper import Value, is_number
 
 
 class AdamW(AdamFamily):
@@ -16,7 +16,8 @@ class AdamW(AdamFamily):
 
         θ_t = (1 - lr · weight_decay) θ_{t-1} - lr · m̂_t / (√v̂_t + eps).
 
-    Derivatives at zero gradients, opt_state and cost are those of :class:`Adam`.
+    Derivatives at zero gradients, opt_state and cost are those of :class:`Adam`. With a decay it stays where
+    m / (√v + eps) = −``weight_decay`` · θ, and there no simple function is stationary.
 
     Args:
         lr: learning rate.
@@ -51,6 +52,8 @@ class AdamW(AdamFamily):
         maximize: bool = False,
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
+        decays = weight_decay.values() if isinstance(weight_decay, Mapping) else (weight_decay,)
+        self.stationary = all(is_number(value, 0) for value in decays)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:
         """Return a decay that shrinks the parameter."""

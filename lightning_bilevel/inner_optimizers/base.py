@@ -22,11 +22,19 @@ class InnerOptimizer(ABC):
     Instances are cheap: one is built per inner step, with the current outer parameters in place,
     so that a hyperparameter may be a tensor that depends on them.
 
+    What the implicit gradient differentiates is said by ``stationary``, ``maximize`` and :meth:`penalty`; everything
+    else takes :meth:`update` as it is.
+
     Attributes:
         elementwise: whether entry i of the new parameters depends on entry i of parameters, gradients and state only.
             A class that says so gets stacked episodes as one, and a part of the parameters at a time, which is faster;
             it is compared once with a loop. Rules that mix entries (a global norm, say) leave it at ``False``, and so
             does a class that overrides a method without a word.
+        stationary: whether its fixed points, where an update changes nothing any more, are the θ at which
+            g + :meth:`penalty` has gradient zero (−g + :meth:`penalty` where it ascends). ``None``: nobody said, which
+            the implicit gradient takes for yes and checks as it goes. A projection, or a decay that is no part of the
+            gradient, makes it ``False``. A subclass that changes what its fixed points are says so.
+        maximize: whether it ascends.
 
     >>> import torch
     >>> class Signs(InnerOptimizer):
@@ -37,6 +45,8 @@ class InnerOptimizer(ABC):
     """
 
     elementwise: bool = False
+    stationary: bool | None = None
+    maximize: bool = False
 
     def init(self, params: Params) -> OptState:
         """Return the state before the first step; none by default."""
@@ -52,6 +62,16 @@ class InnerOptimizer(ABC):
             opt_state: state from :meth:`init` or the previous update.
             step: number of this update, from 1.
         """
+
+    def penalty(self, params: Params) -> Tensor | float:
+        """Return what updates decrease besides the loss, a scalar function of θ; zero by default.
+
+        A hyperparameter that depends on the outer parameters, a learned weight decay, is differentiated through it.
+
+        Args:
+            params: the inner parameters of one episode.
+        """
+        return 0.0
 
 
 def is_elementwise(optimizer: InnerOptimizer) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_bilevel.inner_optimizers.base import Hyperparameter, InnerOptimizer, OptState
-from lightning_bilevel.inner_optimizers.hyper import Value, check, resolve
+from lightning_bilevel.inner_optimizers.hyper import Value, check, is_number, resolve
 from lightning_bilevel.tree import Params
 
 Values = tuple[Value, ...]
@@ -23,6 +25,9 @@ Rule = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
 """Maps a parameter, its gradient and its state to the new parameter and the new state."""
 
 T = TypeVar("T")
+
+DECAY = "weight_decay"
+"""The hyperparameter that moves fixed points; the others, rates and averages, say how they are reached."""
 
 
 class ElementwiseOptimizer(InnerOptimizer):
@@ -77,6 +82,39 @@ class ElementwiseOptimizer(InnerOptimizer):
                 new_slots[slot][name] = tensor
         return new_params, new_slots
 
+    def penalty(self, params: Params) -> Tensor | float:
+        """Return ½ Σ ``weight_decay`` θ², whose gradient is the decay; zero unless fixed points are ``stationary``.
+
+        >>> from lightning_bilevel import SGD
+        >>> SGD(0.1, weight_decay={"*.bias": 0, "*": 3.0}).penalty({"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
+        tensor(3.)
+        """
+        decay = self.hyperparameters.get(DECAY, 0)
+        if not self.stationary or is_number(decay, 0):
+            return 0.0
+        values = resolve(type(self).__name__, DECAY, decay, params)
+        squares = {name: (p.conj() * p).real for name, p in params.items()}
+        terms = [(square * value).sum() for square, value in zip(squares.values(), values, strict=True)]
+        return torch.stack(terms).sum() / 2
+
+    def with_constant_decay(self) -> Self:
+        """Return this optimizer with a weight decay that depends on nothing, where its meaning is known."""
+        if self.stationary is None or DECAY not in self.hyperparameters:
+            return self
+        fixed = copy.copy(self)
+        fixed.hyperparameters = {**self.hyperparameters, DECAY: _detached(self.hyperparameters[DECAY])}
+        return fixed
+
+    def rates(self) -> list[Tensor]:
+        """Return the tensors among the hyperparameters that no fixed point depends on: all but decay and ``eps``."""
+        return [
+            value
+            for argument, hyperparameter in self.hyperparameters.items()
+            if argument not in (DECAY, "eps")
+            for value in (hyperparameter.values() if isinstance(hyperparameter, Mapping) else (hyperparameter,))
+            if isinstance(value, Tensor)
+        ]
+
     def _per_parameter(self, make: Callable[[Values], T], params: Params) -> list[T]:
         """Return ``make(values)`` of each parameter, made once for all parameters of the same values."""
         if self._only_numbers:
@@ -91,3 +129,9 @@ class ElementwiseOptimizer(InnerOptimizer):
                 made[key] = make(values)
             results.append(made[key])
         return results
+
+
+def _detached(value: Hyperparameter) -> Hyperparameter:
+    if isinstance(value, Mapping):
+        return {pattern: v.detach() if isinstance(v, Tensor) else v for pattern, v in value.items()}
+    return value.detach() if isinstance(value, Tensor) else value

@@ -49,6 +49,8 @@ class RMSprop(ElementwiseOptimizer):
     {'w': tensor([0.8000, 1.0000])}
     """
 
+    stationary = True
+
     def __init__(
         self,
         lr: Hyperparameter = 1e-2,

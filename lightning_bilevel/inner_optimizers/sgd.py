@@ -46,6 +46,8 @@ class SGD(ElementwiseOptimizer):
     (tensor(-2.),)
     """
 
+    stationary = True
+
     def __init__(
         self,
         lr: Hyperparameter = 1e-3,

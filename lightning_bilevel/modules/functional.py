@@ -65,9 +65,10 @@ class FunctionalModule:
         self._placed: Params = {}
         self._solves = module.has_solver
         self._converted: InnerOptimizer | None = None
-        self._learned: dict[tuple[int, bool], frozenset[str]] = {}
+        self._learned: dict[tuple[int, bool, bool], frozenset[str]] = {}
         configured = None if self._solves else self._configured()
         self._elementwise = configured is None or is_elementwise(configured)
+        self._maximize = configured is not None and configured.maximize
         self._max_copies = 1 if _has_backward_hooks(module) else _max_copies(module, self.theta())
 
     @property
@@ -79,7 +80,9 @@ class FunctionalModule:
             self._configured()
         traits = Traits(
             warm=module.inner_start == "warm",
-            learned=self.learned,
+            learned=lambda: self.learned(decay=False),
+            rates=self.rates,
+            unstationary=self._unstationary,
             stateful=self._stateful,
             differentiable_solve=module.differentiable_solve,
         )
@@ -92,6 +95,8 @@ class FunctionalModule:
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
+            penalty=None if self._solves else self._penalty,
+            maximize=self._maximize,
             elementwise=self._elementwise,
             max_copies=self._max_copies,
             traits=traits,
@@ -144,29 +149,48 @@ class FunctionalModule:
             ]
         return losses, changed
 
-    def learned(self) -> frozenset[str]:
+    def learned(self, decay: bool = True) -> frozenset[str]:
         """Return the outer parameters that the inner optimizer's updates read, by all T of them on equal gradients.
 
         A rate may be learned for one step only, or enter late; where the inner level goes on from step to step, an
         update after these is not looked at.
+
+        Args:
+            decay: whether a weight decay counts, too, that implicit differentiation sees.
         """
         if self._solves:
             return frozenset()
         steps, warm = self.module.inner_steps, self.module.inner_start == "warm"
-        if (steps, warm) not in self._learned:
+        if (steps, warm, decay) not in self._learned:
             found: set[str] = set()
             with torch.enable_grad():
                 phi, theta = tree.leaves(self.phi()), tree.map(torch.clone, self.theta())
                 opt_state = self._init_opt_state(theta, phi)
                 grads = tree.map(torch.ones_like, theta)
                 for step in range(1, max(steps, 2 if warm else 1) + 1):
-                    theta, opt_state = self._update(theta, grads, opt_state, phi, step)
+                    with self.swapper.swapped(phi):
+                        optimizer = self._configured()
+                        if not decay and isinstance(optimizer, ElementwiseOptimizer):
+                            optimizer = optimizer.with_constant_decay()
+                        theta, opt_state = optimizer.update(theta, grads, opt_state, step)
                     state = InnerState(theta, opt_state=opt_state)
                     found |= names_reached(list(state.flat().values()), phi)
                     state = state.detach()
                     theta, opt_state = state.params, state.opt_state
-            self._learned[steps, warm] = frozenset(found)
-        return self._learned[steps, warm]
+            self._learned[steps, warm, decay] = frozenset(found)
+        return self._learned[steps, warm, decay]
+
+    def rates(self) -> frozenset[str]:
+        """Return the outer parameters that hyperparameters depend on which do not move a fixed point of the updates."""
+        phi = tree.leaves(self.phi())
+        with torch.enable_grad(), self.swapper.swapped(phi):
+            optimizer = None if self._solves else self._configured()
+            tensors = optimizer.rates() if isinstance(optimizer, ElementwiseOptimizer) else []
+            return frozenset(names_reached(tensors, phi))
+
+    def _unstationary(self) -> str:
+        optimizer = None if self._solves else self._configured()
+        return type(optimizer).__name__ if optimizer is not None and optimizer.stationary is False else ""
 
     def _stateful(self) -> bool:
         return bool(self._init_opt_state(self.theta(), self.phi()))
@@ -279,6 +303,11 @@ class FunctionalModule:
     ) -> tuple[Params, OptState]:
         with self.swapper.swapped(phi):
             return self._configured().update(params, grads, slots, step)
+
+    def _penalty(self, theta: Params, phi: Params) -> Tensor:
+        with self.swapper.swapped(phi):
+            value = self._configured().penalty(theta)
+        return value if isinstance(value, Tensor) else next(iter(theta.values())).real.new_tensor(value)
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
         with self.in_place({**phi, **params}):

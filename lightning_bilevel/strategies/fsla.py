@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, number, one_of
 from lightning_bilevel.host import Trainer
-from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
+from lightning_bilevel.inner_optimizers.base import OptState
+from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState, Update
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.stationarity import distance, gradient_of_stationary, warn_of_another_map
 from lightning_bilevel.tree import Params
 
 Schedule = Literal["constant", "inverse_sqrt"]
@@ -33,9 +35,12 @@ class FSLA(HypergradientStrategy):
         ∇f_k(ξ) = ∂_λ f(λ, ω_k; ξ₄) − ∂_λ∂_ω g(λ, ω_k; ξ₅) v_k
         d_k = ∇f_k(ξ) + (1 − η) (d_{k-1} − ∇f_{k-1}(ξ))
 
-    where ∇f_{k-1}(ξ) is evaluated at the previous (λ, ω, v) on the new sample. The estimate is d_k.
+    where ∇f_{k-1}(ξ) is evaluated at the previous (λ, ω, v) on the new sample. The estimate is d_k. g is the inner loss
+    with the weight decay of the inner optimizer, and with the other sign where that ascends: what its steps make
+    stationary (see :meth:`BilevelProblem.stationary`). A learned decay is differentiated through it.
 
-    Biased at every single step; tracks ∇h as ω, v and d converge. Memory: O(M + N), flat in everything.
+    Biased at every single step; tracks ∇h as ω, v and d converge: ``inner_residual`` is logged, about the distance from
+    ω_k to the minimum relative to ‖ω_k‖, ‖∂_ω g‖ ‖v_k‖ / (‖∂_ω f‖ ‖ω_k‖). Memory: O(M + N), flat in everything.
     Cost: one inner step, one Hessian product, two mixed products: the cheapest step of all.
 
     ξ₁, ξ₃, ξ₅ are the first three inner batches of the episode (cycled), ξ₂ and ξ₄ its outer batch.
@@ -47,7 +52,7 @@ class FSLA(HypergradientStrategy):
     Args:
         beta: β, the step on the linear system.
         eta: η in (0, 1], weight of the new sample; 1 turns the momentum off.
-        tau: τ, the inner step; ``None`` takes the module's inner optimizer.
+        tau: τ, the rate of a plain inner step on g; ``None`` takes the step of the module's inner optimizer.
         schedule: ``"constant"``, or ``"inverse_sqrt"`` for τ, β, η times 1/√k.
 
     Raises:
@@ -83,16 +88,20 @@ class FSLA(HypergradientStrategy):
         last = carry.strategy
         k = 1 + int(last["k"]["k"]) if last else 1
         rate = 1.0 if self.schedule == "constant" else 1 / math.sqrt(k)
+        if self.tau is not None:
+            problem = replace(problem, update=self._descent(problem))
         first, third, fifth = (episode.inner[i % len(episode.inner)] for i in (0, 1, 2))
         before = problem.start(carry.inner, phi)
         after, loss = self._inner_step(problem, before, phi, first, rate)
         metrics = last_loss(problem, [] if loss is None else [loss])
         v = self._linear_step(problem, before, phi, episode, third, last.get("v"), rate * self.beta)
-        value, d, observed = self._tracking(problem, after, phi, episode, fifth, v)
+        outer, residual, d = _tracking(problem, after, phi, episode, fifth, v)
         if last:
             previous = replace(after, params=last["theta"])
-            _, correction, _ = self._tracking(problem, previous, last["phi"], episode, fifth, last["v"])
+            _, _, correction = _tracking(problem, previous, last["phi"], episode, fifth, last["v"])
             d = tree.add(d, tree.sub(last["d"], correction), alpha=1 - rate * self.eta)
+        metrics = {**metrics, "inner_residual": distance(residual, v, outer.d, after.params)}
+        warn_of_another_map(problem, after, phi, residual, "FSLA")
         kept = {
             "k": {"k": torch.tensor(k)},
             "v": v,
@@ -101,7 +110,7 @@ class FSLA(HypergradientStrategy):
             "phi": tree.map(torch.clone, phi),
             "theta": tree.map(torch.clone, after.params),
         }
-        return Hypergradient(value, d, after, metrics, kept, observed)
+        return Hypergradient(outer.value, d, after, metrics, kept, outer.observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the single loop cannot work with in ``problem``."""
@@ -120,6 +129,9 @@ class FSLA(HypergradientStrategy):
             found.append(
                 ("an inner optimizer with state", "its step is plain descent", "`SGD(lr=...)` or `FSLA(tau=...)`")
             )
+        elif problem.solver is None and (name := problem.traits.unstationary()):
+            because = "where it stays, the gradient of no function is zero: its weight decay, say, is not part of it"
+            found.append((f"the inner optimizer `{name}`", because, "`SGD(lr=..., weight_decay=...)`"))
         return [combination_error(f"`FSLA` with {what}", because, f"Use {instead}") for what, because, instead in found]
 
     def trainer_refusals(self, trainer: Trainer) -> list[MisconfigurationError]:
@@ -137,19 +149,23 @@ class FSLA(HypergradientStrategy):
     def _inner_step(
         self, problem: BilevelProblem, before: InnerState, phi: Params, batch: Batch, rate: float
     ) -> tuple[InnerState, Tensor | None]:
-        if self.tau is not None:
-            problem = replace(problem, update=self._descend)
         after, loss = inner_step(problem)(before, phi, batch)
         if rate != 1:
             move = tree.sub(after.params, before.params)
             after = replace(after, params=tree.add(before.params, move, alpha=rate))
         return after, loss
 
-    def _descend(
-        self, params: Params, grads: Params, opt_state: Any, phi: Params, step: int
-    ) -> tuple[Params, dict[str, Params]]:
-        assert self.tau is not None
-        return tree.add(params, grads, alpha=-self.tau), opt_state
+    def _descent(self, problem: BilevelProblem) -> Update:
+        """Return the plain step at the rate τ on what ``problem`` makes stationary."""
+
+        def update(
+            params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
+        ) -> tuple[Params, OptState]:
+            assert self.tau is not None
+            slope = gradient_of_stationary(problem, grads, params, phi)
+            return tree.add(params, slope, alpha=-self.tau), opt_state
+
+        return update
 
     def _linear_step(
         self,
@@ -164,13 +180,14 @@ class FSLA(HypergradientStrategy):
         d = outer_value_and_grads(problem, before, phi, episode).d
         if last is None:
             return tree.scale(d, beta)
-        hessian, _ = inner_step(problem).products(before, phi, batch)
+        hessian, _ = inner_step(problem.stationary()).products(before, phi, batch)
         return tree.add(last, tree.sub(d, hessian(last)), alpha=beta)
 
-    def _tracking(
-        self, problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode, batch: Batch, v: Params
-    ) -> tuple[Tensor, Params, Any]:
-        """Return f and ∂_λ f − ∂_λ∂_ω g v, and what the evaluation left behind."""
-        value, _, c, observed = outer_value_and_grads(problem, state, phi, episode)
-        _, mixed = inner_step(problem).products(state, phi, batch)
-        return value, tree.sub(c, mixed(v)), observed
+
+def _tracking(
+    problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode, batch: Batch, v: Params
+) -> tuple[OuterEvaluation, Params, Params]:
+    """Return f with its gradients, ∂_ω g, and ∂_λ f − ∂_λ∂_ω g v."""
+    outer = outer_value_and_grads(problem, state, phi, episode)
+    residual, _, mixed = inner_step(problem.stationary()).stationarity(state, phi, batch)
+    return outer, residual, tree.sub(outer.c, mixed(v))

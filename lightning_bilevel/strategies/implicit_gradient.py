@@ -1,51 +1,75 @@
-"""Hypergradient from the implicit function theorem at the end of the inner run."""
+"""The implicit function theorem at the end of the inner run."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.runs import run, vector_jacobian
-from lightning_bilevel.calculus.step import inner_step
-from lightning_bilevel.errors import MisconfigurationError, combination_error, value_error
+from lightning_bilevel.calculus.step import Condition, inner_step
+from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.linear_solvers import LinearSolver, LinearSystem
 from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.stationarity import distance, warn_of_another_map
 from lightning_bilevel.tree import Params
+
+Form = Literal["gradient", "fixed_point"]
 
 
 class ImplicitGradient(HypergradientStrategy):
-    r"""ĝ = c − x ∂²g/∂θ∂φ with H x = d, H = ∂²g/∂θ², d = ∂f/∂θ, c = ∂f/∂φ, all at θ_T.
+    r"""ĝ = c − x ∂r/∂φ with (∂r/∂s)ᵀ x = d, where r(s, φ) = 0 holds at the end s of the inner run.
 
-    Exact where θ_T minimizes g and the linear system is solved; biased before. The linear solver makes
-    the variants: :class:`Neumann` (at the inner learning rate: AID-FP), :class:`ConjugateGradient` (AID-CG, iMAML,
-    HOAG), :class:`Nystrom`, :class:`Identity` (Hessian-free; with ``adapt=True`` the inner optimizer's own
-    preconditioner P = −∂θ_{T+1}/∂(∇g) in place of I, learning rate included, as in SAMA).
+    d = ∂f/∂θ and c = ∂f/∂φ at θ_T. There are two forms of r, the same where both apply:
 
-    Memory: O(M + N) and one graph of the inner gradient; no graph of the run. Cost: T inner steps, one Hessian
-    product per solver iteration, one mixed product. H is taken on the first spare inner batch of the episode (one
-    beyond the T that are used), else on the last one used; the mixed product on the second spare one, else on H's.
+    - ``"gradient"``, s = θ: r = ∇_θ g, so that H x = d with H = ∂²g/∂θ². Here g is the inner loss *with* the weight
+      decay λ of ``SGD``, ``Adam``, ``RMSprop`` and ``Adagrad``, g + λ/2 ‖θ‖², and with the other sign under
+      ``maximize``: what the inner optimizer makes stationary (see :meth:`BilevelProblem.stationary`). A learned decay
+      is differentiated through it.
+    - ``"fixed_point"``, s = (θ, optimizer state): r = s − Ω(s, φ), so that (I − ∂Ω/∂s)ᵀ x = d and
+      ĝ = c + x ∂Ω/∂φ. It holds for any update: decoupled decay (``AdamW``), projections, a rule of your own.
+      The system is not symmetric: :class:`Neumann` (at ``step_size=1``: reverse mode through one more step, again and
+      again), :class:`Dense` or :class:`Identity` (one more step); the others are refused.
 
-    Needs a θ_T near a minimum and, for Neumann and CG, H positive definite. Parameters shared by both levels need
-    ``proximal > 0`` (iMAML): else nothing ties the minimum to φ. An inner optimizer that depends on φ (a
-    learned learning rate) does not move the minimum: refused.
+    Exact where r(θ_T) = 0 and the linear system is solved; biased before: ``inner_residual`` is logged, about the
+    distance from θ_T to there relative to ‖θ_T‖, ‖r‖ ‖x‖ / (‖d‖ ‖s‖). A warning says so once if θ_T is a fixed point
+    of the updates and no stationary point of g. The linear solver makes the variants: :class:`Neumann` (at the inner
+    learning rate: AID-FP), :class:`ConjugateGradient` (AID-CG, iMAML, HOAG), :class:`Nystrom`, :class:`Identity`
+    (Hessian-free; with ``adapt=True`` the inner optimizer's own preconditioner P = −∂θ_{T+1}/∂(∇g) in place of I,
+    learning rate included, as in SAMA).
 
-    Source: (FG)²U, arXiv 2406.14095, eq. 24–28; survey, arXiv 2207.11719, eq. 66–74.
+    Memory: O(M + N) and one graph of the inner gradient, or of one step; no graph of the run. Cost: T inner steps, one
+    product per solver iteration, one mixed product. ∂r/∂s is taken on the first spare inner batch of the episode (one
+    beyond the T that are used), else on the last one used; the mixed product on the second spare one, else on the
+    same.
+
+    Needs a θ_T near a fixed point and, for Neumann and CG on gradients, H positive definite; on fixed points an Ω that
+    contracts. Parameters shared by both levels need ``proximal > 0`` (iMAML): else nothing ties the minimum to φ. A
+    learned learning rate does not move a fixed point: refused. Not where the inner run stops early on purpose.
+
+    Source: (FG)²U, arXiv 2406.14095, eq. 24–28; survey, arXiv 2207.11719, eq. 66–74; for fixed points Grazzi et al.,
+    arXiv 2006.16218, eq. 6 and 7.
 
     Args:
-        solver: solves H x = d. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate is the safe first
+        solver: solves the system. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate is the safe first
             choice; undamped conjugate gradients need a positive definite H, which a network rarely has.
+        form: what holds at θ_T.
 
     Raises:
-        ValueError: ``solver`` is not a linear solver.
+        ValueError: ``solver`` is not a linear solver, or ``form`` none of the two.
+        MisconfigurationError: ``form="fixed_point"`` with a solver that needs a symmetric system or a preconditioner.
 
-    >>> from lightning_bilevel.linear_solvers import Identity
-    >>> ImplicitGradient(solver=Identity(scale=0.1)).solver.scale
-    0.1
+    >>> from lightning_bilevel.linear_solvers import Identity, Neumann
+    >>> ImplicitGradient(solver=Identity(scale=0.1)).form
+    'gradient'
+    >>> ImplicitGradient(Neumann(terms=20, step_size=1.0), form="fixed_point").form
+    'fixed_point'
     """
 
     exact = False
@@ -54,13 +78,17 @@ class ImplicitGradient(HypergradientStrategy):
     memory = "O(M + N)"
     cost = "T steps + K Hessian products + 1 mixed product"
 
-    def __init__(self, solver: LinearSolver) -> None:
+    def __init__(self, solver: LinearSolver, form: Form = "gradient") -> None:
         if not isinstance(solver, LinearSolver):
             raise value_error(
                 "ImplicitGradient(solver=...)", "a linear solver such as `Neumann(10, step_size=lr)`", solver
             )
         self.solver = solver
+        self.form: Form = one_of("ImplicitGradient(form=...)", Form, form)
         self.supports_stacking = solver.supports_stacking
+        if form == "fixed_point":
+            self.differentiates = frozenset({"run"})  # of it, one step
+            _check_of_fixed_points(solver)
 
     def estimate(
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
@@ -68,24 +96,26 @@ class ImplicitGradient(HypergradientStrategy):
         """Return the implicit hypergradient; see :meth:`HypergradientStrategy.estimate`."""
         state, metrics = run(problem, problem.start(carry.inner, phi), phi, problem.batches(episode))
         value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
-        step = inner_step(problem)
-        for_hessian, for_mixed = _spare(problem, episode)
-        hessian, mixed = step.products(state, phi, for_hessian)
-        if for_mixed is not for_hessian:
-            _, mixed = step.products(state, phi, for_mixed)
-        precondition = None
-        if self.solver.wants_preconditioner:
-            precondition = _preconditioner(problem, state, phi, for_hessian)
-        solution = self.solver.solve(LinearSystem(hessian, d, precondition=precondition))
-        if solution.residual is not None:
-            metrics = {**metrics, "linear_residual": solution.residual}
-        grads = tree.sub(c, mixed(solution.value))
-        return Hypergradient(value, grads, state, metrics, observed=observed)
+        first, second = self._batches(problem, episode)
+        condition = self._condition(problem, state, phi, first)
+        mixed = condition.mixed if second is first else self._condition(problem, state, phi, second).mixed
+        right = {**tree.zeros_like(condition.residual), **d}
+        precondition = _preconditioner(problem, state, phi, first) if self.solver.wants_preconditioner else None
+        symmetric = self.form == "gradient"
+        system = LinearSystem(condition.transposed, right, precondition=precondition, symmetric=symmetric)
+        x, _, _, left = self.solver.solve(system)
+        at = {name: value for name, value in state.flat().items() if name in right}
+        metrics = {**metrics, "inner_residual": distance(condition.residual, x, right, at)}
+        if left is not None:
+            metrics["linear_residual"] = left
+        if symmetric and problem.solver is None:
+            warn_of_another_map(problem, state, phi, condition.residual, "ImplicitGradient")
+        return Hypergradient(value, tree.sub(c, mixed(x)), state, metrics, observed=observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the implicit function theorem cannot see in ``problem``."""
-        found = []
-        if problem.shared and not problem.traits.proximal:
+        found, traits = [], problem.traits
+        if problem.shared and not traits.proximal:
             found.append(
                 combination_error(
                     "`ImplicitGradient` with parameters shared by both levels and `proximal=0`",
@@ -93,7 +123,17 @@ class ImplicitGradient(HypergradientStrategy):
                     "Set `BilevelModule(proximal=...)`, or use `ReverseUnroll` or `ForwardGradient`",
                 )
             )
-        if problem.traits.learned():
+        if self.form == "gradient" and (name := traits.unstationary()):
+            found.append(
+                combination_error(
+                    f"`ImplicitGradient` with the inner optimizer `{name}`",
+                    "where it stays, the gradient of no function is zero: its weight decay, say, is not part of the "
+                    "gradient",
+                    'Use `ImplicitGradient(Neumann(terms=K, step_size=1.0), form="fixed_point")`, or an optimizer '
+                    "whose decay is part of the gradient, such as `Adam(weight_decay=...)`",
+                )
+            )
+        elif traits.learned() if self.form == "gradient" else traits.rates():
             found.append(
                 combination_error(
                     "`ImplicitGradient` with an inner optimizer that depends on the outer parameters",
@@ -111,20 +151,47 @@ class ImplicitGradient(HypergradientStrategy):
             )
         return found
 
+    def _condition(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        if self.form == "gradient":
+            return inner_step(problem.stationary()).stationarity(state, phi, batch)
+        return inner_step(problem).fixed_point(state, phi, batch)
+
+    def _batches(self, problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
+        """Return the batches for the system and for the mixed product; a user's solver is one step with all of them."""
+        if self.form == "fixed_point" and problem.solver is not None:
+            (batch,) = problem.batches(episode)
+            return batch, batch
+        return _spare(problem, episode)
+
+
+def _check_of_fixed_points(solver: LinearSolver) -> None:
+    """Refuse a solver that is not for (I − ∂Ω/∂s)ᵀ x = d."""
+    solver.check(LinearSystem(lambda v: v, {}, symmetric=False))
+    if solver.wants_preconditioner:
+        raise combination_error(
+            f'`{type(solver).__name__}(adapt=True)` with `ImplicitGradient(form="fixed_point")`',
+            "the update is preconditioned already",
+            "Use `Identity()`, which is the gradient through one more step",
+        )
+
 
 def _spare(problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
-    """Return the batches for the Hessian and for the mixed product."""
+    """Return the batches for the system and for the mixed product."""
     taken = len(episode.inner) if problem.solver is not None else problem.inner_steps
     spare = list(episode.inner[taken:]) or [episode.inner[(taken - 1) % len(episode.inner)]]
     return spare[0], spare[min(1, len(spare) - 1)]
 
 
 def _preconditioner(problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> MatVec:
-    """Return v ↦ P v with P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient."""
+    """Return v ↦ P v with P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient.
+
+    Of −g where the optimizer ascends, as in :meth:`BilevelProblem.stationary`.
+    """
     theta = tree.leaves(state.params)
     with torch.enable_grad():
         loss, _ = problem.inner_loss(theta, phi, batch, state.buffers)
         with inner_gradient():
             gradient = tree.leaves(tree.grad(loss, theta))
         params, _ = problem.update(tree.detach(theta), gradient, state.opt_state, phi, state.steps + 1)
-    return lambda v: tree.scale(vector_jacobian(params, gradient, v), -1.0)
+    sign = 1.0 if problem.maximize else -1.0
+    return lambda v: tree.scale(vector_jacobian(params, gradient, v), sign)

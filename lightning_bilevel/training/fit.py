@@ -220,6 +220,32 @@ def _nothing() -> None:
     """Do nothing: no hook is shadowed."""
 
 
+def refuse_repeated_closures(trainer: Trainer, functional: FunctionalModule) -> None:
+    """Refuse an outer optimizer that evaluates its closure several times a step where θ goes on from each evaluation.
+
+    θ and the inner optimizer's state would move at every evaluation, so that each sees another function of φ.
+
+    Raises:
+        MisconfigurationError: the optimizer is a ``torch.optim.LBFGS``, ``inner_start="warm"``, and there are inner
+            parameters that are not shared.
+    """
+    repeated = [type(each).__name__ for each in trainer.optimizers if isinstance(each, torch.optim.LBFGS)]
+    if _goes_on(functional):
+        refuse([_repeated(f"the outer optimizer `{name}`") for name in repeated])
+
+
+def _goes_on(functional: FunctionalModule) -> bool:
+    return functional.module.inner_start == "warm" and bool(functional.levels.inner_only)
+
+
+def _repeated(what: str) -> MisconfigurationError:
+    return combination_error(
+        f"{what} with `inner_start='warm'`",
+        "it evaluates the outer loss several times a step, and θ would move at every evaluation",
+        "Use `inner_start='reset'`, or an optimizer that evaluates it once, such as `torch.optim.Adam`",
+    )
+
+
 class Fit:
     """A running fit, from the moment on when the module's layers exist.
 
@@ -251,6 +277,7 @@ class Fit:
         self.ranks, self.seed, self._monitors = ranks, seed, monitors
         self.module = functional.module
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
+        self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
         self.module._levels = levels = functional.levels
         trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
@@ -287,6 +314,7 @@ class Fit:
     def estimate(self, batch: Any) -> Hypergradient | None:
         """Return the estimate on a batch, or ``None`` where it is skipped; what goes on is kept, the rest is logged."""
         module, memory, ranks = self.module, self.memory, self.ranks
+        self._refuse_second_evaluation()
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
         call = Call(key, ranks.shard, module.global_step)
         episodes: list[Episode] = []
@@ -339,6 +367,13 @@ class Fit:
             for name in self.functional.levels.outer:
                 self.module.get_parameter(name).grad = None
         self._usable = False
+
+    def _refuse_second_evaluation(self) -> None:
+        """Refuse any outer optimizer that runs its closure again, when it does, where θ would go on from it."""
+        number = self.module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if number == self._batch and _goes_on(self.functional):
+            raise _repeated("an outer optimizer that runs its closure again")
+        self._batch = number
 
     def _surrogate(self, value: Tensor, grads: Params) -> Tensor:
         names = self.functional.levels.outer

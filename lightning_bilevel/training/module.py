@@ -18,7 +18,7 @@ from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
-from lightning_bilevel.training.fit import FitContext
+from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
 
 
 class BilevelModule(BilevelHooks):
@@ -161,7 +161,9 @@ class BilevelModule(BilevelHooks):
 
     def on_fit_start(self) -> None:
         """Refuse a fit without a strategy, or without an optimizer for φ, before the first batch."""
-        outer = self.fit_context.fit.functional.levels.outer
+        functional = self.fit_context.fit.functional
+        refuse_repeated_closures(self.trainer, functional)
+        outer = functional.levels.outer
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         left_out = [name for name in outer if id(self.get_parameter(name)) not in held]
