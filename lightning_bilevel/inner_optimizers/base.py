@@ -74,6 +74,14 @@ class InnerOptimizer(ABC):
         return 0.0
 
 
+_PACKAGE = __name__.partition(".")[0]
+
+
+def is_ours(optimizer: InnerOptimizer) -> bool:
+    """Return whether the optimizer's class is this package's own."""
+    return type(optimizer).__module__.partition(".")[0] == _PACKAGE
+
+
 def is_elementwise(optimizer: InnerOptimizer) -> bool:
     """Return whether the class that defines the update says that it is elementwise, or the object does.
 
@@ -84,11 +92,10 @@ def is_elementwise(optimizer: InnerOptimizer) -> bool:
     """
     if "elementwise" in vars(optimizer):
         return bool(optimizer.elementwise)
-    package = __name__.partition(".")[0]
     for kind in type(optimizer).__mro__:
         if "elementwise" in vars(kind):
             return bool(kind.elementwise)  # type: ignore[attr-defined]
-        own = kind.__module__.partition(".")[0] == package
-        if not own and any(name in vars(kind) for name in ("init", "update", "initial", "rule")):
+        rules = [name for name in ("init", "update", "initial", "rule") if name in vars(kind)]
+        if rules and kind.__module__.partition(".")[0] != _PACKAGE:
             return False
     return False

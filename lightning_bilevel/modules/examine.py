@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import function as autograd_function
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import missing_error
+from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached
@@ -58,6 +58,12 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     levels = functional.levels
     for argument in functional.negative():
         rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
+    if functional.mixes_entries():
+        raise combination_error(
+            f"an inner optimizer of `{type(functional.module).__name__}` that says it is `elementwise`",
+            "two copies of the inner parameters, stacked, are updated otherwise than one by one",
+            "Leave `elementwise` at `False`",
+        )
     phi = tree.leaves(functional.phi())
     of_process = process_generators()
     rng = RngState(functional.device, [*functional.generators, *of_process])

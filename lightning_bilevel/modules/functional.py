@@ -15,7 +15,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
-from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
+from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise, is_ours
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
@@ -23,6 +23,7 @@ from lightning_bilevel.modules.levels import Levels
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -191,6 +192,23 @@ class FunctionalModule:
     def _unstationary(self) -> str:
         optimizer = None if self._solves else self._configured()
         return type(optimizer).__name__ if optimizer is not None and optimizer.stationary is False else ""
+
+    def mixes_entries(self) -> bool:
+        """Return whether an optimizer that says it is elementwise treats two copies of θ otherwise than one by one."""
+        if self._solves or not self._elementwise or is_ours(self._configured()):
+            return False
+        phi, theta = self.phi(), self.theta()
+        copies = [theta, tree.map(lambda value: value.flip(0) if value.ndim else value + 1, theta)]
+        grads = [tree.map(lambda value, size=size: size * torch.ones_like(value) + value, theta) for size in (1.0, 7.0)]
+        with torch.no_grad(), RngState(self.device).fork():
+            alone = [
+                self._update(p, g, self._init_opt_state(p, phi), phi, 1)[0] for p, g in zip(copies, grads, strict=True)
+            ]
+            params = tree.stack(copies)
+            together, _ = self._update(params, tree.stack(grads), self._init_opt_state(params, phi), phi, 1)
+        expected = tree.stack(alone)
+        difference, moved = tree.norm(tree.sub(together, expected)), tree.norm(tree.sub(expected, params))
+        return bool(difference > 1e-3 * moved)
 
     def _stateful(self) -> bool:
         return bool(self._init_opt_state(self.theta(), self.phi()))

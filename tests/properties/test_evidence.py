@@ -375,3 +375,48 @@ def test_an_estimate_reports_what_its_own_outer_evaluation_left():
 
     result = hypergradient(Logs(), Own(), EPISODE)
     torch.testing.assert_close(result.observed.calls["seen"][0].double(), result.value)
+
+
+class Bounded(InnerOptimizer):
+    """Gradient descent with a bound on the norm over all of θ."""
+
+    def update(self, params, grads, opt_state, step):
+        factor = (1 / tree.norm(grads)).clamp(max=1.0)
+        return {name: value - 0.3 * factor * grads[name] for name, value in params.items()}, {}
+
+
+class Clipped(SGD):
+    def update(self, params, grads, opt_state, step):
+        factor = (1 / tree.norm(grads)).clamp(max=1.0)
+        return super().update(params, tree.scale(grads, factor), opt_state, step)
+
+
+class Claims(Bounded):
+    elementwise = True
+
+
+def episodes(count):
+    return [
+        Episode([3 * torch.randn(2, dtype=torch.float64)], torch.randn(2, dtype=torch.float64)) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("make", [Bounded, lambda: Clipped(lr=0.3)], ids=["own", "of ours"])
+def test_an_update_that_mixes_entries_keeps_episodes_apart(make):
+    class Task(Shared):
+        def configure_inner_optimizer(self):
+            return make()
+
+    several = episodes(4)
+    together = hypergradient(Task(), ReverseUnroll(), several).grads["theta"]
+    alone = [hypergradient(Task(), ReverseUnroll(), each).grads["theta"] for each in several]
+    torch.testing.assert_close(together, torch.stack(alone).mean(0))
+
+
+def test_an_update_that_claims_to_be_elementwise_is_refused():
+    class Task(Shared):
+        def configure_inner_optimizer(self):
+            return Claims()
+
+    with pytest.raises(MisconfigurationError, match="^Cannot use an inner optimizer of `Task` that says it is `elemen"):
+        hypergradient(Task(), ReverseUnroll(), episodes(2))
