@@ -182,6 +182,7 @@ OBJECTS: list[tuple[type, Any]] = [
     (HypergradientStrategy, PZOBO(num_directions=3, mu=0.5, directions=Sphere(), chunk_size=2)),
     (HypergradientStrategy, ZerothOrder(3, 0.5, "central", Coordinate(), 2)),
     (HypergradientStrategy, ImplicitGradient(solver=ConjugateGradient(max_iter=5, tol=1e-3, damping=0.1))),
+    (HypergradientStrategy, ImplicitGradient(solver=Dense(), form="fixed_point")),
     (
         HypergradientStrategy,
         HypergradientSchedule(

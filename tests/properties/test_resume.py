@@ -45,7 +45,11 @@ def assert_resumed_exactly(folder: Path) -> None:
     assert list(resumed["logged"]) == list(range(saved + 1, STEPS + 1))
     assert list(whole["logged"]) == list(range(1, STEPS + 1))
     assert identical(resumed["ended"], whole["ended"])
-    assert all(resumed["logged"][step] == whole["logged"][step] for step in resumed["logged"])
+    for step, logged in resumed["logged"].items():
+        before = whole["logged"][step]
+        assert {name: before[name] for name in logged} == logged
+        # Lightning shows the last value of what an earlier phase has logged, and a resumed run has none.
+        assert before.keys() - logged.keys() <= {"inner_residual"}
     assert len({values["outer_loss"] for values in whole["logged"].values()}) == STEPS  # every step counts
 
 
