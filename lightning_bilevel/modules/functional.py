@@ -76,9 +76,6 @@ class FunctionalModule:
     def problem(self) -> BilevelProblem:
         """The pure functions, with the options that the module has now."""
         module = self.module
-        if self._converted is not None:  # a rate of `torch.optim` may have changed
-            self._converted = None
-            self._configured()
         traits = Traits(
             warm=module.inner_start == "warm",
             learned=lambda: self.learned(decay=False),
@@ -239,6 +236,9 @@ class FunctionalModule:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
+            if self._converted is not None:  # a rate of `torch.optim` may have changed since the last estimate
+                self._converted = None
+                self._configured()
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
                 stack.enter_context(torch.autocast(kind, enabled=False))
