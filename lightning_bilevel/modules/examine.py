@@ -65,6 +65,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         start = functional.problem.initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
+        functional.try_update(theta, phi)
         drawn = tuple(each for each in rng.drawn() if any(each is one for one in of_process))
         if episode.outer is None:
             return Examination(tuple(buffers), generators=drawn)

@@ -18,11 +18,13 @@ from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
+from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.modules.hooks import BilevelHooks
-from lightning_bilevel.modules.levels import Levels
+from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -50,6 +52,7 @@ class FunctionalModule:
         swapper: puts tensors in place.
         recorder: what the losses logged.
         examinations: what a first look at the losses told, by the module's mode.
+        drawn: generators of the process, those of NumPy and ``random``, that an estimate drew from unseen before.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
     """
 
@@ -61,22 +64,23 @@ class FunctionalModule:
         self.findings: dict[Any, Any] = {} if findings is None else findings
         self.examinations: dict[Any, Any] = {}
         self.vectorizes: bool | None = None
+        self.drawn: list[Any] = []
         self._autocast_dtype: torch.dtype | None = None
         self._placed: Params = {}
         self._solves = module.has_solver
         self._converted: InnerOptimizer | None = None
         self._learned: dict[tuple[int, bool], frozenset[str]] = {}
-        configured = None if self._solves else self._configured()
-        self._elementwise = configured is None or is_elementwise(configured)
-        self._max_copies = 1 if _has_backward_hooks(module) else _max_copies(module, self.theta())
+        self._hooked = _has_backward_hooks(module)
+        self._said_of_hooks = False
+        self._max_copies = _max_copies(module, self.theta())
+        self._look_at_optimizer()  # what is wrong with it is said at once
 
     @property
     def problem(self) -> BilevelProblem:
         """The pure functions, with the options that the module has now."""
         module = self.module
-        if self._converted is not None:  # a rate of `torch.optim` may have changed
-            self._converted = None
-            self._configured()
+        elementwise = self._look_at_optimizer()  # which may be another since, or have another rate
+        self._look_at_hooks()
         traits = Traits(
             warm=module.inner_start == "warm",
             learned=self.learned,
@@ -92,13 +96,45 @@ class FunctionalModule:
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
-            elementwise=self._elementwise,
-            max_copies=self._max_copies,
+            elementwise=elementwise,
+            max_copies=1 if self._hooked else self._max_copies,
             traits=traits,
             observer=self.recorder,
             findings=self.findings,
         )
         return with_proximal(problem, module.proximal) if module.proximal else problem
+
+    def _look_at_optimizer(self) -> bool:
+        """Return whether the inner optimizer is elementwise; a ``torch.optim`` instance is taken anew."""
+        if self._solves:
+            return True
+        self._converted = None
+        with self.no_trace():
+            return is_elementwise(self._configured())
+
+    def _look_at_hooks(self) -> None:
+        """Find out anew what vectorizes if there are backward hooks since; warn of those that nothing calls."""
+        hooked = _has_backward_hooks(self.module)
+        if hooked and not self._hooked:
+            self.vectorizes = None
+            self.findings.clear()
+        self._hooked = hooked
+        if self._said_of_hooks:
+            return
+        names = [name for name in self.levels.inner_only if _has_hooks(self.swapper.current(name))]
+        if names:
+            self._said_of_hooks = True
+            rank_zero_warn(
+                f"The hooks of the inner parameters {abbreviate(names)} are not called in the inner loop, which "
+                "computes with other tensors in their places. What they do to a gradient belongs in an "
+                "`InnerOptimizer`, or in a hook on what the loss computes."
+            )
+
+    @contextmanager
+    def no_trace(self) -> Iterator[None]:
+        """Put all generators back on exit."""
+        with RngState(self.device, [*self.generators, *process_generators()]).fork():
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +203,13 @@ class FunctionalModule:
                     theta, opt_state = state.params, state.opt_state
             self._learned[steps, warm] = frozenset(found)
         return self._learned[steps, warm]
+
+    def try_update(self, theta: Params, phi: Params) -> None:
+        """Take one update on equal gradients, for what it draws."""
+        if not self._solves:
+            with torch.no_grad():
+                opt_state = self._init_opt_state(theta, phi)
+                self._update(theta, tree.map(torch.ones_like, theta), opt_state, phi, 1)
 
     def _stateful(self) -> bool:
         return bool(self._init_opt_state(self.theta(), self.phi()))
@@ -347,6 +390,11 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     if shared._global_backward_hooks or shared._global_backward_pre_hooks:
         return True
     return any(child._backward_hooks or child._backward_pre_hooks for child in module.modules())
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    """Return whether anything is called with the gradient of a parameter."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _max_copies(module: nn.Module, theta: Params) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.nn.utils.stateless import _reparametrize_module
 
 from lightning_bilevel import (
     PZOBO,
@@ -26,19 +26,22 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Orthogonal
 from lightning_bilevel.linear_solvers import Dense
 
-EXACT: dict[str, Callable[[], HypergradientStrategy]] = {
-    "reverse": ReverseUnroll,
-    "checkpointed": lambda: ReverseUnroll(checkpoint="sqrt"),
-    "forward": ForwardUnroll,
-    "forward, one at a time": lambda: ForwardUnroll(chunk_size=1),
-    "forward mode": lambda: ForwardUnroll(mode="forward"),
-    "forward gradient": lambda: ForwardGradient(2, directions=Orthogonal()),
+Make = Callable[[int], HypergradientStrategy]
+"""From the number of outer parameters to a strategy that is exact, but for rounding."""
+
+EXACT: dict[str, Make] = {
+    "reverse": lambda n: ReverseUnroll(),
+    "checkpointed": lambda n: ReverseUnroll(checkpoint="sqrt"),
+    "forward": lambda n: ForwardUnroll(),
+    "forward, one at a time": lambda n: ForwardUnroll(chunk_size=1),
+    "forward mode": lambda n: ForwardUnroll(mode="forward"),
+    "forward gradient": lambda n: ForwardGradient(n, directions=Orthogonal()),
 }
-DIFFERENCES: dict[str, Callable[[], HypergradientStrategy]] = {
-    "PZOBO": lambda: PZOBO(2, mu=1e-6, directions=Orthogonal()),
-    "zeroth order": lambda: ZerothOrder(2, 1e-4, "central", Orthogonal()),
+DIFFERENCES: dict[str, Make] = {
+    "PZOBO": lambda n: PZOBO(n, mu=1e-6, directions=Orthogonal()),
+    "zeroth order": lambda n: ZerothOrder(n, 1e-4, "central", Orthogonal()),
 }
-IMPLICIT: dict[str, Callable[[], HypergradientStrategy]] = {"implicit": lambda: ImplicitGradient(Dense())}
+IMPLICIT: dict[str, Make] = {"implicit": lambda n: ImplicitGradient(Dense())}
 EVERY = {**EXACT, **DIFFERENCES}
 
 RATE = 0.2
@@ -141,11 +144,31 @@ def slope(make: Callable[[], Any], chosen: Sequence[Episode], step: Step = sgd, 
     )
 
 
+def unrolled(make: Callable[[], Any], chosen: Sequence[Episode], step: Step = sgd) -> Tensor:
+    """Return the gradient of the mean outer loss through the graph of all steps, as PyTorch differentiates them."""
+    total = torch.zeros(())
+    for episode in chosen:
+        seeded()
+        module = make()
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        inner = {names[id(parameter)]: parameter.detach().clone() for parameter in module.inner_parameters()}
+        theta = {**inner, **module.initial_inner_parameters()}
+        theta = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in theta.items()}
+        memory: dict[str, Any] = {}
+        for number in range(module.inner_steps):
+            with _reparametrize_module(module, theta):
+                loss = module.inner_loss(episode.inner[number % len(episode.inner)])
+            grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            moved = step(module, number + 1, list(theta.values()), list(grads), memory)
+            theta = dict(zip(theta, moved, strict=True))
+        with _reparametrize_module(module, theta):
+            loss = module.outer_loss(episode.outer)
+        outer = list(module.outer_parameters())
+        grads = torch.autograd.grad(loss, outer, allow_unused=True, materialize_grads=True)
+        total = total + torch.cat([grad.reshape(-1) for grad in grads]) / len(chosen)
+    return total
+
+
 def flat(grads: dict[str, Tensor]) -> Tensor:
     """Return a hypergradient as one vector."""
     return torch.cat([value.reshape(-1) for value in grads.values()])
-
-
-def snapshot(module: nn.Module) -> Any:
-    """Return what a module holds, to be compared after an estimate."""
-    return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, module.state_dict())
