@@ -10,7 +10,7 @@ import random
 from collections import deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,21 @@ from torch.nn.utils import parametrize
 
 from lightning_bilevel import SGD, Episode, hypergradient
 from lightning_bilevel.inner_optimizers import Adam, InnerOptimizer
-from tests.support.kinds import DIFFERENCES, EVERY, EXACT, RATE, Small, Step, episodes, flat, looped, seeded, sgd, slope, unrolled
+from tests.support.kinds import (
+    DIFFERENCES,
+    EVERY,
+    EXACT,
+    RATE,
+    Small,
+    Step,
+    episodes,
+    flat,
+    looped,
+    seeded,
+    sgd,
+    slope,
+    unrolled,
+)
 
 
 @dataclass
@@ -274,6 +288,7 @@ DRAWING = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # the masks are drawn in float32, and seen there
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", DRAWING)
 def test_what_is_drawn_is_drawn_again(name: str, count: int) -> None:
@@ -287,7 +302,9 @@ def test_what_is_drawn_is_drawn_again(name: str, count: int) -> None:
         assert states() == before, f"{label} has drawn from the generators"
     for label, grads in found.items():
         tolerance = 1e-4 if label in DIFFERENCES else 1e-8
-        torch.testing.assert_close(grads, found["reverse"], rtol=tolerance, atol=tolerance / 100, msg=lambda m, label=label: f"{label}: {m}")
+        torch.testing.assert_close(
+            grads, found["reverse"], rtol=tolerance, atol=tolerance / 100, msg=lambda m, label=label: f"{label}: {m}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,9 +329,7 @@ def clipped(module: Any, step: int, theta: list[Tensor], grads: list[Tensor], me
 
 
 def trust(module: Any, step: int, theta: list[Tensor], grads: list[Tensor], memory: Any) -> list[Tensor]:
-    return [
-        value - 0.1 * value.norm() / (grad.norm() + 1e-3) * grad for value, grad in zip(theta, grads, strict=True)
-    ]
+    return [value - 0.1 * value.norm() / (grad.norm() + 1e-3) * grad for value, grad in zip(theta, grads, strict=True)]
 
 
 def centralized(module: Any, step: int, theta: list[Tensor], grads: list[Tensor], memory: Any) -> list[Tensor]:
@@ -538,7 +553,7 @@ def test_attributes_are_put_back(strategy: str, count: int) -> None:
 
 @row("left behind", "a function with a cache")
 class Cached(Small):
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def grid(self, size: int) -> Tensor:
         return torch.linspace(0.5, 1.5, size, dtype=torch.float64)
 
@@ -675,7 +690,7 @@ for label, layout in {"nested": torch.strided, "jagged": torch.jagged}.items():
             Ragged,
             strategies=WITHOUT_FORWARD_MODE,
             chosen=transformed(
-                lambda x, layout=layout: torch.nested.nested_tensor([x[i : 5] for i in range(4)] + [x[:1]], layout=layout)
+                lambda x, layout=layout: torch.nested.nested_tensor([x[i:5] for i in range(4)] + [x[:1]], layout=layout)
             ),
         )
     )
@@ -798,5 +813,7 @@ def test_right(member: Row, count: int) -> None:
         error = float((flat(found.grads) - right).norm() / right.norm())
         off = abs(found.value.item() - value)
         if error > tolerance or off > 1e-9:
-            wrong.append(f"{label}: {error:.1e} off, its value {off:.1e}: {flat(found.grads).tolist()}, not {right.tolist()}")
+            wrong.append(
+                f"{label}: {error:.1e} off, its value {off:.1e}: {flat(found.grads).tolist()}, not {right.tolist()}"
+            )
     assert not wrong, "\n".join(wrong)

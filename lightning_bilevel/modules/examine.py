@@ -56,8 +56,9 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         MisconfigurationError: the inner loss does not depend on the inner parameters.
     """
     levels = functional.levels
-    for argument in functional.negative():
-        rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
+    with functional.no_trace():
+        for argument in functional.negative():
+            rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
     phi = tree.leaves(functional.phi())
     of_process = process_generators()
     rng = RngState(functional.device, [*functional.generators, *of_process])

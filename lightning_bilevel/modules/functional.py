@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
+from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
-from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
@@ -35,6 +35,10 @@ FEWEST_COPIES = 8
 
 _ONE_AT_A_TIME = threading.RLock()
 """Kernel patches and RNG state are process-global, so estimates of several threads run one at a time."""
+
+
+_HOOKED = "there were backward hooks"
+"""Key of :attr:`BilevelProblem.findings`."""
 
 
 class FunctionalModule:
@@ -73,14 +77,15 @@ class FunctionalModule:
         self._hooked = _has_backward_hooks(module)
         self._said_of_hooks = False
         self._max_copies = _max_copies(module, self.theta())
-        self._look_at_optimizer()  # what is wrong with it is said at once
+        self._elementwise = self._look_at_optimizer()
 
     @property
     def problem(self) -> BilevelProblem:
         """The pure functions, with the options that the module has now."""
         module = self.module
-        elementwise = self._look_at_optimizer()  # which may be another since, or have another rate
-        self._look_at_hooks()
+        if self._converted is not None:  # a rate of `torch.optim` may have changed
+            self._converted = None
+            self._configured()
         traits = Traits(
             warm=module.inner_start == "warm",
             learned=self.learned,
@@ -96,7 +101,7 @@ class FunctionalModule:
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
-            elementwise=elementwise,
+            elementwise=self._elementwise,
             max_copies=1 if self._hooked else self._max_copies,
             traits=traits,
             observer=self.recorder,
@@ -115,10 +120,10 @@ class FunctionalModule:
     def _look_at_hooks(self) -> None:
         """Find out anew what vectorizes if there are backward hooks since; warn of those that nothing calls."""
         hooked = _has_backward_hooks(self.module)
-        if hooked and not self._hooked:
+        if hooked and not self.findings.get(_HOOKED):
             self.vectorizes = None
             self.findings.clear()
-        self._hooked = hooked
+        self._hooked = self.findings[_HOOKED] = hooked
         if self._said_of_hooks:
             return
         names = [name for name in self.levels.inner_only if _has_hooks(self.swapper.current(name))]
@@ -243,6 +248,8 @@ class FunctionalModule:
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
+            self._look_at_hooks()
             try:
                 yield
             finally:

@@ -118,7 +118,8 @@ def estimating(
         problem = functional.problem
         if inner_steps is not None:
             problem = replace(problem, inner_steps=inner_steps)
-        check(problem)
+        with functional.no_trace():
+            check(problem)
         examination = examination_of(functional, memory.values(functional), episodes[0])
         generators = [*examination.generators, *functional.drawn]
         if generators:
@@ -176,6 +177,7 @@ def estimated(
         return result
     # The first look saw none of it. Now they are known: this estimate is made again, with draws that are repeated.
     functional.drawn += drawn
+    functional.findings.clear()
     return estimated(functional, memory, strategy, episodes, call, masks, carry, inner_steps, reach)
 
 
