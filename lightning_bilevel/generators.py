@@ -137,7 +137,7 @@ def _held(value: Any) -> Iterable[Any]:
         return _named(value)
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
-    if _is_others(type(value).__module__):
+    if is_others(type(value).__module__):
         return list(vars(value).values()) if isinstance(value, torch.utils.data.Dataset) else []
     return [*getattr(value, "__dict__", {}).values(), *_slots(value), *_methods(type(value))]
 
@@ -153,7 +153,7 @@ def _slots(value: Any) -> Iterator[Any]:
 def _methods(kind: type) -> Iterator[Any]:
     """Yield the functions of a class, and what it holds itself, as far as the code is the user's."""
     for owner in kind.__mro__:
-        if not _is_others(owner.__module__) and owner.__module__ not in sys.stdlib_module_names:
+        if not is_others(owner.__module__) and owner.__module__ not in sys.stdlib_module_names:
             for attribute in vars(owner).values():
                 if isinstance(attribute, (staticmethod, classmethod)):
                     yield attribute.__func__
@@ -165,7 +165,7 @@ def _methods(kind: type) -> Iterator[Any]:
 
 def _named(function: types.FunctionType) -> Iterator[Any]:
     """Yield what a function of the user's has in its closure, defaults, and under the global names in its code."""
-    if _is_others(function.__module__ or ""):
+    if is_others(function.__module__ or ""):
         return
     yield getattr(function, "__wrapped__", None)
     yield from function.__defaults__ or ()
@@ -182,5 +182,6 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
-def _is_others(module: str) -> bool:
+def is_others(module: str) -> bool:
+    """Return whether the code of a module, by its name, is that of PyTorch, NumPy, Lightning or this package."""
     return module.split(".")[0] in (*_OTHERS_CODE, __package__.split(".")[0])

@@ -483,7 +483,9 @@ def _container(like: Any, parts: list[Any]) -> Any:
 def _alike(a: Any, b: Any) -> bool:
     # By hand rather than by torch's pytree: this walks every episode of every step, and is several times faster.
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        if not isinstance(b, Tensor) or a.is_nested or b.is_nested:  # those of the old layout have no shape
+            return False
+        return a.shape == b.shape and a.dtype == b.dtype
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):

@@ -208,11 +208,15 @@ def _start_tangents(
     problem: BilevelProblem, carried: InnerState, phi: Params, directions: Params
 ) -> tuple[InnerState, Params]:
     """Push every direction through Ω_0: the tangent of a shared parameter is its part of v."""
-    shape = problem.start(carried, phi)
+    before = RngState(next(iter(phi.values())).device)
+    state = problem.start(carried, phi)
+    after = RngState(next(iter(phi.values())).device)
 
     def start(outer: Params) -> Params:
         return problem.start(carried, outer).flat()
 
+    before.restore()  # a start that draws is pushed through as it was drawn
     with no_grad_stops_tangents():
-        tangents = vmap(lambda v: jvp(start, (phi,), (v,))[1])(directions)
-    return shape.detach(), tree.detach(tangents)
+        tangents = vmap(lambda v: jvp(start, (phi,), (v,))[1], randomness="same")(directions)
+    after.restore()
+    return state.detach(), tree.detach(tangents)

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections import deque
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
+from lightning_bilevel.generators import is_others
 from lightning_bilevel.host import LightningModule
 
 _NOT_THE_USERS = {*vars(nn.Module()), *vars(LightningModule()), "fit_context", "_levels", "log", "log_dict"}
 _CONTAINERS = (list, deque, dict, set)
+_LEAVES = (Tensor, str, bytes, int, float, complex, type(None))
+
+
+_DEPTH, _WIDTH = 4, 1_000
+"""How far into containers of containers attributes are followed; a longer one is data."""
 
 
 class Entry(NamedTuple):
-    """An attribute, and what is in it where it is a container."""
+    """An attribute, and what is in it where it is a container.
+
+    Attributes:
+        value: the attribute.
+        content: a copy of it, or of the attributes of an object of the user's; ``None`` of anything else.
+        inside: the containers in it, each with a copy, at all depths.
+    """
 
     value: Any
     content: Any
+    inside: tuple[tuple[Any, Any], ...] = ()
 
     def same(self, other: Entry | None) -> bool:
         """Return whether this is the very thing, with the very things in it, that the other is."""
-        if other is None or self.value is not other.value:
+        if other is None or self.value is not other.value or len(self.inside) != len(other.inside):
             return False
-        mine, others = _parts(self.content), _parts(other.content)
-        return len(mine) == len(others) and all(a is b for a, b in zip(mine, others, strict=True))
+        pairs = [(self.content, other.content)]
+        for (mine, content), (theirs, others) in zip(self.inside, other.inside, strict=True):
+            if mine is not theirs:
+                return False
+            pairs.append((content, others))
+        return all(map(_same_parts, *zip(*pairs, strict=True)))
 
 
 Snapshot = list[dict[str, Entry]]
@@ -68,7 +85,8 @@ class Attributes:
             for name, entry in entries.items():
                 if not entry.same(_entry(home[name]) if name in home else None):
                     home[name] = entry.value
-                    _fill(entry.value, entry.content)
+                    for container, content in ((entry.value, entry.content), *entry.inside):
+                        _fill(container, content)
 
 
 def once(start: Snapshot, before: Snapshot, after: Snapshot) -> Snapshot:
@@ -99,7 +117,7 @@ def _since(first: Entry, earlier: Entry, later: Entry) -> Entry:
         old, new = list(earlier.content), list(later.content)
         appended = len(new) - len(old)
         if appended >= 0 and all(a is b for a, b in zip(old, new, strict=False)):
-            return Entry(later.value, type(later.content)([*first.content, *new[len(old) :]]))
+            return later._replace(content=type(later.content)([*first.content, *new[len(old) :]]))
         return later
     counters = [entry.value for entry in (first, earlier, later)]
     if all(isinstance(value, numbers.Number) and not isinstance(value, bool) for value in counters):
@@ -108,9 +126,50 @@ def _since(first: Entry, earlier: Entry, later: Entry) -> Entry:
 
 
 def _entry(value: Any) -> Entry:
+    inside: list[tuple[Any, Any]] = []
+    content = _copied(value)
+    layer, seen = [content if content is not None else value if isinstance(value, tuple) else ()], {id(value)}
+    for _ in range(_DEPTH):
+        following: list[Any] = []
+        for each in layer:
+            if len(each) > _WIDTH:
+                continue
+            for part in each.values() if isinstance(each, dict) else each:
+                if isinstance(part, tuple):
+                    following.append(part)
+                elif not isinstance(part, _LEAVES) and id(part) not in seen:
+                    seen.add(id(part))
+                    copied = _copied(part)
+                    if copied is not None:
+                        inside.append((part, copied))
+                        following.append(copied)
+        layer = following
+    return Entry(value, content, tuple(inside))
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a container, or of the attributes of an object of the user's own making."""
     if isinstance(value, _CONTAINERS):
-        return Entry(value, value.copy() if hasattr(value, "copy") else list(value))
-    return Entry(value, None)
+        return value.copy() if hasattr(value, "copy") else list(value)
+    return dict(vars(value)) if _is_users(value) else None
+
+
+def _is_users(value: Any) -> bool:
+    """Return whether an object is of a plain class of the user's: a record, a meter."""
+    return (
+        not isinstance(value, (*_LEAVES, type, nn.Module))
+        and hasattr(value, "__dict__")
+        and all(_is_own(kind.__module__) for kind in type(value).__mro__[:-1])
+    )
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] not in sys.stdlib_module_names and not is_others(module)
+
+
+def _same_parts(a: Any, b: Any) -> bool:
+    mine, others = _parts(a), _parts(b)
+    return len(mine) == len(others) and all(x is y for x, y in zip(mine, others, strict=True))
 
 
 def _parts(content: Any) -> list[Any]:
@@ -122,6 +181,8 @@ def _parts(content: Any) -> list[Any]:
 def _fill(container: Any, content: Any) -> None:
     if content is None:
         return
+    if not isinstance(container, _CONTAINERS):
+        container = vars(container)
     container.clear()
     if isinstance(container, (list, deque)):
         container.extend(content)
@@ -131,14 +192,27 @@ def _fill(container: Any, content: Any) -> None:
 
 def _alive(entry: Entry) -> Entry:
     """Return an entry whose tensors are plain and carry no graph."""
-    if entry.content is None:
-        return Entry(tree_map(plain, entry.value), None) if isinstance(entry.value, (Tensor, tuple)) else entry
-    if isinstance(entry.content, dict):
-        return Entry(entry.value, {key: tree_map(plain, value) for key, value in entry.content.items()})
-    if isinstance(entry.content, set):
-        return entry
-    alive = [tree_map(plain, value) for value in entry.content]
-    return Entry(entry.value, alive if isinstance(entry.content, list) else deque(alive, entry.content.maxlen))
+    value = _plain_in(entry.value) if entry.content is None else entry.value
+    inside = tuple((container, _alive_content(content)) for container, content in entry.inside)
+    return Entry(value, _alive_content(entry.content), inside)
+
+
+def _alive_content(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _plain_in(value) for key, value in content.items()}
+    if isinstance(content, deque):
+        return deque(map(_plain_in, content), content.maxlen)
+    return list(map(_plain_in, content)) if isinstance(content, list) else content
+
+
+def _plain_in(value: Any) -> Any:
+    """Take a tensor, or those in a tuple, out; containers stay themselves."""
+    if not isinstance(value, tuple):
+        return plain(value)
+    parts = [_plain_in(part) for part in value]
+    if all(a is b for a, b in zip(parts, value, strict=True)):
+        return value
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def plain(value: Any) -> Any:

@@ -56,9 +56,11 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         MisconfigurationError: the inner loss does not depend on the inner parameters.
     """
     levels = functional.levels
-    for argument in functional.negative():
-        rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
-    if functional.mixes_entries():
+    with functional.no_trace():
+        for argument in functional.negative():
+            rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
+        mixes = functional.mixes_entries()
+    if mixes:
         raise combination_error(
             f"an inner optimizer of `{type(functional.module).__name__}` that says it is `elementwise`",
             "two copies of the inner parameters, stacked, are updated otherwise than one by one",
@@ -71,6 +73,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         start = functional.problem.initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
+        functional.try_update(theta, phi)
         drawn = tuple(each for each in rng.drawn() if any(each is one for one in of_process))
         if episode.outer is None:
             return Examination(tuple(buffers), generators=drawn)

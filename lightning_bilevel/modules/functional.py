@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
+from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise, is_ours
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
-from lightning_bilevel.modules.levels import Levels
+from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
@@ -34,6 +35,10 @@ FEWEST_COPIES = 8
 
 _ONE_AT_A_TIME = threading.RLock()
 """Kernel patches and RNG state are process-global, so estimates of several threads run one at a time."""
+
+
+_HOOKED = "there were backward hooks"
+"""Key of :attr:`BilevelProblem.findings`."""
 
 
 class FunctionalModule:
@@ -51,6 +56,7 @@ class FunctionalModule:
         swapper: puts tensors in place.
         recorder: what the losses logged.
         examinations: what a first look at the losses told, by the module's mode.
+        drawn: generators of the process, those of NumPy and ``random``, that an estimate drew from unseen before.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
     """
 
@@ -62,15 +68,17 @@ class FunctionalModule:
         self.findings: dict[Any, Any] = {} if findings is None else findings
         self.examinations: dict[Any, Any] = {}
         self.vectorizes: bool | None = None
+        self.drawn: list[Any] = []
         self._autocast_dtype: torch.dtype | None = None
         self._placed: Params = {}
         self._solves = module.has_solver
         self._converted: InnerOptimizer | None = None
         self._learned: dict[tuple[int, bool, bool], frozenset[str]] = {}
-        configured = None if self._solves else self._configured()
-        self._elementwise = configured is None or is_elementwise(configured)
-        self._maximize = configured is not None and configured.maximize
-        self._max_copies = 1 if _has_backward_hooks(module) else _max_copies(module, self.theta())
+        self._hooked = _has_backward_hooks(module)
+        self._said_of_hooks = False
+        self._max_copies = _max_copies(module, self.theta())
+        self._maximize = False
+        self._elementwise = self._look_at_optimizer()
 
     @property
     def problem(self) -> BilevelProblem:
@@ -96,12 +104,46 @@ class FunctionalModule:
             penalty=None if self._solves else self._penalty,
             maximize=self._maximize,
             elementwise=self._elementwise,
-            max_copies=self._max_copies,
+            max_copies=1 if self._hooked else self._max_copies,
             traits=traits,
             observer=self.recorder,
             findings=self.findings,
         )
         return with_proximal(problem, module.proximal) if module.proximal else problem
+
+    def _look_at_optimizer(self) -> bool:
+        """Return whether the inner optimizer is elementwise; a ``torch.optim`` instance is taken anew."""
+        if self._solves:
+            return True
+        self._converted = None
+        with self.no_trace():
+            configured = self._configured()
+        self._maximize = configured.maximize
+        return is_elementwise(configured)
+
+    def _look_at_hooks(self) -> None:
+        """Find out anew what vectorizes if there are backward hooks since; warn of those that nothing calls."""
+        hooked = _has_backward_hooks(self.module)
+        if hooked and not self.findings.get(_HOOKED):
+            self.vectorizes = None
+            self.findings.clear()
+        self._hooked = self.findings[_HOOKED] = hooked
+        if self._said_of_hooks:
+            return
+        names = [name for name in self.levels.inner_only if _has_hooks(self.swapper.current(name))]
+        if names:
+            self._said_of_hooks = True
+            rank_zero_warn(
+                f"The hooks of the inner parameters {abbreviate(names)} are not called in the inner loop, which "
+                "computes with other tensors in their places. What they do to a gradient belongs in an "
+                "`InnerOptimizer`, or in a hook on what the loss computes."
+            )
+
+    @contextmanager
+    def no_trace(self) -> Iterator[None]:
+        """Put all generators back on exit."""
+        with RngState(self.device, [*self.generators, *process_generators()]).fork():
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -207,6 +249,13 @@ class FunctionalModule:
         difference, moved = tree.norm(tree.sub(together, expected)), tree.norm(tree.sub(expected, params))
         return bool(difference > 1e-3 * moved)
 
+    def try_update(self, theta: Params, phi: Params) -> None:
+        """Take one update on equal gradients, for what it draws."""
+        if not self._solves:
+            with torch.no_grad():
+                opt_state = self._init_opt_state(theta, phi)
+                self._update(theta, tree.map(torch.ones_like, theta), opt_state, phi, 1)
+
     def _stateful(self) -> bool:
         return bool(self._init_opt_state(self.theta(), self.phi()))
 
@@ -236,12 +285,11 @@ class FunctionalModule:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
             stack.enter_context(self.recorder.recording(self.module))
-            if self._converted is not None:  # a rate of `torch.optim` may have changed since the last estimate
-                self._converted = None
-                self._configured()
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
+            self._look_at_hooks()
             try:
                 yield
             finally:
@@ -394,6 +442,11 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     if shared._global_backward_hooks or shared._global_backward_pre_hooks:
         return True
     return any(child._backward_hooks or child._backward_pre_hooks for child in module.modules())
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    """Return whether anything is called with the gradient of a parameter."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _max_copies(module: nn.Module, theta: Params) -> int:

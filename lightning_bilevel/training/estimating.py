@@ -12,6 +12,7 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, vectorizes
+from lightning_bilevel.generators import process_generators
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
@@ -31,6 +32,7 @@ class Surroundings(NamedTuple):
         phi: outer parameters.
         episodes: at least one.
         examination: what a first look at the losses told.
+        generators: of the process, those that the losses are known to draw from.
     """
 
     problem: BilevelProblem
@@ -39,6 +41,7 @@ class Surroundings(NamedTuple):
     phi: Params
     episodes: Sequence[Episode]
     examination: Examination
+    generators: list[Any]
 
 
 class Reach:
@@ -115,9 +118,11 @@ def estimating(
         problem = functional.problem
         if inner_steps is not None:
             problem = replace(problem, inner_steps=inner_steps)
-        check(problem)
+        with functional.no_trace():
+            check(problem)
         examination = examination_of(functional, memory.values(functional), episodes[0])
-        if examination.generators:
+        generators = [*examination.generators, *functional.drawn]
+        if generators:
             functional.vectorizes = False  # what NumPy draws, all episodes of a stack would share
         carried = memory.recall(functional, examination.buffers, len(episodes))
         kept = memory.recall_strategy(functional.device)
@@ -125,10 +130,10 @@ def estimating(
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
         with (
-            repeating([*functional.generators, *examination.generators]),
+            repeating([*functional.generators, *generators]),
             RngState(functional.device).fork(masks.fold_in(-1).seed),
         ):
-            yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination)
+            yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination, generators)
 
 
 def estimated(
@@ -163,7 +168,17 @@ def estimated(
             found.look(functional, memory, at)
             if reach is None and found.unreached:
                 raise found.error(functional)
-        return estimated_at(functional, strategy, at, call)
+        unknown = [each for each in process_generators() if not any(each is one for one in at.generators)]
+        before = RngState(functional.device, unknown)
+        result = estimated_at(functional, strategy, at, call)
+        drawn = before.drawn()
+        before.restore()
+    if not drawn:
+        return result
+    # The first look saw none of it. Now they are known: this estimate is made again, with draws that are repeated.
+    functional.drawn += drawn
+    functional.findings.clear()
+    return estimated(functional, memory, strategy, episodes, call, masks, carry, inner_steps, reach)
 
 
 def estimated_at(
