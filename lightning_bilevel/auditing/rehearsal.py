@@ -62,8 +62,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-2}
 """Relative differences that are always allowed, by the coarsest dtype of the computation; others have ``AGREEMENT``."""
 
 SHORTER = (0.5, 0.1)
-"""Parts of the step at which a small difference has to show again, the second one in float64 alone: a step meets a kink,
-or a gradient near zero that Adam divides by its size, where a shorter one does not."""
+"""Parts of the step at which a small difference has to show again, the second one in float64 alone: a step meets kinks,
+or gradients near zero that Adam divides by their size, where a shorter one does not."""
 
 SPREAD = 10
 """A finite difference is good to this many times the distance of its extrapolations from each other."""
