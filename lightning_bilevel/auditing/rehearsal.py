@@ -61,6 +61,10 @@ kinks stay well below it."""
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-2}
 """Relative differences that are always allowed, by the coarsest dtype of the computation; others have ``AGREEMENT``."""
 
+SHORTER = (0.5, 0.1)
+"""Parts of the step at which a small difference has to show again, the second one in float64 alone: a step meets kinks,
+or gradients near zero that Adam divides by their size, where a shorter one does not."""
+
 SPREAD = 10
 """A finite difference is good to this many times the distance of its extrapolations from each other."""
 
@@ -137,7 +141,7 @@ class Rehearsal:
         self._graphs: Graphs = self._probe(graphs).result or Graphs()
         self._exact = self.attempt(ReverseUnroll(), timed=False).result
         self._slopes = self._finite_differences() if self._exact is not None else []
-        self._confirmed: dict[int, _Slope | None] = {}
+        self._shorter: dict[tuple[int, float], _Slope | None] = {}
         if self._graphs.once or self._agrees(ReverseUnroll(), self._exact) is False:
             self._exact = None  # nothing to compare with
 
@@ -425,19 +429,21 @@ class Rehearsal:
         return all(self._has(slope, result, length, along) for slope in self._slopes[: 1 if along else None])
 
     def _has(self, slope: _Slope, result: Hypergradient, length: float, along: bool) -> bool:
-        """Return whether an estimate has a slope; a small difference from it has to show at another step as well."""
+        """Return whether an estimate has a slope; a small difference from it has to show at shorter steps as well."""
         off = slope.distance(result.grads, length, along)
         if off.difference <= off.allowed:
             return True
         if off.difference > off.most:
             return False
-        if slope.number not in self._confirmed:
-            self._confirmed[slope.number] = self._slope_at(slope.number, slope.factor / 2)
-        again = self._confirmed[slope.number]
-        if again is None:
-            return True
-        off = again.distance(result.grads, length, along)
-        return off.difference <= off.allowed
+        for shorter in SHORTER if slope.dtype == torch.float64 else SHORTER[:1]:
+            place = slope.number, slope.factor * shorter
+            if place not in self._shorter:
+                self._shorter[place] = self._slope_at(*place)
+            again = self._shorter[place]
+            off = again.distance(result.grads, length, along) if again is not None else off
+            if again is None or off.difference <= off.allowed:
+                return True
+        return False
 
     def _small(self, strategy: HypergradientStrategy) -> HypergradientStrategy:
         """Return the strategy with few directions; a large number of columns is stood for by one direction."""
