@@ -280,9 +280,11 @@ class Fit:
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
         self.module._levels = levels = functional.levels
+        self._start = self.module.inner_start
         trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         neither = [name for name in trained if name not in {*levels.inner, *levels.outer}]
         self.frozen = [*levels.inner_only, *neither]
+        self._constant = [name for name, _ in self.module.named_parameters() if name not in {*trained, *levels.outer}]
         self._require_grad(False)
         if neither:
             rank_zero_info(f"In neither level, and constant in this fit: the parameters {abbreviate(neither)}.")
@@ -315,6 +317,7 @@ class Fit:
         """Return the estimate on a batch, or ``None`` where it is skipped; what goes on is kept, the rest is logged."""
         module, memory, ranks = self.module, self.memory, self.ranks
         self._refuse_second_evaluation()
+        self._refuse_changes()
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
         call = Call(key, ranks.shard, module.global_step)
         episodes: list[Episode] = []
@@ -349,6 +352,27 @@ class Fit:
             module.log_dict(metrics, batch_size=len(episodes))
         self._log_skipped()
         return result
+
+    def _refuse_changes(self) -> None:
+        """Refuse what has been changed since the fit began and cannot be followed."""
+        module, outer = self.module, self.functional.levels.outer
+        if module.inner_start == "reset" != self._start:
+            raise combination_error(
+                "`inner_start='reset'` set during the fit",
+                "the values at its start were not kept",
+                f"Start with 'reset' and set {self._start!r} first",
+            )
+        if not any(module.get_parameter(name).requires_grad for name in outer):
+            raise combination_error(
+                "all outer parameters frozen during the fit", "nothing is left to learn", "End the fit, or leave some"
+            )
+        thawed = [name for name in self._constant if module.get_parameter(name).requires_grad]
+        if thawed:
+            raise combination_error(
+                f"`{thawed[0]}` thawed during the fit",
+                "the levels are those of its start, so that it would stay constant",
+                "Thaw it before `trainer.fit`, or go on in a second fit",
+            )
 
     def surrogate(self, result: Hypergradient | None) -> Tensor:
         """Return the outer loss with the estimate as its gradient; nan with zeros where it was skipped."""
