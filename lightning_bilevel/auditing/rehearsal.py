@@ -351,18 +351,18 @@ class Rehearsal:
             v = self._direction(number)
             if any(abs(tree.dot(v, slope.direction)) > 0.99 * math.sqrt(slope.size) * tree.norm(v) for slope in found):
                 continue  # few outer parameters have few directions
-            slope = self._clearest(number)
+            slope = self._slope_at(number, found[0].factor) if found else self._clearest()
             if slope is None and number == 0:
                 return []
             found += [] if slope is None else [slope]
         return found
 
-    def _clearest(self, number: int) -> _Slope | None:
-        """Return the first finite difference along a direction that is precise, or the most precise one."""
+    def _clearest(self) -> _Slope | None:
+        """Return the first finite difference along the first direction that is precise, or the most precise one."""
         double = all(value.dtype == torch.float64 for value in self.phi.values())
         best: _Slope | None = None
         for factor in (FINE, *DIFFERENCES) if double else DIFFERENCES:
-            slope = self._slope_at(number, factor)
+            slope = self._slope_at(0, factor)
             if slope is not None and (best is None or slope.error / slope.length < best.error / best.length):
                 best = slope
             if best is not None and best.error <= best.tolerance * best.length:
