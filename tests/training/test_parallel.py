@@ -324,3 +324,9 @@ def test_state_that_differs_by_rounding_is_that_of_rank_0(monkeypatch, last_digi
     assert made.grads["w"].tolist() == [1, 1]
     assert float(h) == pytest.approx(1)
     assert two.shard == (0, 2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_directions", marks=pytest.mark.slow)])
+def test_parameters_in_neither_level(strategy: str) -> None:
+    """DDP would wait for their gradients."""
+    assert "trained" in ran("backbone.py", strategy)
