@@ -15,7 +15,6 @@ from lightning_bilevel.calculus.runs import last_loss
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, number, one_of
 from lightning_bilevel.host import Trainer
-from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState, Update
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -159,8 +158,8 @@ class FSLA(HypergradientStrategy):
         """Return the plain step at the rate τ on what ``problem`` makes stationary."""
 
         def update(
-            params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
-        ) -> tuple[Params, OptState]:
+            params: Params, grads: Params, opt_state: dict[str, Params], phi: Params, step: int
+        ) -> tuple[Params, dict[str, Params]]:
             assert self.tau is not None
             slope = gradient_of_stationary(problem, grads, params, phi)
             return tree.add(params, slope, alpha=-self.tau), opt_state

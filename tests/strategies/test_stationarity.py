@@ -164,9 +164,8 @@ def test_it_is_said_once_and_looked_for_at_powers_of_two() -> None:
 
 def test_a_fit_that_is_long_on_its_way_is_told_in_the_end() -> None:
     module = Toy(lambda module: Decaying(), inner_start="warm", inner_steps=1)
-    running = trainer(FSLA(beta=0.1), max_steps=64, max_epochs=-1)
     with pytest.warns(UserWarning, match=r"^`FSLA` takes θ_T for a stationary point"):
-        running.fit(module, listed([NONE] * 64))
+        trainer(FSLA(beta=0.1), max_steps=64, max_epochs=-1).fit(module, listed([NONE] * 64))
 
 
 def test_looking_draws_nothing_and_changes_no_estimate() -> None:
@@ -201,7 +200,7 @@ def test_the_residual_bounds_how_far_the_outer_loss_is_off(steps: int) -> None:
         return (theta - 3) @ (theta - there)
 
     bound = result.metrics["inner_residual"] * (theta - 3).norm() * theta.norm()
-    assert 0 < off(best).abs() <= bound
+    assert 0 < off(best).abs() <= bound < 10
 
 
 def test_the_residual_is_logged() -> None:
