@@ -198,7 +198,8 @@ def test_parameters_are_not_changed_in_place() -> None:
 
 def test_generators_are_not_seeded() -> None:
     seeding = Before(lambda carry, phi: random.seed(3))
-    fails("leaves_the_module_alone", seeding, r"an estimate changes the random generator of python of the module")
+    # On a module the surroundings of an estimate put it back.
+    fails("draws_by_its_key", seeding, r"an estimate draws from the global generator of python")
 
 
 class Drawn(DirectionSampler):
