@@ -21,22 +21,9 @@ from lightning_bilevel.host import (
     move_data_to_device,
     rank_zero_warn,
 )
-from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.randomness import RngState
-from lightning_bilevel.strategies import (
-    FSLA,
-    PZOBO,
-    FirstOrder,
-    ForwardGradient,
-    ForwardUnroll,
-    GammaGreedy,
-    HypergradientSchedule,
-    HypergradientStrategy,
-    ImplicitGradient,
-    ReverseUnroll,
-    TruncatedReverse,
-    ZerothOrder,
-)
+from lightning_bilevel.strategies import HypergradientSchedule, HypergradientStrategy
+from lightning_bilevel.strategies.table import one_of_each
 from lightning_bilevel.training.module import BilevelModule
 
 EPISODES = 2
@@ -157,7 +144,7 @@ def audit(
     Example:
         ``audit(module, next(iter(loader)))``
 
-    >>> from lightning_bilevel import SGD, Episode
+    >>> from lightning_bilevel import PZOBO, SGD, Episode, ReverseUnroll
     >>> class Scale(BilevelModule):
     ...     def __init__(self):
     ...         super().__init__(inner_steps=1, inner_start="reset")
@@ -295,19 +282,7 @@ def _bilevel(what: str, module: Any) -> None:
 def _checked(owner: str, strategies: Sequence[HypergradientStrategy] | None) -> list[HypergradientStrategy]:
     """Return the strategies to try; raise unless they are strategies."""
     if strategies is None:
-        return [
-            ReverseUnroll(),
-            TruncatedReverse(),
-            FirstOrder(),
-            ForwardUnroll(),
-            ForwardGradient(),
-            ForwardGradient(mode="forward"),
-            ImplicitGradient(Neumann(terms=2, step_size=1e-2)),
-            GammaGreedy(),
-            FSLA(),
-            PZOBO(2),  # two runs at once: one alone is not vectorized
-            ZerothOrder(2),
-        ]
+        return one_of_each()
     if not isinstance(strategies, Sequence) or not strategies:
         raise value_error(f"{owner}(strategies=...)", "a list such as `[ReverseUnroll(), PZOBO()]`", strategies)
     for strategy in strategies:

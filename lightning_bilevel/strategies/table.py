@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightning_bilevel.strategies.base import every_strategy
+from lightning_bilevel.linear_solvers import Neumann
+from lightning_bilevel.strategies.base import HypergradientStrategy, every_strategy
+from lightning_bilevel.strategies.first_order import FirstOrder
+from lightning_bilevel.strategies.forward_gradient import ForwardGradient
+from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
+from lightning_bilevel.strategies.fsla import FSLA
+from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
+from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.pzobo import PZOBO
+from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
+from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
+from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
 
 class Facts(NamedTuple):
@@ -27,6 +38,28 @@ def facts() -> list[Facts]:
     ['ForwardUnroll', 'ReverseUnroll']
     """
     return [Facts(cls.__name__, *(getattr(cls, field) for field in Facts._fields[1:])) for cls in every_strategy()]
+
+
+def one_of_each() -> list[HypergradientStrategy]:
+    """Return every strategy that estimates by itself, with little to do, and both engines of forward gradients.
+
+    >>> missing = {kind.__name__ for kind in every_strategy()} - {type(each).__name__ for each in one_of_each()}
+    >>> missing
+    {'HypergradientSchedule'}
+    """
+    return [
+        ReverseUnroll(),
+        TruncatedReverse(),
+        FirstOrder(),
+        ForwardUnroll(),
+        ForwardGradient(),
+        ForwardGradient(mode="forward"),
+        ImplicitGradient(Neumann(terms=2, step_size=1e-2)),
+        GammaGreedy(),
+        FSLA(),
+        PZOBO(2),  # two runs at once: one alone is not vectorized
+        ZerothOrder(2),
+    ]
 
 
 def markdown() -> str:
