@@ -365,10 +365,10 @@ class FunctionalModule:
             return self._configured().init(params)
 
     def _update(
-        self, params: Params, grads: Params, slots: OptState, phi: Params, step: int
+        self, params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
     ) -> tuple[Params, OptState]:
         with self.swapper.swapped(phi):
-            return self._configured().update(params, grads, slots, step)
+            return self._configured().update(params, grads, opt_state, step)
 
     def _penalty(self, theta: Params, phi: Params) -> Tensor:
         with self.swapper.swapped(phi):

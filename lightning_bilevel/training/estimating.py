@@ -170,9 +170,9 @@ def estimated(
                 raise found.error(functional)
         unknown = [each for each in process_generators() if not any(each is one for one in at.generators)]
         before = RngState(functional.device, unknown)
-        result = estimated_at(functional, strategy, at, call)
-        drawn = before.drawn()
-        before.restore()
+        with before.fork():  # also where an estimate raises
+            result = estimated_at(functional, strategy, at, call)
+            drawn = before.drawn()
     if not drawn:
         return result
     # The first look saw none of it. Now they are known: this estimate is made again, with draws that are repeated.
