@@ -33,14 +33,12 @@ class Examination:
         buffers: names of the buffers that they change.
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
-        outer_has_gradient: whether the outer loss has a gradient at all.
         generators: of the process, those of NumPy and ``random``, from which the losses draw.
     """
 
     buffers: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     once_differentiable: tuple[tuple[str, str], ...] = ()
-    outer_has_gradient: bool = True
     generators: tuple[Any, ...] = ()
 
 
@@ -94,7 +92,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
             if unreached:
                 unreached = [name for name in unreached if name not in functional.learned()]
         once = once_differentiable(inner) if inner is not None else []
-        return Examination(tuple(buffers), tuple(unreached), tuple(once), losses["outer_loss"].requires_grad, drawn)
+        return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn)
 
 
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:

@@ -169,11 +169,3 @@ def test_a_function_is_named_once_with_a_line_under_anomaly_mode() -> None:
     with torch.autograd.set_detect_anomaly(True, check_nan=False), functional.session():
         loss, _ = functional.problem.inner_loss(theta, functional.phi(), (X, Y), {})
     assert once_differentiable(loss) == [("Once", line(squared))]
-
-
-def test_an_outer_loss_without_a_gradient_is_told() -> None:
-    module = net(
-        outer_loss=lambda self, batch: torch.ones(()),
-        inner_loss=lambda self, batch: (self.net(batch[0]) - batch[1]).square().mean() * self.log_penalty.exp().sum(),
-    )
-    assert not looked(module.functional()).outer_has_gradient
