@@ -128,9 +128,15 @@ class RngState:
             and not self.drawn()
         )
 
-    def drawn(self) -> list[Any]:
-        """Return the sources that have been drawn from since the snapshot was taken."""
-        return [source for source, state in self._others if not same(state, state_of(source))]
+    def drawn(self, among: Iterable[Any] | None = None) -> list[Any]:
+        """Return the sources that have been drawn from since the snapshot was taken.
+
+        Args:
+            among: those to look at; default all.
+        """
+        asked = None if among is None else {id(source) for source in among}
+        others = [(source, state) for source, state in self._others if asked is None or id(source) in asked]
+        return [source for source, state in others if not same(state, state_of(source))]
 
     def restore(self) -> None:
         """Put the generators back to where the snapshot was taken."""

@@ -137,13 +137,14 @@ def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: 
     names = list(end.flat())
 
     def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
-        total = tree.zeros_like(phi)
+        segment = last.pop()
         with RngState(device).fork():
-            while last or checkpoints:
-                segment = last.pop() if last else _again(step, phi, *checkpoints.pop())
+            cotangent, total = segment.pull(cotangent, names if checkpoints else wanted)
+            while checkpoints:
+                del segment  # and its graph, before the next
+                segment = _again(step, phi, *checkpoints.pop())
                 cotangent, through = segment.pull(cotangent, names if checkpoints else wanted)
                 total = tree.add(total, through)
-                del segment  # and its graph, before the next
         return cotangent, total
 
     return Pulled(end, losses, pull)

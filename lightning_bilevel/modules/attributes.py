@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import sys
 from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from lightning_bilevel.host import LightningModule
 _NOT_THE_USERS = {*vars(nn.Module()), *vars(LightningModule()), "fit_context", "_levels", "log", "log_dict"}
 _CONTAINERS = (list, deque, dict, set)
 _LEAVES = (Tensor, str, bytes, int, float, complex, type(None))
+_ATOMS = {int, float, bool, str, type(None), Tensor}
+"""The types of most attributes, which hold nothing."""
 
 
 _DEPTH, _WIDTH = 4, 1_000
@@ -40,6 +43,8 @@ class Entry(NamedTuple):
         """Return whether this is the very thing, with the very things in it, that the other is."""
         if other is None or self.value is not other.value or len(self.inside) != len(other.inside):
             return False
+        if self.content is None is other.content and not self.inside:
+            return True
         pairs = [(self.content, other.content)]
         for (mine, content), (theirs, others) in zip(self.inside, other.inside, strict=True):
             if mine is not theirs:
@@ -126,9 +131,13 @@ def _since(first: Entry, earlier: Entry, later: Entry) -> Entry:
 
 
 def _entry(value: Any) -> Entry:
-    inside: list[tuple[Any, Any]] = []
+    if type(value) in _ATOMS:
+        return Entry(value, None)
     content = _copied(value)
-    layer, seen = [content if content is not None else value if isinstance(value, tuple) else ()], {id(value)}
+    if content is None and not isinstance(value, tuple):
+        return Entry(value, None)
+    inside: list[tuple[Any, Any]] = []
+    layer, seen = [value if content is None else content], {id(value)}
     for _ in range(_DEPTH):
         following: list[Any] = []
         for each in layer:
@@ -151,15 +160,15 @@ def _copied(value: Any) -> Any:
     """Return a copy of a container, or of the attributes of an object of the user's own making."""
     if isinstance(value, _CONTAINERS):
         return value.copy() if hasattr(value, "copy") else list(value)
-    return dict(vars(value)) if _is_users(value) else None
+    kind: Any = type(value)
+    return dict(vars(value)) if _is_users(kind) and hasattr(value, "__dict__") else None
 
 
-def _is_users(value: Any) -> bool:
-    """Return whether an object is of a plain class of the user's: a record, a meter."""
-    return (
-        not isinstance(value, (*_LEAVES, type, nn.Module))
-        and hasattr(value, "__dict__")
-        and all(_is_own(kind.__module__) for kind in type(value).__mro__[:-1])
+@lru_cache(maxsize=1_000)
+def _is_users(kind: type) -> bool:
+    """Return whether a class is a plain one of the user's: a record, a meter."""
+    return not issubclass(kind, (*_LEAVES, type, nn.Module)) and all(
+        _is_own(each.__module__) for each in kind.__mro__[:-1]
     )
 
 

@@ -18,7 +18,6 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached
 from lightning_bilevel.problem import Episode
-from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 PACKAGE = Path(__file__).parents[1]
@@ -54,7 +53,8 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         MisconfigurationError: the inner loss does not depend on the inner parameters.
     """
     levels = functional.levels
-    with functional.no_trace():
+    rng = functional.snapshot()
+    with rng.fork():
         for argument in functional.negative():
             rank_zero_warn(f"`{argument}` is negative as a tensor. Is an `.exp()` missing where it is learned?")
         mixes = functional.mixes_entries()
@@ -66,13 +66,12 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         )
     phi = tree.leaves(functional.phi())
     of_process = process_generators()
-    rng = RngState(functional.device, [*functional.generators, *of_process])
     with torch.enable_grad(), rng.fork():
         start = functional.problem.initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
         functional.try_update(theta, phi)
-        drawn = tuple(each for each in rng.drawn() if any(each is one for one in of_process))
+        drawn = tuple(rng.drawn(of_process))
         if episode.outer is None:
             return Examination(tuple(buffers), generators=drawn)
         inner = losses.get("inner_loss")

@@ -78,7 +78,8 @@ class FunctionalModule:
         self._said_of_hooks = False
         self._max_copies = _max_copies(module, self.theta())
         self._maximize = False
-        self._elementwise = self._look_at_optimizer()
+        with self.snapshot().fork():
+            self._elementwise = self._look_at_optimizer()
 
     @property
     def problem(self) -> BilevelProblem:
@@ -116,8 +117,7 @@ class FunctionalModule:
         if self._solves:
             return True
         self._converted = None
-        with self.no_trace():
-            configured = self._configured()
+        configured = self._configured()
         self._maximize = configured.maximize
         return is_elementwise(configured)
 
@@ -139,11 +139,10 @@ class FunctionalModule:
                 "`InnerOptimizer`, or in a hook on what the loss computes."
             )
 
-    @contextmanager
-    def no_trace(self) -> Iterator[None]:
-        """Put all generators back on exit."""
-        with RngState(self.device, [*self.generators, *process_generators()]).fork():
-            yield
+    def snapshot(self) -> RngState:
+        """Return where all generators stand, the user's and those of the process."""
+        sources = {id(each): each for each in (*self.generators, *process_generators())}
+        return RngState(self.device, sources.values())
 
     @property
     def device(self) -> torch.device:
@@ -272,13 +271,17 @@ class FunctionalModule:
             self.module._levels = before
 
     @contextmanager
-    def session(self, twice: bool = True) -> Iterator[None]:
+    def session(self, twice: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[RngState]:
         """Enter the surroundings of one estimate: safe kernels, no autocast but in the losses, logs recorded.
 
         Other threads wait for it to end.
 
         Args:
             twice: whether losses are differentiated twice.
+            check: called once all is in place; what it draws is put back.
+
+        Yields:
+            Where all generators stood at the beginning, and stand now.
         """
         kind = self.device.type
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
@@ -288,10 +291,13 @@ class FunctionalModule:
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
+            before = self.snapshot()
+            with before.fork():
+                self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
+                check()
             self._look_at_hooks()
             try:
-                yield
+                yield before
             finally:
                 self._autocast_dtype = None
 

@@ -33,6 +33,7 @@ class Surroundings(NamedTuple):
         episodes: at least one.
         examination: what a first look at the losses told.
         generators: of the process, those that the losses are known to draw from.
+        before: where all generators stood.
     """
 
     problem: BilevelProblem
@@ -42,6 +43,7 @@ class Surroundings(NamedTuple):
     episodes: Sequence[Episode]
     examination: Examination
     generators: list[Any]
+    before: RngState
 
 
 class Reach:
@@ -114,12 +116,12 @@ def estimating(
             f"{inner_only[0]} would continue from several ends at once",
             "Use `inner_start='reset'`, or one episode per batch",
         )
-    with functional.session(twice):
-        problem = functional.problem
-        if inner_steps is not None:
-            problem = replace(problem, inner_steps=inner_steps)
-        with functional.no_trace():
-            check(problem)
+
+    def problem() -> BilevelProblem:
+        whole = functional.problem
+        return whole if inner_steps is None else replace(whole, inner_steps=inner_steps)
+
+    with functional.session(twice, lambda: check(problem())) as before:
         examination = examination_of(functional, memory.values(functional), episodes[0])
         generators = [*examination.generators, *functional.drawn]
         if generators:
@@ -133,7 +135,8 @@ def estimating(
             repeating([*functional.generators, *generators]),
             RngState(functional.device).fork(masks.fold_in(-1).seed),
         ):
-            yield Surroundings(problem, carried, kept, functional.phi(), episodes, examination, generators)
+            phi = functional.phi()
+            yield Surroundings(problem(), carried, kept, phi, episodes, examination, generators, before)
 
 
 def estimated(
@@ -169,10 +172,9 @@ def estimated(
             if reach is None and found.unreached:
                 raise found.error(functional)
         unknown = [each for each in process_generators() if not any(each is one for one in at.generators)]
-        before = RngState(functional.device, unknown)
-        with before.fork():  # also where an estimate raises
+        with at.before.fork():  # also where an estimate raises
             result = estimated_at(functional, strategy, at, call)
-            drawn = before.drawn()
+            drawn = at.before.drawn(unknown)
     if not drawn:
         return result
     # The first look saw none of it. Now they are known: this estimate is made again, with draws that are repeated.
