@@ -4,7 +4,7 @@ Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer a
 :mod:`~lightning_bilevel.calculus.step` first: every derivative of Ω is there.
 """
 
-from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value, outer_value_and_grads
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import (
     Run,
     directional_derivatives,
@@ -26,6 +26,7 @@ __all__ = [
     "directional_derivatives",
     "inner_step",
     "last_loss",
+    "outer_graph",
     "outer_value",
     "outer_value_and_grads",
     "run",

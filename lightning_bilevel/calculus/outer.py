@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +45,25 @@ def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Param
     True
     """
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
-    with torch.enable_grad():
-        value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
-        observed = problem.observer.observe() if problem.observer is not None else None
-        d, c = gradients(value, theta, outer)
+    value, observed = outer_graph(problem, replace(state, params=theta), outer, episode)
+    d, c = gradients(value, theta, outer)
     return OuterEvaluation(value.detach(), d, c, observed)
+
+
+def outer_graph(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
+    """Return f, which hangs on the graphs of ``state`` and ``phi``, and what the evaluation left behind.
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> outer = tree.leaves(phi)
+    >>> value, _ = outer_graph(problem, carry.inner, outer, episode)
+    >>> torch.allclose(tree.grad(value, outer)["target"], module.rho * phi["target"])
+    True
+    """
+    with torch.enable_grad():
+        value = problem.outer_loss(state.params, phi, episode.outer, state.buffers)
+    return value, problem.observer.observe() if problem.observer is not None else None
 
 
 def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
@@ -61,10 +76,8 @@ def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode
     >>> value.requires_grad, observed
     (False, None)
     """
-    with torch.enable_grad():
-        theta, outer = tree.leaves(state.params), tree.leaves(phi)
-        value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
-    return value.detach(), problem.observer.observe() if problem.observer is not None else None
+    value, observed = outer_graph(problem, replace(state, params=tree.leaves(state.params)), tree.leaves(phi), episode)
+    return value.detach(), observed
 
 
 def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params]:

@@ -3,6 +3,7 @@
 With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for parameters and optimizer state together:
 
 - calling it takes the step;
+- ``graph`` takes a stretch of steps and leaves their graph to autograd;
 - ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
 - ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
 - ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
@@ -110,8 +111,20 @@ class InnerStep(ABC):
         """Return the state after one step, and the inner loss before it, both without a graph."""
 
     @abstractmethod
+    def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+        """Take one step per batch; what comes back hangs on the graphs of ``state`` and ``phi``.
+
+        Memory: the activations of a step, ``len(batches)`` times.
+
+        Returns:
+            The end, and the inner losses at the start of each step, detached.
+        """
+
     def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-        """Take one step per batch, with one graph for all of them; its memory grows with their number."""
+        """Take one step per batch, with one graph for all of them, that can be run backward; see :meth:`graph`."""
+        begin, outer = tree.leaves(state.flat()), tree.leaves(phi)
+        end, losses = self.graph(state.unflat(begin), outer, batches)
+        return Pulled(end.detach(), losses, pullback(end.flat(), begin, outer))
 
     @abstractmethod
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
@@ -169,16 +182,14 @@ class GradientStep(InnerStep):
         """Take the step; its graph goes with the inner gradient."""
         return self._taken(state, phi, batch, tree.leaves(state.params), create_graph=False)
 
-    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-        """Take the steps and keep their graphs: ``len(batches)`` times the activations of a step."""
-        begin, outer = tree.leaves(state.flat()), tree.leaves(phi)
-        state = state.unflat(begin)
+    def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+        """Take the steps and keep their graphs."""
         losses: list[Tensor] = []
         for batch in batches:
             theta = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in state.params.items()}
-            state, loss = self._taken(state, outer, batch, theta, create_graph=True)
+            state, loss = self._taken(state, phi, batch, theta, create_graph=True)
             append_loss(losses, loss)
-        return Pulled(state.detach(), losses, pullback(state.flat(), begin, outer))
+        return state, losses
 
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents by the chosen engine."""
@@ -214,13 +225,12 @@ class SolverStep(InnerStep):
         with torch.no_grad():
             return self._solved(state, self._solve(state, phi, batch), batch), None
 
-    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+    def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
         """Call the solver with a graph."""
         (batch,) = batches
-        begin, outer = tree.leaves(state.params), tree.leaves(phi)
         with torch.enable_grad():
-            params = self._solve(InnerState(begin, state.buffers), outer, batch)
-        return Pulled(self._solved(state, params, batch).detach(), [], pullback(params, begin, outer))
+            params = self._solve(state, phi, batch)
+        return self._solved(state, params, batch), []
 
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents through the solver by forward AD."""

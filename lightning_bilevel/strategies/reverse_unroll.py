@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.outer import outer_graph, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss, run_checkpointed, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import value_error
@@ -60,10 +60,16 @@ class ReverseUnroll(HypergradientStrategy):
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return ∇h(φ); see :meth:`HypergradientStrategy.estimate`."""
-        step, batches = inner_step(problem), problem.batches(episode)
+        step, segments = inner_step(problem), _segments(problem.batches(episode), self.checkpoint)
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
-        final, losses, pull = run_checkpointed(step, start.detach(), phi, _segments(batches, self.checkpoint))
+        if len(segments) == 1:  # one graph of all, and one pass over it
+            end, losses = step.graph(start, outer, segments[0])
+            metrics = last_loss(problem, losses)
+            value, observed = outer_graph(problem, end, outer, episode)
+            grads = tree.grad(value, outer)
+            return Hypergradient(value.detach(), grads, end.detach(), metrics, observed=observed)
+        final, losses, pull = run_checkpointed(step, start.detach(), phi, segments)
         metrics = last_loss(problem, losses)
         value, d, c, observed = outer_value_and_grads(problem, final, phi, episode)
         moving = {name: tensor for name, tensor in start.flat().items() if tensor.requires_grad}

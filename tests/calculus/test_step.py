@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus import InnerStep, Mode, inner_step, run
+from lightning_bilevel.calculus import InnerStep, Mode, inner_step, run, vector_jacobian
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
 from tests.support.problems import DIFFERENCE, INNER_OPTIMIZERS, Mlp, Problem, RidgeSolver, assert_close, draw, episodes
@@ -120,6 +120,20 @@ def test_what_is_pulled_is_what_is_wanted_and_what_the_cotangent_lacks_is_zero()
     assert_close(by_one, {name: by_all[name]})
     assert_close(again, by_phi)
     assert none.pull({}, ())[0] == {}
+
+
+@every_place
+def test_a_graph_leads_to_what_pulled_cotangents_are(make: Any) -> None:
+    at = make()
+    begin, outer = tree.leaves(at.state.flat()), tree.leaves(at.phi)
+    end, losses = inner_step(at.problem).graph(at.state.unflat(begin), outer, at.batches)
+    pulled = inner_step(at.problem).vjp(at.state, at.phi, at.batches)
+    assert [loss.tolist() for loss in losses] == [loss.tolist() for loss in pulled.losses]
+    d = {name: draw(*value.shape, seed=300 + i) for i, (name, value) in enumerate(pulled.state.flat().items())}
+    moved = {name: value for name, value in end.flat().items() if value.requires_grad}
+    by_graph = vector_jacobian(moved, outer, {name: d[name] for name in moved})
+    _, by_phi = pulled.pull(d, list(begin))
+    assert_close(by_graph, by_phi)
 
 
 def test_a_cotangent_is_taken_over() -> None:
