@@ -1,6 +1,6 @@
 # Everything is installed into .venv and nowhere else; delete it, or `make clean`, to start over.
 #
-#   make demo          train the data-cleaning example and draw its result
+#   make demo          learn where a net should start, and draw the result
 #   make test          run the tests          make test ARGS="-m slow"
 #   make lint          ruff and mypy          make format   lets ruff mend what it can
 #   make docs          build the documentation
@@ -25,8 +25,8 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: .venv/installed-examples
-	.venv/bin/python examples/data_cleaning.py $(ARGS)
-	@test -f outputs/data_cleaning.png && echo "The picture is $(CURDIR)/outputs/data_cleaning.png"
+	.venv/bin/python examples/learned_start.py $(ARGS)
+	@test -f outputs/learned_start.png && echo "The picture is $(CURDIR)/outputs/learned_start.png"
 
 test: .venv/installed-test,examples .venv/tried-learn2learn
 	.venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)

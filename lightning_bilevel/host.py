@@ -1,4 +1,4 @@
-"""The one door to Lightning: every name this package takes from it, from one namespace.
+"""Re-exports Lightning's names from whichever of its two namespaces is imported; no other file imports Lightning.
 
 Lightning ships twice, as ``pytorch_lightning`` and as ``lightning.pytorch``; their classes are
 distinct. The package follows the one that was imported first; where none was, the one that is

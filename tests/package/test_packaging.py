@@ -167,6 +167,17 @@ def test_the_measurements_of_the_readme_are_those_of_the_benchmark() -> None:
         assert f"{peer} {number}" in readme
 
 
+def test_the_first_screen_of_the_readme_has_the_numbers_of_the_demo() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "learned_start.json").read_text())["results"]["reverse"]
+    assert len(found) == 5
+    screen = " ".join((ROOT / "README.md").read_text().split("## Example")[0].split())
+    mean = {name: sum(run["psnr"][name]["3"] for run in found.values()) / 5 for name in found["0"]["psnr"]}
+    assert f"{mean['learned start and rate']:.1f} dB on digits that none has seen" in screen
+    assert f"is at {mean['trained on all digits']:.1f} dB after three steps" in screen
+    assert f"the nearest of 1,200 digits is at {mean['the nearest digit']:.1f}" in screen
+    assert max(mean, key=lambda name: mean[name]) == "learned start and rate"
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#\s:]+)\)", (ROOT / page).read_text())
