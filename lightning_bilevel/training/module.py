@@ -72,6 +72,8 @@ class BilevelModule(BilevelHooks):
     0.075
     """
 
+    _ALL_OF_THEM = "Give `configure_optimizers()` all of `outer_parameters()`, or select fewer there."
+
     def __init__(
         self,
         inner_steps: int = 1,
@@ -140,12 +142,12 @@ class BilevelModule(BilevelHooks):
             with functional.swapper.swapped({**state.params, **state.buffers}):
                 yield self
 
-    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Estimate the hypergradient and return the outer loss with it as its gradient."""
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Any:
+        """Estimate the hypergradient and return the outer loss with it as its gradient, and what is beside the loss."""
         fit = self.fit_context.fit
         if self.trainer.fit_loop._skip_backward:
             return self._evaluated(batch)
-        return fit.surrogate(fit.estimate(batch))
+        return fit.output(fit.estimate(batch))
 
     def functional(self) -> FunctionalModule:
         """Return the pure functions of this module: those of the running fit, or fresh ones."""
@@ -175,11 +177,10 @@ class BilevelModule(BilevelHooks):
             )
         if groups and left_out:
             rank_zero_warn(
-                f"No optimizer has the outer parameters {left_out}: they stay as they are. Give "
-                "`configure_optimizers()` all of `outer_parameters()`, or select fewer there."
+                f"No optimizer has the outer parameters {left_out}: they stay as they are. {self._ALL_OF_THEM}"
             )
 
-    def _evaluated(self, batch: Any) -> Tensor:
+    def _evaluated(self, batch: Any) -> Any:
         """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""
         with torch.no_grad():
             for episode in self.episodes(batch):
