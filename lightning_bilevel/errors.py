@@ -35,7 +35,7 @@ class ArgumentError(ValueError):
 
 
 class NoLossError(ArgumentError):
-    """A loss is ``None``: its batch is to be left out, as Lightning leaves it out where a training step returns that."""
+    """A loss is ``None``: its batch is left out, as Lightning does it where a training step returns that."""
 
 
 class NonfiniteError(FloatingPointError):
@@ -69,10 +69,10 @@ def value_error(what: str, expected: str, got: Any, hint: str = "") -> ArgumentE
 def no_loss_error(what: str) -> NoLossError:
     """Say which loss was ``None``, in a place where there is no step to skip.
 
-    >>> print(no_loss_error("Net.outer_loss(batch)"))
-    Expected `Net.outer_loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None. A fit skips this step.
+    >>> print(no_loss_error("Net.loss(batch)"))
+    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None. A fit skips such a step.
     """
-    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, "A fit skips this step.")
+    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, "A fit skips such a step.")
     return NoLossError(str(error), error.reason, error.fix)
 
 

@@ -93,9 +93,7 @@ class LogRecorder:
         if not self._running or self._attributes is None:
             return None
         states = [metric.present() for metric in self._metrics]
-        return Observed(
-            dict(self._latest), states, self._buffers, self._before, self._attributes.take(), self._beside
-        )
+        return Observed(dict(self._latest), states, self._buffers, self._before, self._attributes.take(), self._beside)
 
     def end(self, observed: Any, count: int) -> Params:
         """End the run of ``count`` episodes; what stood at ``observed`` counts.
@@ -141,7 +139,7 @@ class LogRecorder:
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
-        self._runs, self._metrics, self._final = [], [], None
+        self._runs, self._metrics, self._final, self.outputs = [], [], None, []
 
 
 class Observed(NamedTuple):

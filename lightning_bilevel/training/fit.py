@@ -320,7 +320,6 @@ class Fit:
     def estimate(self, batch: Any) -> Hypergradient | None:
         """Return the estimate on a batch, or ``None`` where it is skipped; what goes on is kept, the rest is logged."""
         module, memory, ranks = self.module, self.memory, self.ranks
-        self._outputs = {}
         self._refuse_second_evaluation()
         self._refuse_changes()
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
@@ -390,9 +389,10 @@ class Fit:
         Where the estimate was skipped the loss is nan with zeros, for Lightning refuses ``None`` in more than one
         process; :meth:`drop_skipped` undoes the zeros. Where a loss was ``None`` in one process, so is this.
         """
+        outputs, self._outputs = self._outputs, {}
         if result is not None:
             loss = self._surrogate(result.value, result.grads)
-            return {"loss": loss, **self._outputs} if self._outputs else loss
+            return {"loss": loss, **outputs} if outputs else loss
         if self._left_out and self.module.trainer.world_size == 1:
             return None
         phi = self.functional.phi()

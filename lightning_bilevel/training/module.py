@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.inputs import check_inner_batches

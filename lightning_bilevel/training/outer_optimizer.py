@@ -1,4 +1,4 @@
-"""Which optimizer steps the outer parameters of an existing module: one that is given, or the module's own with them."""
+"""Which optimizer steps the outer parameters of an existing module: one that is given, or one of the module's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def checked_outer_optimizer(given: Any) -> OuterOptimizerLike:
     made = given.func if isinstance(given, functools.partial) else given
     inner = isinstance(made, InnerOptimizer) or (isinstance(made, type) and issubclass(made, InnerOptimizer))
     if given is None or (not inner and (callable(given) or _alone(given))):
-        return given  # type: ignore[no-any-return]
+        return given
     raise value_error(
         "bilevel(outer_optimizer=...)",
         "a `torch.optim` class, a partial of one, or a function of the outer parameters",
@@ -66,6 +66,7 @@ def chosen_outer_optimizer(module: LightningModule, given: OuterOptimizerLike, o
     'RMSprop'
     """
     owner = type(module).__name__
+    configured: Any
     if given is None:
         source = f"{owner}.configure_optimizers()"
         configured = module.configure_optimizers() if defines(module, "configure_optimizers") else None

@@ -13,7 +13,13 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_bilevel.errors import ArgumentError, MisconfigurationError, NoLossError, NonfiniteError, combination_error
+from lightning_bilevel.errors import (
+    ArgumentError,
+    MisconfigurationError,
+    NoLossError,
+    NonfiniteError,
+    combination_error,
+)
 from lightning_bilevel.host import (
     DDPStrategy,
     DeepSpeedStrategy,

@@ -36,15 +36,16 @@ def as_patterns(module: LightningModule, level: str, selection: Any) -> list[str
     ...         self.body, self.head = nn.Linear(1, 1), nn.Linear(1, 1, bias=False)
     >>> net = Net()
     >>> as_patterns(net, "inner", ["*.bias", net.head])
-    ['*.bias', 'head.weight']
+    ['*.bias', 'head']
     """
     if isinstance(selection, (str, nn.Module, nn.Parameter)) or not isinstance(selection, Iterable):
         selection = [selection]
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    children = {id(child): name for name, child in module.named_modules()}
     found: list[str] = []
     for entry in selection:
-        if isinstance(entry, str):
-            found.append(entry)
+        if isinstance(entry, str) or children.get(id(entry)):
+            found.append(entry if isinstance(entry, str) else children[id(entry)])
             continue
         parameters = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
         if not isinstance(entry, (nn.Module, nn.Parameter)) or any(id(p) not in names for p in parameters):

@@ -17,7 +17,11 @@ from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.training.module import BilevelModule
-from lightning_bilevel.training.outer_optimizer import OuterOptimizerLike, checked_outer_optimizer, chosen_outer_optimizer
+from lightning_bilevel.training.outer_optimizer import (
+    OuterOptimizerLike,
+    checked_outer_optimizer,
+    chosen_outer_optimizer,
+)
 from lightning_bilevel.training.selection import Names, as_patterns, defines, made_later, matching, require_trained
 
 Loss = str | Callable[[Any, Batch], Any] | None
@@ -56,10 +60,10 @@ def bilevel(
     losses log, the outer loss's value. What the outer loss returns beside ``"loss"`` reaches
     ``on_train_batch_end(outputs, ...)``, as :meth:`BilevelModule.outer_loss` says; a loss of ``None`` skips the step.
 
-    ``module`` is trained in place: after the fit, the object itself has the new parameters, and is no longer tied to
-    the wrapper. A checkpoint of the fit has its ``state_dict`` and ``hparams`` as a checkpoint of its own would, so that
-    ``type(module).load_from_checkpoint(path)`` opens it. (Named parameters of the wrapper, and so the names in a
-    :class:`Hypergradient`, have the prefix ``module.``.)
+    ``module`` is trained in place: after the fit, the object itself has the new parameters, and is tied neither to the
+    wrapper nor to the Trainer. A checkpoint of the fit has its ``state_dict`` and ``hparams`` as one of its own would,
+    so that ``type(module).load_from_checkpoint(path)`` opens it. (The wrapper's ``named_parameters``, and so the names
+    in a :class:`Hypergradient`, have the prefix ``module.``.)
 
     Args:
         module: any LightningModule. One that optimizes manually needs both losses, for its ``training_step`` is not
@@ -166,7 +170,7 @@ class WrappedModule(BilevelModule):
     """
 
     module: LightningModule
-    _ALL_OF_THEM = "Pass `bilevel(outer_optimizer=...)`, which gets all of them, or select fewer in `bilevel(outer=...)`."
+    _ALL_OF_THEM = "Pass `bilevel(outer_optimizer=...)`, which gets all, or select fewer in `bilevel(outer=...)`."
 
     def __init__(
         self,
@@ -251,9 +255,9 @@ class WrappedModule(BilevelModule):
         """Return the module's, so that its own class opens a checkpoint of the fit."""
         return self.module.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the module's, or one with the prefix ``module.``, as earlier versions wrote it."""
-        return self.module.load_state_dict(self._of_module(state_dict), strict, assign)
+        return self.module.load_state_dict(self._of_module(state_dict), *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What holds this wrapper as its child (a running average) loads it here, and its children by their names next.
@@ -262,25 +266,27 @@ class WrappedModule(BilevelModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _of_module(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        own = self.module.state_dict().keys()
-        if not state_dict or any(name in own or not name.startswith("module.") for name in state_dict):
+        if not all(name.startswith("module.") for name in state_dict):
+            return state_dict
+        if self.module.state_dict().keys() & state_dict.keys():  # it has a child of that name
             return state_dict
         return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
     @contextmanager
     def current_hook(self) -> Iterator[None]:
         """Let the module know the Trainer, and which of its hooks it is in, for ``log``."""
-        module, before = self.module, self.module._current_fx_name
-        attached = module._trainer is self._trainer
-        if not attached:  # before a fit, and after it
+        module = self.module
+        name, trainer = module._current_fx_name, module._trainer
+        attach = self._trainer is not None and self._trainer is not trainer  # as it was, before a fit and after it
+        if attach:
             module.trainer = self._trainer
         module._current_fx_name = self._current_fx_name
         try:
             yield
         finally:
-            module._current_fx_name = before
-            if not attached:
-                module.trainer = None
+            module._current_fx_name = name
+            if attach:
+                module.trainer = trainer
 
     def _selected(self, level: str) -> list[nn.Parameter]:
         chosen = matching(self.module, level, self._patterns[level])
@@ -320,7 +326,8 @@ class WrappedModule(BilevelModule):
         raise combination_error(
             "`load_from_checkpoint` of what `bilevel` returned",
             "a checkpoint has no levels, losses and inner optimizer",
-            "Use that of the module's own class, or `bilevel(module, ...).load_state_dict(torch.load(path)['state_dict'])`",
+            "Use that of the module's own class, or "
+            "`bilevel(module, ...).load_state_dict(torch.load(path)['state_dict'])`",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
