@@ -34,6 +34,10 @@ class ArgumentError(ValueError):
         self.reason, self.fix = reason or message, fix
 
 
+class NoLossError(ArgumentError):
+    """A loss is ``None``: its batch is left out, as Lightning does it where a training step returns that."""
+
+
 class NonfiniteError(FloatingPointError):
     """A quantity became nan or infinite; attributes as in :class:`MisconfigurationError`."""
 
@@ -60,6 +64,16 @@ def value_error(what: str, expected: str, got: Any, hint: str = "") -> ArgumentE
     """
     message = f"Expected `{what}` to be {expected}, got {got!r}"
     return ArgumentError(f"{message}. {hint}" if hint else f"{message}.", message, hint)
+
+
+def no_loss_error(what: str) -> NoLossError:
+    """Say which loss was ``None``, in a place where there is no step to skip.
+
+    >>> print(no_loss_error("Net.loss(batch)"))
+    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None. A fit skips such a step.
+    """
+    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, "A fit skips such a step.")
+    return NoLossError(str(error), error.reason, error.fix)
 
 
 def nonfinite_error(what: str, got: Any, hint: str) -> NonfiniteError:

@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from lightning_utilities.core.apply_func import apply_to_collection
+
 _OLD, _NEW = "pytorch_lightning", "lightning.pytorch"
 _LOADED = [name for name in sys.modules if name in (_OLD, _NEW)]  # in the order of the imports
 NAMESPACE = _LOADED[0] if _LOADED else _OLD if find_spec(_OLD) else _NEW
@@ -65,6 +67,7 @@ __all__ = [
     "XLAStrategy",
     "_collect_rng_states",
     "_set_rng_states",
+    "apply_to_collection",
     "is_foreign",
     "is_param_in_hook_signature",
     "mixing",

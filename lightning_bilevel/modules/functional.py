@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.errors import combination_error, missing_error, no_loss_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
@@ -353,9 +353,9 @@ class FunctionalModule:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.in_place({**phi, **theta, **own}):
             self.recorder.before_outer_loss()
-            loss = _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
-            self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own})
-        return loss
+            result = self.module.outer_loss(batch)
+            self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own}, result)
+        return _scalar(self.module, "outer_loss", result)
 
     def _initial(self, carried: Params, phi: Params) -> Params:
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
@@ -481,6 +481,8 @@ def names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
 def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
     """Return a loss, or the ``"loss"`` of a mapping, as Lightning takes both; raise unless it is one number."""
     what = f"{type(module).__name__}.{hook}(batch)"
+    if loss is None:
+        raise no_loss_error(what)
     if isinstance(loss, Mapping) and "loss" in loss:
         loss = loss["loss"]
     if not isinstance(loss, Tensor) or loss.ndim:

@@ -80,8 +80,13 @@ class BilevelHooks(LightningModule):
         """
         raise self._missing("inner_loss")
 
-    def outer_loss(self, batch: Batch) -> Tensor:
+    def outer_loss(self, batch: Batch) -> Any:
         """Return f(θ_T, φ), a 0-dim tensor, written against ``self``, which computes with θ_T.
+
+        Or a mapping with it at ``"loss"``. The other entries, detached, are in the ``outputs`` of
+        ``on_train_batch_end``, of this module and of callbacks; of several episodes, each is a list with one entry per
+        episode. In a fit, ``None`` here or from :meth:`inner_loss` skips the step: θ and φ stay as they are, and
+        ``outputs`` has no such entries, as Lightning does it where a training step returns ``None``.
 
         Example: ``return F.cross_entropy(self.net(batch[0]), batch[1])``
         """
@@ -139,6 +144,9 @@ class BilevelHooks(LightningModule):
     def has_solver(self) -> bool:
         """Whether :meth:`solve_inner` is overridden."""
         return type(self).solve_inner is not BilevelHooks.solve_inner
+
+    def _let_go(self) -> None:
+        """Do what has to be done when a fit is over, by an error too: nothing."""
 
     def _other_level(self, level: str, other: str) -> Any:
         if self._levels is not None:

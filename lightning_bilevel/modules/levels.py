@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_bilevel.errors import missing_error, value_error
 
@@ -51,9 +52,15 @@ class Levels:
 
         Raises:
             ValueError: a selection has something else in it than parameters and submodules of ``module``.
-            MisconfigurationError: a level is empty (frozen parameters do not count).
+            MisconfigurationError: a level is empty (frozen parameters do not count), or a lazy layer has no shape yet.
         """
         owner = type(module).__name__
+        if lazy := [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]:
+            raise missing_error(
+                owner,
+                f"shapes yet for {abbreviate(lazy)}, which lazy layers take from their first batch",
+                "Compute with them once before, as `module(batch)` does where there is a `forward`",
+            )
         names = (
             _select(module, f"{owner}.inner_parameters()", inner),
             _select(module, f"{owner}.outer_parameters()", outer),

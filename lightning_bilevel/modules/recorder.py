@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain
+from lightning_bilevel.modules.outputs import beside_loss, by_episode
 from lightning_bilevel.tree import Params
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -26,6 +27,9 @@ class LogRecorder:
     inside function transforms, where Lightning's own ``log`` raises. Replayed is what had been logged when the outer
     loss was evaluated that the estimate reports, at θ_T. A run lasts from :meth:`begin` to :meth:`end`; what is logged
     outside of runs is dropped. Metrics that a loss updates count likewise, once per run, if they are replayed.
+
+    Attributes:
+        outputs: of each episode, what that outer loss returned beside its value.
     """
 
     def __init__(self) -> None:
@@ -38,6 +42,8 @@ class LogRecorder:
         self._before: Snapshot = []
         self._final: Snapshot | None = None
         self._buffers: Params = {}
+        self._beside: dict[str, Any] = {}
+        self.outputs: list[dict[str, Any]] = []
 
     @contextmanager
     def recording(self, module: LightningModule) -> Iterator[None]:
@@ -45,7 +51,7 @@ class LogRecorder:
 
         A LightningModule that is a child logs through the same Trainer, so its methods are shadowed too.
         """
-        self._runs, self._running, self._final = [], False, None
+        self._runs, self._running, self._final, self.outputs = [], False, None, []
         self._attributes = attributes = Attributes(module)
         self._start = attributes.take()
         loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
@@ -69,7 +75,7 @@ class LogRecorder:
 
     def begin(self) -> None:
         """Begin a run."""
-        self._running, self._latest, self._buffers = True, {}, {}
+        self._running, self._latest, self._buffers, self._beside = True, {}, {}, {}
         for metric in self._metrics:
             metric.begin()
 
@@ -78,16 +84,16 @@ class LogRecorder:
         if self._running and self._attributes is not None:
             self._before = self._attributes.take()
 
-    def after_outer_loss(self, buffers: Params) -> None:
-        """Note the buffers that an outer loss has left."""
-        self._buffers = buffers
+    def after_outer_loss(self, buffers: Params, result: Any) -> None:
+        """Note the buffers that an outer loss has left, and what it returned."""
+        self._buffers, self._beside = buffers, beside_loss(result)
 
     def observe(self) -> Observed | None:
         """Return what has been left behind in this run."""
         if not self._running or self._attributes is None:
             return None
         states = [metric.present() for metric in self._metrics]
-        return Observed(dict(self._latest), states, self._buffers, self._before, self._attributes.take())
+        return Observed(dict(self._latest), states, self._buffers, self._before, self._attributes.take(), self._beside)
 
     def end(self, observed: Any, count: int) -> Params:
         """End the run of ``count`` episodes; what stood at ``observed`` counts.
@@ -101,6 +107,8 @@ class LogRecorder:
         self._runs.append((count, observed.calls))
         for metric, state in zip(self._metrics, observed.metrics, strict=True):
             metric.end(state)
+        self.outputs += by_episode(observed.beside, count)
+        self._beside = {}
         self._final = once(self._start, observed.before, observed.after)
         return {name: plain(value) for name, value in observed.buffers.items()}
 
@@ -131,7 +139,7 @@ class LogRecorder:
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
-        self._runs, self._metrics, self._final = [], [], None
+        self._runs, self._metrics, self._final, self.outputs = [], [], None, []
 
 
 class Observed(NamedTuple):
@@ -143,6 +151,7 @@ class Observed(NamedTuple):
         buffers: those that the losses change.
         before: plain attributes before the outer loss.
         after: plain attributes after it.
+        beside: what it returned beside its value.
     """
 
     calls: dict[str, _Call]
@@ -150,6 +159,7 @@ class Observed(NamedTuple):
     buffers: Params
     before: Snapshot
     after: Snapshot
+    beside: dict[str, Any]
 
 
 class _RecordedMetric:

@@ -14,11 +14,12 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
-from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.errors import MisconfigurationError, NoLossError, combination_error, missing_error, refuse
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import abbreviate
+from lightning_bilevel.modules.outputs import together
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.problem import Episode, Hypergradient
 from lightning_bilevel.randomness import Call, Key, seed_of
@@ -118,6 +119,7 @@ class FitContext:
         if self._fit is not None:
             self._fit.undo()
         self._strategy = self._fit = None
+        self._module._let_go()
 
     def watch(self, monitor: HypergradientMonitor) -> None:
         """Let a monitor see the estimates of the coming fit."""
@@ -276,6 +278,8 @@ class Fit:
         self.functional, self.memory, self.strategy = functional, memory, strategy
         self.ranks, self.seed, self._monitors = ranks, seed, monitors
         self.module = functional.module
+        self._outputs: dict[str, Any] = {}  # of the last estimate's outer loss, beside its value
+        self._left_out = False  # whether a loss was ``None`` since the last step of the outer optimizer
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
@@ -328,11 +332,16 @@ class Fit:
 
         try:
             result, value = ranks.reduce_estimate(own)
+        except NoLossError:
+            self._left_out = True
+            memory.estimates += 1  # the next one draws anew
+            return None
         except FloatingPointError as error:
             if module.on_nonfinite == "raise" or tree.first_nonfinite(self.functional.phi()) is not None:
                 raise
             self._skip(error)
             return None
+        self._outputs = together(self.functional.recorder.outputs)
         self.functional.recorder.replay(module, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
         if memory.estimates == 0 and not result.kept and not metrics["hypergradient_norm"]:
@@ -374,23 +383,30 @@ class Fit:
                 "Thaw it before `trainer.fit`, or go on in a second fit",
             )
 
-    def surrogate(self, result: Hypergradient | None) -> Tensor:
-        """Return the outer loss with the estimate as its gradient; nan with zeros where it was skipped."""
-        if result is None:
-            # Lightning refuses ``None`` in more than one process; :meth:`drop_skipped` undoes the zeros.
-            phi = self.functional.phi()
-            return self._surrogate(next(iter(phi.values())).new_tensor(float("nan")), tree.zeros_like(phi))
-        return self._surrogate(result.value, result.grads)
+    def output(self, result: Hypergradient | None) -> Any:
+        """Return what a training step returns: the outer loss with the estimate as its gradient, and what is beside it.
+
+        Where the estimate was skipped the loss is nan with zeros, for Lightning refuses ``None`` in more than one
+        process; :meth:`drop_skipped` undoes the zeros. Where a loss was ``None`` in one process, so is this.
+        """
+        outputs, self._outputs = self._outputs, {}
+        if result is not None:
+            loss = self._surrogate(result.value, result.grads)
+            return {"loss": loss, **outputs} if outputs else loss
+        if self._left_out and self.module.trainer.world_size == 1:
+            return None
+        phi = self.functional.phi()
+        return self._surrogate(next(iter(phi.values())).new_tensor(float("nan")), tree.zeros_like(phi))
 
     def drop_skipped(self) -> None:
         """Let the outer optimizer leave its parameters alone if every estimate for this step was skipped.
 
         A gradient of zeros would still move them: by momentum, or weight decay.
         """
-        if self.module.on_nonfinite == "skip" and not self._usable:
+        if (self._left_out or self.module.on_nonfinite == "skip") and not self._usable:
             for name in self.functional.levels.outer:
                 self.module.get_parameter(name).grad = None
-        self._usable = False
+        self._usable = self._left_out = False
 
     def _refuse_second_evaluation(self) -> None:
         """Refuse any outer optimizer that runs its closure again, when it does, where θ would go on from it."""

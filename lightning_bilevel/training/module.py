@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.inputs import check_inner_batches
@@ -71,6 +70,8 @@ class BilevelModule(BilevelHooks):
     >>> round(estimate.grads["log_penalty"].item(), 4)
     0.075
     """
+
+    _ALL_OF_THEM = "Give `configure_optimizers()` all of `outer_parameters()`, or select fewer there."
 
     def __init__(
         self,
@@ -140,12 +141,12 @@ class BilevelModule(BilevelHooks):
             with functional.swapper.swapped({**state.params, **state.buffers}):
                 yield self
 
-    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Estimate the hypergradient and return the outer loss with it as its gradient."""
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Any:
+        """Estimate the hypergradient and return the outer loss with it as its gradient, and what is beside the loss."""
         fit = self.fit_context.fit
         if self.trainer.fit_loop._skip_backward:
             return self._evaluated(batch)
-        return fit.surrogate(fit.estimate(batch))
+        return fit.output(fit.estimate(batch))
 
     def functional(self) -> FunctionalModule:
         """Return the pure functions of this module: those of the running fit, or fresh ones."""
@@ -175,11 +176,10 @@ class BilevelModule(BilevelHooks):
             )
         if groups and left_out:
             rank_zero_warn(
-                f"No optimizer has the outer parameters {left_out}: they stay as they are. Give "
-                "`configure_optimizers()` all of `outer_parameters()`, or select fewer there."
+                f"No optimizer has the outer parameters {left_out}: they stay as they are. {self._ALL_OF_THEM}"
             )
 
-    def _evaluated(self, batch: Any) -> Tensor:
+    def _evaluated(self, batch: Any) -> Any:
         """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""
         with torch.no_grad():
             for episode in self.episodes(batch):

@@ -13,7 +13,13 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_bilevel.errors import ArgumentError, MisconfigurationError, NonfiniteError, combination_error
+from lightning_bilevel.errors import (
+    ArgumentError,
+    MisconfigurationError,
+    NoLossError,
+    NonfiniteError,
+    combination_error,
+)
 from lightning_bilevel.host import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -254,7 +260,7 @@ class Ranks:
 _ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (
-        *(NonfiniteError, ArgumentError, MisconfigurationError),
+        *(NonfiniteError, NoLossError, ArgumentError, MisconfigurationError),
         *(FloatingPointError, ValueError, TypeError, RuntimeError, Exception),
     )
 }

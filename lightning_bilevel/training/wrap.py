@@ -6,22 +6,24 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.errors import combination_error, missing_error, no_loss_error, value_error
 from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
-from lightning_bilevel.modules.levels import abbreviate
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.training.module import BilevelModule
+from lightning_bilevel.training.outer_optimizer import (
+    OuterOptimizerLike,
+    checked_outer_optimizer,
+    chosen_outer_optimizer,
+)
+from lightning_bilevel.training.selection import Names, as_patterns, defines, made_later, matching, require_trained
 
-Names = str | nn.Module | nn.Parameter
-"""A parameter's or submodule's name, an ``fnmatch`` pattern of parameter names, or the thing itself."""
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
 
@@ -29,7 +31,7 @@ _SINGLE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_aft
 _STEPS = ("validation_step", "test_step", "predict_step", "forward", "log", "log_dict")
 _OPTIMIZATION = ("backward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
 _DATA = ("prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
-_SETUP = ("setup", "teardown", "transfer_batch_to_device")
+_SETUP = ("setup", "transfer_batch_to_device")
 
 
 def bilevel(
@@ -40,6 +42,7 @@ def bilevel(
     inner_loss: Loss = None,
     outer_loss: Loss = None,
     inner_optimizer: InnerOptimizerLike,
+    outer_optimizer: OuterOptimizerLike = None,
     inner_steps: int = 1,
     inner_start: InnerStart = "warm",
     proximal: float = 0.0,
@@ -50,22 +53,24 @@ def bilevel(
     """Make an existing LightningModule bilevel, without a change to its code.
 
     What comes back is a :class:`BilevelModule` that holds ``module`` as its child ``module``, for
-    ``trainer.fit(wrapped, EpisodeLoader(...))`` with a hypergradient strategy among the callbacks. The module's
-    ``configure_optimizers`` optimizes the outer parameters. Every other hook that the module defines (validation, test
-    and prediction steps, ``forward``, ``on_...``, dataloaders, callbacks) is called as in a fit of its own, except that
-    the training hooks get an :class:`Episode` for a batch; batch transfer hooks get each batch of it. What its losses
-    log is logged once per training step, under the same names; of a name that both losses log, the outer loss's value.
+    ``trainer.fit(wrapped, EpisodeLoader(...))`` with a hypergradient strategy among the callbacks. Every hook that the
+    module defines (validation, test and prediction steps, ``forward``, ``on_...``, dataloaders, callbacks) is called as
+    in a fit of its own, except that the training hooks get an :class:`Episode` for a batch; batch transfer hooks get
+    each batch of it. What its losses log is logged once per training step, under the same names; of a name that both
+    losses log, the outer loss's value. What the outer loss returns beside ``"loss"`` reaches
+    ``on_train_batch_end(outputs, ...)``, as :meth:`BilevelModule.outer_loss` says; a loss of ``None`` skips the step.
 
-    ``module`` is trained in place: after the fit, the object itself has the new parameters, and is no longer tied to
-    the wrapper. In a checkpoint of the wrapper the names have the prefix ``module.``; to get the original from it, use
-    ``bilevel(module, ...).load_state_dict(torch.load(path)["state_dict"])``, with any levels. The checkpoint also has
-    the module's ``hparams``.
+    ``module`` is trained in place: after the fit, the object itself has the new parameters, and is tied neither to the
+    wrapper nor to the Trainer. A checkpoint of the fit has its ``state_dict`` and ``hparams`` as one of its own would,
+    so that ``type(module).load_from_checkpoint(path)`` opens it. (The wrapper's ``named_parameters``, and so the names
+    in a :class:`Hypergradient`, have the prefix ``module.``.)
 
     Args:
         module: any LightningModule. One that optimizes manually needs both losses, for its ``training_step`` is not
             called then; Lightning steps its optimizer and its learning-rate schedule.
         inner: selects θ: a submodule's name (all its parameters), a parameter's name, a pattern of parameter names
-            such as ``"*.bias"``, a submodule, a parameter, or a list of these. Frozen parameters do not count.
+            such as ``"*.bias"``, a submodule, a parameter, or a list of these. Frozen parameters do not count. Names
+            are looked up again in the fit, so that they may be of layers that ``setup`` or ``configure_model`` makes.
         outer: selects φ, in the same ways. Parameters in both levels are a learned initialization: θ starts at φ.
         inner_loss: g: a function of the module and a batch, or a method of the module that takes a batch, or its name.
             Default: the loss that ``module.training_step(batch, batch_idx)`` returns.
@@ -73,6 +78,10 @@ def bilevel(
         inner_optimizer: an :class:`InnerOptimizer`; a function of the module that returns one, which may depend on
             outer parameters and is called at every inner step; or a ``torch.optim`` class, ``functools.partial`` of
             one, or a function with one argument named ``params`` that returns a ``torch.optim`` instance.
+        outer_optimizer: a ``torch.optim`` class, ``functools.partial`` of one, or a function of the outer parameters
+            (of the module, where its argument is named ``module``) that returns an optimizer, or one with its
+            schedules as ``configure_optimizers`` may; also such an instance on the outer parameters. Default: what the
+            module's ``configure_optimizers`` returns; of several optimizers the one with outer parameters.
         inner_steps: T, the number of inner steps.
         inner_start: where inner parameters that are not shared start, as in :class:`BilevelModule`.
         proximal: as in :class:`BilevelModule`.
@@ -86,7 +95,7 @@ def bilevel(
     Raises:
         ValueError: an argument of the wrong kind, or a selection that matches nothing.
         MisconfigurationError: a ``training_step`` that optimizes manually as a loss, a module that is bilevel already,
-            no ``training_step`` where one is needed; at fit, several optimizers, or one without any outer parameter.
+            no ``training_step`` where one is needed; at fit, no optimizer with outer parameters, or several.
 
     >>> from lightning_bilevel import SGD, ReverseUnroll, hypergradient
     >>> class Ridge(LightningModule):
@@ -128,13 +137,14 @@ def bilevel(
             "its `training_step` steps the optimizers itself, and is no loss",
             "Pass both `inner_loss` and `outer_loss`",
         )
-    hooks = tuple(name for name in _delegated() if _defines(module, name))
+    hooks = tuple(name for name in _delegated() if defines(module, name))
     kind: Any = type(module)
     wrapper = _class_for(kind, hooks)(
         module,
-        {"inner": _patterns(module, "inner", inner), "outer": _patterns(module, "outer", outer)},
+        {"inner": as_patterns(module, "inner", inner), "outer": as_patterns(module, "outer", outer)},
         losses,
         _checked_optimizer(inner_optimizer),
+        checked_outer_optimizer(outer_optimizer),
         inner_steps=inner_steps,
         inner_start=inner_start,
         proximal=proximal,
@@ -142,16 +152,8 @@ def bilevel(
         on_nonfinite=on_nonfinite,
         allow_unused=allow_unused,
     )
-    if any(True for _ in module.parameters()):  # there are none yet where ``configure_model`` or ``setup`` makes them
-        for level in ("inner", "outer"):
-            chosen = wrapper.selected(level)
-            if not any(parameter.requires_grad for parameter in chosen):
-                raise value_error(
-                    f"bilevel({level}=...)",
-                    f"parameters of `{owner}` that require gradients",
-                    f"frozen ones: {_named(module, chosen)}" if chosen else "none",
-                    "Call `requires_grad_()` on them before." if chosen else "",
-                )
+    if not made_later(module):
+        wrapper.inner_parameters(), wrapper.outer_parameters()  # which raise
     return wrapper
 
 
@@ -163,10 +165,12 @@ class WrappedModule(BilevelModule):
         patterns: of each level.
         losses: by hook name.
         inner_optimizer: as in :func:`bilevel`.
+        outer_optimizer: as in :func:`bilevel`.
         options: of :class:`BilevelModule`.
     """
 
     module: LightningModule
+    _ALL_OF_THEM = "Pass `bilevel(outer_optimizer=...)`, which gets all, or select fewer in `bilevel(outer=...)`."
 
     def __init__(
         self,
@@ -174,6 +178,7 @@ class WrappedModule(BilevelModule):
         patterns: Mapping[str, Sequence[str]],
         losses: Mapping[str, Loss],
         inner_optimizer: InnerOptimizerLike,
+        outer_optimizer: OuterOptimizerLike = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -181,6 +186,7 @@ class WrappedModule(BilevelModule):
         self._patterns, self._losses = patterns, losses
         # In a list, for an inner optimizer may be a module, whose parameters are the module's already.
         self._inner_optimizer = [inner_optimizer]
+        self._outer_optimizer = outer_optimizer
         self.example_input_array = module.example_input_array
         self.strict_loading = module.strict_loading
         self._log_hyperparams = module._log_hyperparams
@@ -197,24 +203,19 @@ class WrappedModule(BilevelModule):
         """The module's hyperparameters as they were first saved."""
         return self.module.hparams_initial
 
-    def selected(self, level: str) -> list[nn.Parameter]:
-        """Return the parameters of a level, in the order of the patterns, each once."""
-        chosen = (_matching(self.module, level, pattern) for pattern in self._patterns[level])
-        return list({id(parameter): parameter for some in chosen for parameter in some}.values())
-
     def inner_parameters(self) -> list[nn.Parameter]:
         """Return what ``inner`` selects."""
-        return self.selected("inner")
+        return self._selected("inner")
 
     def outer_parameters(self) -> list[nn.Parameter]:
         """Return what ``outer`` selects."""
-        return self.selected("outer")
+        return self._selected("outer")
 
-    def inner_loss(self, batch: Batch) -> Tensor:
+    def inner_loss(self, batch: Batch) -> Any:
         """Evaluate the inner loss of the module."""
         return self._loss("inner_loss", batch)
 
-    def outer_loss(self, batch: Batch) -> Tensor:
+    def outer_loss(self, batch: Batch) -> Any:
         """Evaluate the outer loss of the module."""
         return self._loss("outer_loss", batch)
 
@@ -224,35 +225,25 @@ class WrappedModule(BilevelModule):
         if isinstance(optimizer, (InnerOptimizer, torch.optim.Optimizer)):
             return optimizer
         with self.current_hook():
-            return optimizer(self.selected("inner") if _takes_parameters(optimizer) else self.module)
+            return optimizer(self.inner_parameters() if _takes_parameters(optimizer) else self.module)
 
     def configure_optimizers(self) -> Any:
-        """Return the module's own optimizer, which is the outer one."""
+        """Return the outer optimizer that was given, or the module's own."""
+        outer = [parameter for parameter in self.outer_parameters() if parameter.requires_grad]
         with self.current_hook():
-            configured = self.module.configure_optimizers()
-        if (count := _number_of_optimizers(configured)) > 1:
-            owner = type(self.module).__name__
-            raise combination_error(
-                f"`bilevel` with the {count} optimizers that `{owner}.configure_optimizers()` returns",
-                "it needs that of the outer parameters only",
-                "Derive a class that overrides `configure_optimizers` and returns that one",
-            )
-        return configured
+            return chosen_outer_optimizer(self.module, self._outer_optimizer, outer)
 
     def on_fit_start(self) -> None:
-        """Refuse optimizers that step no outer parameter, before the first batch."""
-        outer = self.selected("outer")
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        if groups and not any(id(parameter) in held for parameter in outer):
-            raise combination_error(
-                f"`bilevel` with the optimizer that `{type(self.module).__name__}.configure_optimizers()` returns",
-                "it optimizes the outer level and holds none of its parameters: " + _named(self.module, outer),
-                "Let it hold `self.parameters()`, say: those of the inner level are left alone",
-            )
+        """Look at the optimizer before the first batch, and do what the module does."""
         super().on_fit_start()
         with self.current_hook():
             self.module.on_fit_start()
+
+    def teardown(self, stage: str) -> None:
+        """Do what the module does, and leave it without a Trainer."""
+        with self.current_hook():
+            self.module.teardown(stage)
+        self._let_go()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what the inner level carries, and what the module does."""
@@ -260,17 +251,54 @@ class WrappedModule(BilevelModule):
         with self.current_hook():
             self.module.on_load_checkpoint(checkpoint)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's, so that its own class opens a checkpoint of the fit."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the module's, or one with the prefix ``module.``, as earlier versions wrote it."""
+        return self.module.load_state_dict(self._of_module(state_dict), *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What holds this wrapper as its child (a running average) loads it here, and its children by their names next.
+        given = {name.removeprefix(prefix): state_dict.pop(name) for name in [*state_dict] if name.startswith(prefix)}
+        state_dict.update({f"{prefix}module.{name}": value for name, value in self._of_module(given).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _of_module(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not all(name.startswith("module.") for name in state_dict):
+            return state_dict
+        if self.module.state_dict().keys() & state_dict.keys():  # it has a child of that name
+            return state_dict
+        return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
     @contextmanager
     def current_hook(self) -> Iterator[None]:
-        """Let the module's ``log`` know which hook the Trainer is in."""
-        module, before = self.module, self.module._current_fx_name
+        """Let the module know the Trainer, and which of its hooks it is in, for ``log``."""
+        module = self.module
+        name, trainer = module._current_fx_name, module._trainer
+        attach = self._trainer is not None and self._trainer is not trainer  # as it was, before a fit and after it
+        if attach:
+            module.trainer = self._trainer
         module._current_fx_name = self._current_fx_name
         try:
             yield
         finally:
-            module._current_fx_name = before
+            module._current_fx_name = name
+            if attach:
+                module.trainer = trainer
 
-    def _loss(self, hook: str, batch: Batch) -> Tensor:
+    def _selected(self, level: str) -> list[nn.Parameter]:
+        chosen = matching(self.module, level, self._patterns[level])
+        if self._levels is None:  # in a fit, inner parameters are frozen
+            require_trained(self.module, level, chosen)
+        return chosen
+
+    def _let_go(self) -> None:
+        self.module.trainer = None
+        self.module._metric_attributes = None  # as Lightning does: ``setup`` may make others next time
+
+    def _loss(self, hook: str, batch: Batch) -> Any:
         chosen, owner = self._losses[hook], type(self.module).__name__
         result: Any
         with self.current_hook():
@@ -284,12 +312,12 @@ class WrappedModule(BilevelModule):
                 if is_param_in_hook_signature(method, "batch_idx", explicit=not step, min_args=2 if step else None):
                     arguments.append(self.trainer.fit_loop.batch_idx if self._trainer else 0)
                 what, result = f"{owner}.{name}(batch)", method(*arguments)
-        if isinstance(result, Mapping):
-            result = result.get("loss", result)
-        if not isinstance(result, Tensor):
-            raise value_error(
-                what, "a loss tensor, or a mapping with one at 'loss'", type(result).__name__, f"It is the `{hook}`."
-            )
+        if result is None:
+            raise no_loss_error(what)
+        value = result.get("loss") if isinstance(result, Mapping) else result
+        if not isinstance(value, Tensor):
+            got = type(result).__name__
+            raise value_error(what, "a loss tensor, or a mapping with one at 'loss'", got, f"It is the `{hook}`.")
         return result
 
     @classmethod
@@ -298,7 +326,8 @@ class WrappedModule(BilevelModule):
         raise combination_error(
             "`load_from_checkpoint` of what `bilevel` returned",
             "a checkpoint has no levels, losses and inner optimizer",
-            "Use `bilevel(module, ...).load_state_dict(torch.load(path)['state_dict'])`",
+            "Use that of the module's own class, or "
+            "`bilevel(module, ...).load_state_dict(torch.load(path)['state_dict'])`",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -358,76 +387,10 @@ def _delegated() -> list[str]:
     return [name for name in dict.fromkeys([*prefixed, *named]) if name not in taken]
 
 
-def _defines(module: LightningModule, name: str) -> bool:
-    return getattr(getattr(module, name), "__func__", None) is not getattr(LightningModule, name)
-
-
-def _patterns(module: LightningModule, level: str, selection: Any) -> list[str]:
-    """Turn a selection into names and patterns, which stay right in a copy of the module."""
-    if isinstance(selection, (str, nn.Module, nn.Parameter)) or not isinstance(selection, Iterable):
-        selection = [selection]
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found: list[str] = []
-    for entry in selection:
-        if isinstance(entry, str):
-            found.append(entry)
-            continue
-        parameters = list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
-        if not isinstance(entry, (nn.Module, nn.Parameter)) or any(id(p) not in names for p in parameters):
-            elsewhere = f"a `{type(entry).__name__}` from elsewhere"
-            raise _no_match(module, level, elsewhere if isinstance(entry, (nn.Module, nn.Parameter)) else repr(entry))
-        found += [names[id(parameter)] for parameter in parameters]
-    if any(True for _ in module.parameters()):
-        for pattern in found:
-            _matching(module, level, pattern)
-    return found
-
-
-def _matching(module: LightningModule, level: str, pattern: str) -> list[nn.Parameter]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    if pattern in parameters:
-        return [parameters[pattern]]
-    children = dict(module.named_modules(remove_duplicate=False))
-    child = children.get(pattern) if pattern else None
-    found = [p for name, p in parameters.items() if fnmatchcase(name, pattern)]
-    found = found if child is None else list(child.parameters())
-    if not found:
-        raise _no_match(module, level, repr(pattern))
-    return found
-
-
-def _no_match(module: LightningModule, level: str, got: str) -> ValueError:
-    owner = type(module).__name__
-    return value_error(
-        f"bilevel({level}=...)",
-        f"names, patterns, submodules or parameters of `{owner}`",
-        _Verbatim(got),
-        f"`{owner}` has {abbreviate([name for name, _ in module.named_parameters()])}.",
-    )
-
-
-class _Verbatim(str):
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _named(module: LightningModule, parameters: Sequence[nn.Parameter]) -> str:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return abbreviate([names[id(parameter)] for parameter in parameters])
-
-
-def _number_of_optimizers(configured: Any) -> int:
-    """Count what ``configure_optimizers`` returned, in any of the forms that Lightning takes."""
-    if isinstance(configured, (list, tuple)) and configured and isinstance(configured[0], list):
-        configured = configured[0]  # the other list has schedules
-    entries = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sum(isinstance(entry, (torch.optim.Optimizer, dict)) for entry in entries)
-
-
 def _checked_loss(module: LightningModule, hook: str, loss: Any) -> Loss:
     owner = type(module).__name__
-    if loss is None and not _defines(module, "training_step"):
-        raise missing_error(owner, "`training_step`", f"Add one, or pass `bilevel({hook}=...)`")
+    if loss is None and not defines(module, "training_step"):
+        raise missing_error(owner, "`training_step`", f"Pass `bilevel({hook}=...)`")
     if getattr(loss, "__self__", None) is module:
         loss = loss.__name__  # by which a copy of the module finds its own
     if loss is None or (isinstance(loss, str) and callable(getattr(module, loss, None))):

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 
-from lightning_bilevel import ReverseUnroll, hypergradient
+from lightning_bilevel import ForwardGradient, ReverseUnroll, hypergradient
 from tests.support.modules import Calls, Cleaning, Maml, differing, flags, loader, parameters, trainer
 from tests.support.seeds import seeded
 
@@ -125,3 +125,59 @@ def test_layers_may_be_built_in_a_hook(hook):
         trainer(ReverseUnroll()).fit(module, loader())
     assert differing(parameters(late), parameters(early)) == []
     assert all(flags(late).values())
+
+
+class Skipping(Cleaning):
+    """Leaves batches out, in one of its losses, as a training step of Lightning's does."""
+
+    def __init__(self, level: str, skipped: tuple[int, ...]) -> None:
+        super().__init__()
+        self.level, self.skipped, self.outputs = level, skipped, []
+
+    def _unless(self, level: str, loss: Any) -> Any:
+        return None if level == self.level and self.trainer.fit_loop.batch_idx in self.skipped else loss
+
+    def inner_loss(self, batch: Any) -> Any:
+        return self._unless("inner", super().inner_loss(batch))
+
+    def outer_loss(self, batch: Any) -> Any:
+        return self._unless("outer", super().outer_loss(batch))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.outputs.append(set(outputs))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.outer_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("level", ["inner", "outer"])
+@pytest.mark.parametrize("strategy", [ReverseUnroll(), ForwardGradient(2, mode="forward")], ids=["reverse", "forward"])
+def test_a_loss_of_none_skips_the_step(level, strategy):
+    module, steps = seeded(lambda: Skipping(level, (0, 2))), Calls(parameters)
+    before = parameters(module)
+    trainer(strategy, steps).fit(module, loader())
+    assert module.outputs == [set(), {"loss"}, set(), {"loss"}]
+    assert not differing(steps.seen[0], before)
+    assert not differing(steps.seen[2], steps.seen[1])
+    assert {"example_weights", "net.0.weight"} <= set(differing(steps.seen[1], steps.seen[0]))
+    assert {"example_weights", "net.0.weight"} <= set(differing(steps.seen[3], steps.seen[2]))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", [(1,), (0, 1)])
+def test_of_accumulated_batches_those_with_a_loss_count(skipped):
+    module, steps = seeded(lambda: Skipping("outer", skipped)), Calls(parameters)
+    before = parameters(module)
+    trainer(ReverseUnroll(), steps, accumulate_grad_batches=2).fit(module, loader())
+    assert bool(differing(steps.seen[1], before)) == (skipped == (1,))
+    assert differing(steps.seen[3], steps.seen[1])
+
+
+def test_without_a_fit_a_loss_of_none_is_an_error():
+    class Never(Cleaning):
+        def outer_loss(self, batch: Any) -> Any:
+            return None
+
+    with pytest.raises(ValueError, match=r"^Expected `Never.outer_loss\(batch\)` to be a loss tensor, .* A fit skips"):
+        hypergradient(Never(), ReverseUnroll(), next(iter(loader())))

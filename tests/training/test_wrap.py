@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, callbacks
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -308,7 +309,7 @@ def test_checkpoints(tmp_path):
     trainer(ReverseUnroll(), saver, enable_checkpointing=True).fit(wrapper, loader(), validation())
     checkpoint = torch.load(saver.best_model_path, weights_only=True)
     assert checkpoint["hyper_parameters"] == {"width": 7}
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"module"}
+    assert set(checkpoint["state_dict"]) == set(wrapper.module.state_dict())
     again = seeded(lambda: Plain(**checkpoint["hyper_parameters"]), 5)
     wrapped(again).load_state_dict(checkpoint["state_dict"])
     assert not differing(parameters(again), parameters(wrapper.module))
@@ -318,11 +319,127 @@ def test_checkpoints(tmp_path):
     predictions = trainer().predict(wrapper, DataLoader(examples(3)[0], batch_size=4))
     wrapper.eval()
     torch.testing.assert_close(torch.cat(predictions), wrapper.module.net(examples(3)[0]).detach())
-    message = (
-        r"^Cannot use `load_from_checkpoint` of what `bilevel` returned\. .* Use `bilevel\(module, \.\.\.\)\.load_st"
-    )
+    message = r"^Cannot use `load_from_checkpoint` of what `bilevel` returned\. .* Use that of the module's own class"
     with pytest.raises(MisconfigurationError, match=message):
         type(wrapper).load_from_checkpoint(saver.best_model_path)
+
+
+def test_the_modules_own_class_opens_a_checkpoint_of_the_fit(tmp_path):
+    wrapper, fit = wrapped(seeded(lambda: Plain(width=7))), trainer(ReverseUnroll())
+    fit.fit(wrapper, loader(), validation())
+    fit.save_checkpoint(path := tmp_path / "fit.ckpt")
+    loaded = Plain.load_from_checkpoint(path)
+    assert loaded.hparams == {"width": 7}
+    assert not differing(loaded.state_dict(), wrapper.module.state_dict())
+    fit.validate(wrapper.module, validation(), verbose=False)
+    expected = fit.callback_metrics["val_loss"]
+    plain = trainer()
+    plain.validate(seeded(Plain, 5), validation(), ckpt_path=path, verbose=False)
+    assert torch.equal(plain.callback_metrics["val_loss"], expected)
+    predictions = torch.cat(plain.predict(loaded, DataLoader(examples(3)[0], batch_size=4)))
+    torch.testing.assert_close(predictions, loaded.eval()(examples(3)[0]))
+    exported = torch.export.export(wrapper.module.eval(), (examples(3)[0],)).module()
+    torch.testing.assert_close(exported(examples(3)[0]).detach(), predictions)
+
+
+class Holder(Minimal):
+    """Has a child of the name that the wrapper gives the whole, and a checkpoint without its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.strict_loading = nn.Linear(1, 1), False
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch) + self.module(batch[0][:, :1]).square().sum()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("head")}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("names", [None, ("module.weight", "module.bias")])
+def test_a_state_dict_with_and_without_the_prefix_of_earlier_versions(prefix, names):
+    source, target = seeded(Holder), seeded(Holder, 5)
+    saved = {prefix + name: value for name, value in source.state_dict().items() if names is None or name in names}
+    wrapper = bilevel(target, inner="head", outer=["body", "module"], inner_optimizer=SGD(lr=0.1))
+    result = wrapper.load_state_dict(saved, strict=names is None)
+    assert not result.unexpected_keys
+    assert not set(differing(target.state_dict(), source.state_dict())) & set(names or target.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
+def test_a_module_that_saves_a_part_of_itself(tmp_path):
+    fit = trainer(ReverseUnroll())
+    module = seeded(Holder)
+    fit.fit(bilevel(module, inner="head", outer=["body", "module"], inner_optimizer=SGD(lr=0.1)), loader())
+    fit.save_checkpoint(tmp_path / "part.ckpt")
+    loaded = Holder.load_from_checkpoint(tmp_path / "part.ckpt")
+    assert {name.split(".")[0] for name in differing(loaded.state_dict(), module.state_dict())} == {"head"}
+
+
+def averages() -> list[Any]:
+    """Return callbacks that keep an average of the weights, as far as this Lightning has them."""
+    ema = getattr(callbacks, "EMAWeightAveraging", None)
+    return [lambda: callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)] + [lambda: ema(decay=0.9)] * bool(ema)
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("average", averages())
+def test_a_fit_with_averaged_weights_resumes_exactly_and_opens(average, tmp_path):
+    def fitted(folder: Any, path: Any = None) -> Any:
+        saver = ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{epoch}")
+        wrapper = wrapped()
+        fit = trainer(ReverseUnroll(), average(), saver, max_epochs=4, enable_checkpointing=True)
+        fit.fit(wrapper, loader(), validation(), ckpt_path=path)
+        return wrapper
+
+    whole = fitted("whole")
+    resumed = fitted("resumed", tmp_path / "whole" / "epoch=1.ckpt")
+    assert not differing(whole.state_dict(), resumed.state_dict())
+    saved = Plain.load_from_checkpoint(tmp_path / "whole" / "epoch=3.ckpt")
+    assert set(saved.state_dict()) == set(whole.module.state_dict())
+
+
+class Watched(Plain):
+    """Needs its Trainer wherever a hook runs, the last ones too."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["step"] = self.trainer.global_step
+
+    def teardown(self, stage: str) -> None:
+        self.hooks.append((stage, self.trainer.global_step))
+
+
+@pytest.mark.filterwarnings(r"ignore:`?\.fit\(ckpt_path=")  # Lightning looks for a last one, with this callback
+@pytest.mark.filterwarnings(r"ignore:Found 1 module\(s\) in eval mode")
+@pytest.mark.parametrize("error", [None, ValueError("on purpose"), KeyboardInterrupt()], ids=repr)
+def test_nothing_of_a_fit_stays_with_the_module(error, tmp_path):
+    def end(*_: Any) -> None:
+        if error is not None:
+            raise error
+
+    module = seeded(Watched)
+    module.net[1].eval()
+    module.net[0].bias.requires_grad_(False)
+    before, flags = set(vars(module)), {name: p.requires_grad for name, p in module.named_parameters()}
+    wrapper = wrapped(module, inner="net.3")
+    saver = callbacks.OnExceptionCheckpoint(tmp_path)
+    fit = trainer(ReverseUnroll(), callbacks.LambdaCallback(on_train_batch_end=end), saver, enable_checkpointing=True)
+    with suppress(ValueError, SystemExit):
+        fit.fit(wrapper, loader(), validation())
+    assert (tmp_path / "on_exception.ckpt").exists() == (error is not None)
+    assert module._trainer is None
+    assert set(vars(module)) == before
+    assert {name: p.requires_grad for name, p in module.named_parameters()} == flags
+    assert not module.net[1].training
+    assert module.net[0].training
+    if error is None:
+        assert module.hooks[-1] == ("fit", 4)
+        fit.validate(wrapper, validation(), verbose=False)
+        assert module.hooks[-1][0] == "validate"
+    assert module._trainer is None
+    hypergradient(wrapper, ReverseUnroll(), next(iter(loader())))
+    assert module._trainer is None
 
 
 def test_copies_and_pickles():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 
@@ -91,7 +89,7 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         NoStep,
         {"inner": "net", "outer": "net"},
         MisconfigurationError,
-        r"`NoStep` has no `training_step`. Add one, or pass `bilevel\(inner_loss=...\)`.$",
+        r"`NoStep` has no `training_step`. Pass `bilevel\(inner_loss=...\)`.$",
     ),
     "unknown loss": (
         Minimal,
@@ -123,47 +121,6 @@ def test_refusals(name):
     defaults = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
     with pytest.raises(error, match=f"^{message}"):
         bilevel(build(), **{**defaults, **options})
-
-
-def test_an_optimizer_without_outer_parameters_is_refused():
-    class Inner(Minimal):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), lr=0.1)
-
-    wrapper = bilevel(Inner(), inner="head", outer="body", inner_optimizer=SGD(lr=0.1))
-    message = (
-        r"^Cannot use `bilevel` with the optimizer that `Inner.configure_optimizers\(\)` returns. This is because it "
-        r"optimizes the outer level and holds none of its parameters: body.weight, body.bias. Let it hold"
-    )
-    with pytest.raises(MisconfigurationError, match=message):
-        trainer(ReverseUnroll()).fit(wrapper, loader())
-    assert all(p.requires_grad for p in wrapper.parameters())
-
-
-SEVERAL: dict[str, Callable[[Any], Any]] = {
-    "list": lambda optimizers: optimizers,
-    "dicts": lambda optimizers: tuple({"optimizer": optimizer} for optimizer in optimizers),
-    "with schedules": lambda optimizers: (optimizers, []),
-}
-
-
-@pytest.mark.parametrize("form", SEVERAL)
-def test_several_optimizers_are_refused(form):
-    class Two(Minimal):
-        def configure_optimizers(self):
-            return SEVERAL[form]([torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)])
-
-    class One(Two):
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.body.parameters(), lr=0.1)], []
-
-    options = {"inner": "head", "outer": "body", "inner_optimizer": SGD(lr=0.1)}
-    message = (
-        r"^Cannot use `bilevel` with the 2 optimizers that `Two.configure_optimizers\(\)` returns. .* Derive a class"
-    )
-    with pytest.raises(MisconfigurationError, match=message):
-        trainer(ReverseUnroll()).fit(bilevel(Two(), **options), loader())
-    trainer(ReverseUnroll()).fit(bilevel(One(), **options), loader())
 
 
 @pytest.mark.parametrize("result", [None, {"lost": 1}])
