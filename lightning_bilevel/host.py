@@ -21,7 +21,7 @@ OTHER = _NEW if NAMESPACE == _OLD else _OLD
 if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
     from pytorch_lightning.strategies import (
         DDPStrategy,
         DeepSpeedStrategy,
@@ -32,11 +32,12 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from pytorch_lightning.strategies.xla import XLAStrategy
     from pytorch_lightning.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
+    from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 else:
     from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.strategies import (
         DDPStrategy,
         DeepSpeedStrategy,
@@ -47,6 +48,7 @@ else:
     from lightning.pytorch.strategies.xla import XLAStrategy
     from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "DeepSpeedStrategy",
     "DistributedSamplerWrapper",
     "FSDPStrategy",
+    "LightningDataModule",
     "LightningModule",
     "ModelParallelStrategy",
     "NAMESPACE",
@@ -66,6 +69,7 @@ __all__ = [
     "_collect_rng_states",
     "_set_rng_states",
     "is_foreign",
+    "is_overridden",
     "is_param_in_hook_signature",
     "mixing",
     "move_data_to_device",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.calculus.runs import run
+from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes
 from lightning_bilevel.data.inputs import check_inner_batches
 from lightning_bilevel.errors import integer, missing_error, number, one_of
-from lightning_bilevel.host import notice_other_namespace, rank_zero_warn
+from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
@@ -178,6 +179,18 @@ class BilevelModule(BilevelHooks):
                 f"No optimizer has the outer parameters {left_out}: they stay as they are. Give "
                 "`configure_optimizers()` all of `outer_parameters()`, or select fewer there."
             )
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """Call a batch hook, of this module or of a data module in its place, with each batch of an episode.
+
+        Lightning calls this for all three hooks, in every stage. What nobody overrides takes the episode at once.
+        """
+        call = super()._call_batch_hook
+        batch, *others = args
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if not holds_episodes(batch) or not (is_overridden(hook_name, self) or is_overridden(hook_name, data)):
+            return call(hook_name, *args)
+        return each_batch(batch, lambda one: call(hook_name, one, *others))
 
     def _evaluated(self, batch: Any) -> Tensor:
         """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""

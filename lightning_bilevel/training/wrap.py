@@ -25,7 +25,6 @@ Names = str | nn.Module | nn.Parameter
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
 
-_SINGLE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _STEPS = ("validation_step", "test_step", "predict_step", "forward", "log", "log_dict")
 _OPTIMIZATION = ("backward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
 _DATA = ("prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -329,21 +328,9 @@ def _delegate(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: WrappedModule, *args: Any, **kwargs: Any) -> Any:
         function = getattr(self.module, name)
         with self.current_hook():
-            if name in _SINGLE_BATCH:
-                batch, *others = args
-                return _each(batch, lambda one: function(one, *others, **kwargs))
             return function(*args, **kwargs)
 
     return method
-
-
-def _each(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to every batch of episodes; to anything else as it is."""
-    if isinstance(batch, Episode):
-        return Episode([function(one) for one in batch.inner], function(batch.outer))
-    if isinstance(batch, (list, tuple)) and batch and all(isinstance(entry, Episode) for entry in batch):
-        return [_each(entry, function) for entry in batch]
-    return function(batch)
 
 
 def _delegated() -> list[str]:
