@@ -30,6 +30,8 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
         StrategyRegistry,
     )
     from pytorch_lightning.strategies.xla import XLAStrategy
+    from pytorch_lightning.trainer.connectors.data_connector import _process_dataloader, _resolve_overfit_batches
+    from pytorch_lightning.trainer.states import RunningStage, TrainerFn
     from pytorch_lightning.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -46,6 +48,8 @@ else:
         StrategyRegistry,
     )
     from lightning.pytorch.strategies.xla import XLAStrategy
+    from lightning.pytorch.trainer.connectors.data_connector import _process_dataloader, _resolve_overfit_batches
+    from lightning.pytorch.trainer.states import RunningStage, TrainerFn
     from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
     from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -63,10 +67,14 @@ __all__ = [
     "ModelParallelStrategy",
     "NAMESPACE",
     "OTHER",
+    "RunningStage",
     "StrategyRegistry",
     "Trainer",
+    "TrainerFn",
     "XLAStrategy",
     "_collect_rng_states",
+    "_process_dataloader",
+    "_resolve_overfit_batches",
     "_set_rng_states",
     "is_foreign",
     "is_overridden",

@@ -1,7 +1,7 @@
 """Batch hooks: what Lightning calls once per batch is called once per batch of an episode.
 
-``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer``, of a module or in its place of
-a data module, are written for what a loader of theirs yields, and know of no episodes.
+``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer``, of a module or in its place
+of a data module, are written for what a plain loader yields, and know of no episodes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
 from lightning_bilevel.modules.levels import abbreviate
-from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.problem import Batch
 from lightning_bilevel.training.module import BilevelModule
 
 Names = str | nn.Module | nn.Parameter
