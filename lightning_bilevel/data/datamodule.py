@@ -80,7 +80,7 @@ def bilevel_data(
         raise value_error("bilevel_data(datamodule)", "a `LightningDataModule`", type(datamodule).__name__)
     owner = type(datamodule).__name__
     if type(datamodule) is _Episodic:
-        raise combination_error(f"`bilevel_data` with `{owner}`", "it yields episodes already", "Pass it on as it is")
+        raise combination_error("`bilevel_data` twice", "its data are episodes already", "Pass on what it returned")
     if inner_batches is not None:
         integer("bilevel_data(inner_batches=...)", inner_batches)
     if split is not None and number("bilevel_data(split=...)", split, above=0, at_most=1) == 1:
