@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 _OLD, _NEW = "pytorch_lightning", "lightning.pytorch"
@@ -55,6 +56,12 @@ else:
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+LIBRARIES = tuple(
+    Path(str(sys.modules[kind.__module__.partition(".")[0]].__file__)).parent
+    for kind in (Trainer, DistributedSamplerWrapper)
+)
+"""The folders of Lightning's own files."""
+
 __all__ = [
     "Callback",
     "CombinedLoader",
@@ -62,6 +69,7 @@ __all__ = [
     "DeepSpeedStrategy",
     "DistributedSamplerWrapper",
     "FSDPStrategy",
+    "LIBRARIES",
     "LightningDataModule",
     "LightningModule",
     "ModelParallelStrategy",

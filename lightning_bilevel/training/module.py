@@ -19,6 +19,7 @@ from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
 
 
@@ -107,6 +108,7 @@ class BilevelModule(BilevelHooks):
 
         Raises:
             ValueError: no inner batch, or a bad ``steps``.
+            MisconfigurationError: a hook reads ``self.trainer``, and there is none.
 
         Example:
             ``with self.adapted([support]): logits = self.net(query_x)``
@@ -130,9 +132,15 @@ class BilevelModule(BilevelHooks):
         """
         steps = self.inner_steps if steps is None else steps
         integer("adapted(steps=...)", steps, least=0)
-        functional, memory = self.functional(), self.fit_context.memory
+        with attached(self, "adapted"):
+            functional, memory = self.functional(), self.fit_context.memory
         with functional.knowing_levels():
-            with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
+            with (
+                attached(self, "adapted"),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                functional.session(twice=False),
+            ):
                 episode = Episode(check_inner_batches(batches), None)
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
                 problem, phi = replace(functional.problem, inner_steps=steps), functional.phi()

@@ -281,7 +281,7 @@ class WrappedModule(BilevelModule):
                 arguments, step = [batch], name == "training_step"
                 # Lightning passes it to a training step by position; another method has to ask for it by name.
                 if is_param_in_hook_signature(method, "batch_idx", explicit=not step, min_args=2 if step else None):
-                    arguments.append(self.trainer.fit_loop.batch_idx if self._trainer else 0)
+                    arguments.append(max(self.trainer.fit_loop.batch_idx, 0) if self._trainer else 0)
                 what, result = f"{owner}.{name}(batch)", method(*arguments)
         if isinstance(result, Mapping):
             result = result.get("loss", result)
