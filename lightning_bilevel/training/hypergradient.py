@@ -9,10 +9,10 @@ import torch
 
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.errors import missing_error, value_error
-from lightning_bilevel.estimation import estimate, vectorizes
+from lightning_bilevel.estimation import estimate, stack_size, vectorizes
 from lightning_bilevel.host import Trainer
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, stackable
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, Key, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.attachment import attached
@@ -90,11 +90,9 @@ def _of_problem(
         lacking = "`phi`" if phi is None else "`carry`"
         fix = "Pass `hypergradient(problem, strategy, episode, phi=phi, carry=Carry(InnerState(theta)))`"
         raise missing_error("BilevelProblem", f"{lacking} to start from", fix)
-    call, first = Call(Key((seed, 0, 0, 0))), episodes[0]
+    call = Call(Key((seed, 0, 0, 0)))
     carried = [carry.inner] * len(episodes)
     device = next(iter(phi.values())).device
     with differentiable_kernels(None, strategy.second_order), RngState(device).fork(call.key.fold_in(-1).seed):
-        several = len(episodes) > 1 and problem.solver is None and stackable(first, first)
-        stacks = several and problem.max_copies > 1 and vectorizes(problem, carry.inner, phi, first)
-        size = problem.max_copies if stacks else 1
+        size = stack_size(problem, episodes, None, lambda: vectorizes(problem, carry.inner, phi, episodes[0]))
         return estimate(problem, strategy, carried, phi, episodes, call, size, carry.strategy)
