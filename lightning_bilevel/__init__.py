@@ -2,6 +2,7 @@
 
 from lightning_bilevel import directions, few_shot, inner_optimizers, linear_solvers, strategies
 from lightning_bilevel.auditing import StrategyAudit, audit
+from lightning_bilevel.data.datamodule import bilevel_data
 from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from lightning_bilevel.problem import Carry, Episode, Hypergradient
@@ -55,6 +56,7 @@ __all__ = [
     "ZerothOrder",
     "audit",
     "bilevel",
+    "bilevel_data",
     "directions",
     "few_shot",
     "hypergradient",

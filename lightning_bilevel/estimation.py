@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -101,6 +101,23 @@ def _one_stack(
         left = problem.observer.end(result.observed, count)
         result = result._replace(state=replace(result.state, buffers={**result.state.buffers, **left}))
     return result.divided(count)
+
+
+def stack_size(
+    problem: BilevelProblem, episodes: Sequence[Episode], most: int | None, vectorizes: Callable[[], bool]
+) -> int:
+    """Return how many episodes to stack at most.
+
+    Args:
+        problem: the problem of one episode; a user's solver takes one.
+        episodes: at least one.
+        most: what a user has asked for; ``None`` goes by the problem.
+        vectorizes: whether the losses do; called where it matters.
+    """
+    size, first = most or problem.max_copies, episodes[0]
+    if min(size, len(episodes)) == 1 or problem.solver is not None or not stackable(first, first):
+        return 1
+    return size if vectorizes() else 1
 
 
 def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -23,7 +24,7 @@ OTHER = _NEW if NAMESPACE == _OLD else _OLD
 if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
     from pytorch_lightning.strategies import (
         DDPStrategy,
         DeepSpeedStrategy,
@@ -32,13 +33,16 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
         StrategyRegistry,
     )
     from pytorch_lightning.strategies.xla import XLAStrategy
+    from pytorch_lightning.trainer.connectors.data_connector import _process_dataloader, _resolve_overfit_batches
+    from pytorch_lightning.trainer.states import RunningStage, TrainerFn
     from pytorch_lightning.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
+    from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 else:
     from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.strategies import (
         DDPStrategy,
         DeepSpeedStrategy,
@@ -47,9 +51,18 @@ else:
         StrategyRegistry,
     )
     from lightning.pytorch.strategies.xla import XLAStrategy
+    from lightning.pytorch.trainer.connectors.data_connector import _process_dataloader, _resolve_overfit_batches
+    from lightning.pytorch.trainer.states import RunningStage, TrainerFn
     from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+LIBRARIES = tuple(
+    Path(str(sys.modules[kind.__module__.partition(".")[0]].__file__)).parent
+    for kind in (Trainer, DistributedSamplerWrapper)
+)
+"""The folders of Lightning's own files."""
 
 __all__ = [
     "Callback",
@@ -58,17 +71,24 @@ __all__ = [
     "DeepSpeedStrategy",
     "DistributedSamplerWrapper",
     "FSDPStrategy",
+    "LIBRARIES",
+    "LightningDataModule",
     "LightningModule",
     "ModelParallelStrategy",
     "NAMESPACE",
     "OTHER",
+    "RunningStage",
     "StrategyRegistry",
     "Trainer",
+    "TrainerFn",
     "XLAStrategy",
     "_collect_rng_states",
+    "_process_dataloader",
+    "_resolve_overfit_batches",
     "_set_rng_states",
     "apply_to_collection",
     "is_foreign",
+    "is_overridden",
     "is_param_in_hook_signature",
     "mixing",
     "move_data_to_device",

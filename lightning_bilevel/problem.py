@@ -10,8 +10,7 @@ functions in :mod:`lightning_bilevel.calculus`.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,6 +22,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.randomness import RngState
+from lightning_bilevel.stacking import alike, stacked, vectorized
 from lightning_bilevel.tree import Params
 
 Batch = Any
@@ -398,14 +398,14 @@ class BilevelProblem:
             assert self.penalty is not None
             return vmap(self.penalty, in_dims=(0, of_phi))(theta, phi).sum()
 
-        alike = self.elementwise and not each_phi
+        as_one = self.elementwise and not each_phi
         return replace(
             self,
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             initial=initial,
-            init_opt_state=self.init_opt_state if alike else vmap(self.init_opt_state, in_dims=(0, of_phi)),
-            update=self.update if alike else update,
+            init_opt_state=self.init_opt_state if as_one else vmap(self.init_opt_state, in_dims=(0, of_phi)),
+            update=self.update if as_one else update,
             penalty=None if self.penalty is None else penalty,
             max_copies=max(1, self.max_copies // count),
         )
@@ -432,71 +432,10 @@ def with_proximal(problem: BilevelProblem, weight: float) -> BilevelProblem:
 
 
 def stackable(a: Episode, b: Episode) -> bool:
-    """Return whether two episodes have the same structure, shapes and dtypes, so that they can be stacked.
-
-    Batches are tensors in tuples, lists and dicts; anything else cannot be vectorized over.
-    """
-    return _alike(list(a.inner), list(b.inner)) and _alike(a.outer, b.outer)
+    """Return whether two episodes can be stacked: see :func:`~lightning_bilevel.stacking.alike`."""
+    return alike(list(a.inner), list(b.inner)) and alike(a.outer, b.outer)
 
 
 def stack_episodes(episodes: Sequence[Episode]) -> Episode:
     """Stack the tensors of :func:`stackable` episodes along a new first dimension."""
-    return Episode(_stacked([list(episode.inner) for episode in episodes]), _stacked([e.outer for e in episodes]))
-
-
-def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
-    """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments that are tensors in tuples, lists and dicts.
-
-    vmap walks nested arguments several times, at a fifth of the cost of a small net's loss; it gets plain ones here.
-    """
-    tensors: list[Tensor] = []
-    _collect(args, tensors)
-    return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
-
-
-def _collect(value: Any, tensors: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-    else:
-        for part in value.values() if isinstance(value, dict) else value:
-            _collect(part, tensors)
-
-
-def _rebuilt(like: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return ``like`` with its tensors replaced, in the order of :func:`_collect`."""
-    if isinstance(like, Tensor):
-        return next(tensors)
-    if type(like) is dict:
-        return {key: _rebuilt(part, tensors) for key, part in like.items()}
-    return _container(like, [_rebuilt(part, tensors) for part in (like.values() if isinstance(like, dict) else like)])
-
-
-def _container(like: Any, parts: list[Any]) -> Any:
-    """Return a container of the type of ``like`` with ``parts`` in it."""
-    if isinstance(like, dict):
-        filled = copy.copy(like)
-        filled.update(zip(like, parts, strict=True))
-        return filled
-    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    # By hand rather than by torch's pytree: this walks every episode of every step, and is several times faster.
-    if isinstance(a, Tensor):
-        if not isinstance(b, Tensor) or a.is_nested or b.is_nested:  # those of the old layout have no shape
-            return False
-        return a.shape == b.shape and a.dtype == b.dtype
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_alike(value, b[key]) for key, value in a.items())
-    return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
-
-
-def _stacked(values: Sequence[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(values))
-    if isinstance(first, dict):
-        return _container(first, [_stacked([value[key] for value in values]) for key in first])
-    return _container(first, [_stacked(column) for column in zip(*values, strict=True)])
+    return Episode(stacked([list(episode.inner) for episode in episodes]), stacked([e.outer for e in episodes]))

@@ -1,30 +1,25 @@
-"""What is put together for one vectorized call is told apart again."""
+"""Episodes that are put together, and what a problem of several is."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor
 
-from lightning_bilevel import problem
-
-
-class Pair(NamedTuple):
-    x: Tensor
-    y: Tensor
+from lightning_bilevel.problem import Episode, stack_episodes, stackable
 
 
-def test_vectorized_functions_get_the_containers_they_know() -> None:
-    x, y = torch.arange(6.0).view(3, 2), torch.arange(3.0)
-    seen: list[type] = []
+def test_episodes_are_stacked_where_both_levels_are_alike() -> None:
+    x, other = torch.ones(2), torch.ones(3)
+    episode = Episode([x, x], {"a": x})
+    assert stackable(episode, Episode((2 * x, x), {"a": x}))
+    for different in (Episode([x], {"a": x}), Episode([x, other], {"a": x}), Episode([x, x], {"a": other})):
+        assert not stackable(episode, different)
+    both = stack_episodes([episode, Episode([2 * x, x], {"a": 3 * x})])
+    assert torch.equal(both.inner[0], torch.stack([x, 2 * x]))
+    assert torch.equal(both.outer["a"], torch.stack([x, 3 * x]))
 
-    def fn(theta: dict[str, Tensor], batch: Any, nothing: dict[str, Tensor]) -> Tensor:
-        seen.extend(map(type, (theta, batch, batch[0], batch[1], nothing)))
-        return (theta["w"] * batch[0].x).sum() + batch[1]["y"] - batch[0].y
 
-    theta, batch = {"w": x + 1}, [Pair(x, y), OrderedDict(y=2 * y)]
-    found = problem.vectorized(fn, theta, batch, {}, randomness="different")
-    assert seen == [dict, list, Pair, OrderedDict, dict]
-    assert torch.equal(found, ((x + 1) * x).sum(1) + y)
+def test_episodes_without_data() -> None:
+    x = torch.ones(2)
+    both = stack_episodes([Episode([None], x), Episode([None], 2 * x)])
+    assert both.inner == [None]
+    assert torch.equal(both.outer, torch.stack([x, 2 * x]))

@@ -24,6 +24,7 @@ from lightning_bilevel.host import (
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.strategies import HypergradientSchedule, HypergradientStrategy
 from lightning_bilevel.strategies.table import one_of_each
+from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.module import BilevelModule
 
 EPISODES = 2
@@ -115,6 +116,7 @@ def audit(
     steps: int = 2,
     seed: int = 0,
     verbose: bool = True,
+    trainer: Trainer | None = None,
 ) -> Audit:
     """Rehearse every strategy for a tiny step; print which work on ``module``, why others do not, and what to do.
 
@@ -133,6 +135,7 @@ def audit(
         steps: inner steps to rehearse. With two, what carries over from step to step takes part.
         seed: of random directions, and of dropout.
         verbose: print the table.
+        trainer: lent to the module for the length of the call, where its hooks read ``self.trainer``.
 
     Returns:
         The rows of the table.
@@ -161,7 +164,7 @@ def audit(
     _bilevel("audit", module)
     integer("audit(steps=...)", steps)
     chosen = _checked("audit", strategies)
-    with _untouched(module):
+    with attached(module, "audit", trainer), _untouched(module):
         episodes = list(module.episodes(move_data_to_device(batch, module.functional().device)))[:EPISODES]
         if not episodes:
             raise value_error("audit(batch=...)", "at least one episode", batch)

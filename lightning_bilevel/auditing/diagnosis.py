@@ -19,6 +19,7 @@ from torch.autograd import function as autograd_function
 
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.modules.examine import PACKAGE, frames_in, user_line
+from lightning_bilevel.training.attachment import UNATTACHED
 
 
 class Diagnosis(NamedTuple):
@@ -134,6 +135,13 @@ _KNOWN = [
         "",
         "a loss carries no gradient",
         "Look for `detach`, `argmax`, `round`, `.item()` or `no_grad` on its way.",
+    ),
+    _Known(
+        UNATTACHED,
+        "self.trainer",
+        "`{}` is read, and the module is in no fit",
+        "Put `StrategyAudit()` among the callbacks of the fit, which audits its first batch, or lend the module a "
+        "Trainer: `audit(..., trainer=trainer)`.",
     ),
     _Known(r"out of memory", "", "memory ran out", "Use smaller batches, `chunk_size` or `checkpoint='sqrt'`."),
 ]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.stacking import replaced, tensors_in
 
 
 def check_episodes(episodes: Sequence[Episode], owner: str) -> list[Episode]:
@@ -64,8 +64,8 @@ def nonfinite(episodes: Sequence[Episode]) -> str | None:
             (f"inner batch {number} of {len(episode.inner)}", batch) for number, batch in enumerate(episode.inner, 1)
         ]
         for name, batch in [*named, ("outer batch", episode.outer)]:
-            for part in tree_leaves(batch):
-                if isinstance(part, Tensor) and part.is_floating_point() and not torch.isfinite(part).all():
+            for part in tensors_in(batch):
+                if part.is_floating_point() and not torch.isfinite(part).all():
                     return name
     return None
 
@@ -76,5 +76,5 @@ def _usable(batch: Batch) -> Batch:
     try:
         inference = any(map(Tensor.is_inference, parts))  # in a tenth of the time of looking for leaves
     except TypeError:
-        inference = any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(batch))
-    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch) if inference else batch
+        inference = any(part.is_inference() for part in tensors_in(batch))
+    return replaced(batch, Tensor.clone) if inference else batch

@@ -143,6 +143,9 @@ class EpisodeLoader(CombinedLoader):
         self._outer.close()
         self._inner.close()
         super().reset()
+        for loader in self.flattened:
+            for part in getattr(loader, "flattened", []):  # of a level that is made of several loaders
+                CombinedLoader(part).reset()
         self.limits = self._progress = None
 
     @override
@@ -343,11 +346,12 @@ class _Reader:
         self._sources += [(partial(getattr, part, "seed"), partial(setattr, part, "seed")) for part in shards]
         start: list[Any] = [Generator(each.device).manual_seed(seed).get_state() for each in generators]
         start += [_mixed(self.seed, self.name)] * len(shards)
-        if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
-            # A pass that starts workers draws their seed first. Have them started, so that all passes draw alike.
-            self._states = start
-            with self._own_states():
-                iter(loader)
+        for part in parts:
+            if getattr(part, "persistent_workers", False) and getattr(part, "_iterator", None) is None:
+                # A pass that starts workers draws their seed first. Have them started, so that all passes draw alike.
+                self._states = start
+                with self._own_states():
+                    iter(part)
         self._states = start
         with self._own_states():
             self._iterator = iterator = iter(loader)
@@ -387,7 +391,7 @@ def _mixed(*words: int | str) -> int:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """Return the loader and the samplers and datasets in it."""
+    """Return the loader, those that it is made of, and the samplers and datasets in them."""
     found: dict[int, Any] = {}
     pending = [loader]
     while pending:
@@ -395,4 +399,5 @@ def _parts(loader: Any) -> list[Any]:
         if part is not None and id(part) not in found:
             found[id(part)] = part
             pending += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "_sampler", "dataset")]
+            pending += getattr(part, "flattened", [])
     return list(found.values())

@@ -15,13 +15,13 @@ from torch.autograd import function as autograd_function
 from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.generators import process_generators
-from lightning_bilevel.host import rank_zero_warn
+from lightning_bilevel.host import LIBRARIES, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached
 from lightning_bilevel.problem import Episode
 from lightning_bilevel.tree import Params
 
 PACKAGE = Path(__file__).parents[1]
-_TORCH = Path(torch.__file__).parent
+_LIBRARIES = {Path(torch.__file__).parent, *LIBRARIES}
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def frames_in(text: str) -> list[tuple[str, int | None]]:
 
 
 def user_line(frames: list[tuple[str, int | None]]) -> str:
-    """Return the user's line: the deepest one below this package's frames that is not PyTorch's."""
+    """Return the user's line: the deepest one below this package's frames that is not PyTorch's or Lightning's."""
     inside = [number for number, (name, _) in enumerate(frames) if PACKAGE in Path(name).parents]
     if not inside:
         return ""
     for name, line in reversed(frames[inside[-1] + 1 :]):
         path = Path(name)
-        if _TORCH not in path.parents and not name.startswith("<") and "torchinductor" not in name:
+        if _LIBRARIES.isdisjoint(path.parents) and not name.startswith("<") and "torchinductor" not in name:
             return f"{path.name}:{line}"
     return ""
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from lightning_bilevel.problem import BilevelProblem
 
 
-class CoarsestDtype(TorchDispatchMode):
+class CoarsestDtype(TorchFunctionMode):
     """Finds the floating dtype of least precision that anything is computed in while this context is active.
 
     Under autocast, losses and gradients are float32 tensors with the rounding of bfloat16 or float16: only the
-    operations on the way tell. Looking costs some microseconds an operation and changes no result.
+    operations on the way tell. Looking costs some microseconds an operation and changes no result: it sees what a loss
+    calls and not how PyTorch makes it, for in a ``TorchDispatchMode`` some tensor subclasses cannot be made.
 
     Attributes:
         dtype: the dtype; ``None`` before any floating operation.
@@ -33,12 +34,14 @@ class CoarsestDtype(TorchDispatchMode):
         super().__init__()
         self.dtype: torch.dtype | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and look at what it returns."""
         returned = func(*args, **(kwargs or {}))
-        for value in tree_iter(returned):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                self.dtype = value.dtype if self.dtype is None else coarser(self.dtype, value.dtype)
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass is not asked
+            for value in tree_iter(returned):
+                # An empty one rounds nothing: PyTorch keeps sizes in some.
+                if isinstance(value, Tensor) and value.dtype.is_floating_point and value.numel():
+                    self.dtype = value.dtype if self.dtype is None else coarser(self.dtype, value.dtype)
         return returned
 
 

@@ -11,11 +11,11 @@ import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
-from lightning_bilevel.estimation import estimate, vectorizes
+from lightning_bilevel.estimation import estimate, stack_size, vectorizes
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState, stackable
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, Key, RngState, repeating
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.memory import FitMemory
@@ -187,7 +187,13 @@ def estimated_at(
     functional: FunctionalModule, strategy: HypergradientStrategy, at: Surroundings, call: Call
 ) -> Hypergradient:
     """Return the mean estimate in surroundings that were entered, also where second derivatives are left out."""
-    size = _chunk_size(functional, at) if len(at.episodes) > 1 else 1
+
+    def works() -> bool:
+        if functional.vectorizes is None:  # tried once per fit
+            functional.vectorizes = vectorizes(at.problem, at.carried[0], at.phi, at.episodes[0])
+        return functional.vectorizes
+
+    size = stack_size(at.problem, at.episodes, functional.module.episode_chunk_size, works)
     return estimate(at.problem, strategy, at.carried, at.phi, at.episodes, call, size, at.kept)
 
 
@@ -231,17 +237,6 @@ def _marked_once_differentiable(
 
 _BESIDE_A_SOLVER = "the inner loss of a module with a solver"
 """Key of :attr:`FunctionalModule.examinations`."""
-
-
-def _chunk_size(functional: FunctionalModule, at: Surroundings) -> int:
-    """Return how many episodes to vectorize together; whether that works is tried once per fit."""
-    first = at.episodes[0]
-    size = functional.module.episode_chunk_size or at.problem.max_copies
-    if size == 1 or functional.module.has_solver or not stackable(first, first):
-        return 1
-    if functional.vectorizes is None:
-        functional.vectorizes = vectorizes(at.problem, at.carried[0], at.phi, first)
-    return size if functional.vectorizes else 1
 
 
 def _gone_on(functional: FunctionalModule, state: InnerState, last: InnerState, episodes: int) -> InnerState:

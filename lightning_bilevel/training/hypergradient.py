@@ -9,11 +9,13 @@ import torch
 
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.errors import missing_error, value_error
-from lightning_bilevel.estimation import estimate, vectorizes
+from lightning_bilevel.estimation import estimate, stack_size, vectorizes
+from lightning_bilevel.host import Trainer
 from lightning_bilevel.kernels.safe import differentiable_kernels
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, stackable
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, Key, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.estimating import estimated
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.tree import Params
@@ -27,6 +29,7 @@ def hypergradient(
     seed: int = 0,
     carry: Carry | None = None,
     phi: Params | None = None,
+    trainer: Trainer | None = None,
 ) -> Hypergradient:
     """Return one hypergradient estimate, without a Trainer; nothing in the module changes.
 
@@ -39,10 +42,12 @@ def hypergradient(
         carry: that of the last estimate, ``result.carry``, to go on from it: what the strategy carries, buffers, and θ
             where ``inner_start="warm"``. A plain problem needs it: its ``inner`` is the state to start from.
         phi: the outer parameters of a plain problem; those of a module are its own.
+        trainer: lent to the module for the length of the call, where its hooks read ``self.trainer``.
 
     Raises:
         ValueError: no strategy, or an episode of the wrong form.
-        MisconfigurationError: the strategy cannot work on the problem; a plain problem without ``phi`` or ``carry``.
+        MisconfigurationError: the strategy cannot work on the problem; a plain problem without ``phi`` or ``carry``; a
+            hook that reads ``self.trainer`` where there is none.
         FloatingPointError: something is nan or infinite.
 
     >>> from lightning_bilevel import SGD, ReverseUnroll
@@ -64,9 +69,9 @@ def hypergradient(
     if isinstance(module, BilevelProblem):
         with torch.inference_mode(False), torch.enable_grad():
             return _of_problem(module, strategy, check_episodes(given, "BilevelProblem"), seed, carry, phi)
-    if not all(isinstance(each, Episode) for each in given):
-        given = module.episodes(episode)
-    with torch.inference_mode(False), torch.enable_grad():
+    with attached(module, "hypergradient", trainer), torch.inference_mode(False), torch.enable_grad():
+        if not all(isinstance(each, Episode) for each in given):
+            given = module.episodes(episode)
         functional, memory = module.functional(), module.fit_context.memory
         episodes = check_episodes(given, type(module).__name__)
         call = Call(Key((seed, memory.estimates, 0, 0)))
@@ -85,11 +90,9 @@ def _of_problem(
         lacking = "`phi`" if phi is None else "`carry`"
         fix = "Pass `hypergradient(problem, strategy, episode, phi=phi, carry=Carry(InnerState(theta)))`"
         raise missing_error("BilevelProblem", f"{lacking} to start from", fix)
-    call, first = Call(Key((seed, 0, 0, 0))), episodes[0]
+    call = Call(Key((seed, 0, 0, 0)))
     carried = [carry.inner] * len(episodes)
     device = next(iter(phi.values())).device
     with differentiable_kernels(None, strategy.second_order), RngState(device).fork(call.key.fold_in(-1).seed):
-        several = len(episodes) > 1 and problem.solver is None and stackable(first, first)
-        stacks = several and problem.max_copies > 1 and vectorizes(problem, carry.inner, phi, first)
-        size = problem.max_copies if stacks else 1
+        size = stack_size(problem, episodes, None, lambda: vectorizes(problem, carry.inner, phi, episodes[0]))
         return estimate(problem, strategy, carried, phi, episodes, call, size, carry.strategy)

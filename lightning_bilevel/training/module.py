@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from lightning_bilevel.calculus.runs import run
+from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes
 from lightning_bilevel.data.inputs import check_inner_batches
 from lightning_bilevel.errors import integer, missing_error, number, one_of
-from lightning_bilevel.host import notice_other_namespace, rank_zero_warn
+from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
 
 
@@ -107,6 +109,7 @@ class BilevelModule(BilevelHooks):
 
         Raises:
             ValueError: no inner batch, or a bad ``steps``.
+            MisconfigurationError: a hook reads ``self.trainer``, and there is none.
 
         Example:
             ``with self.adapted([support]): logits = self.net(query_x)``
@@ -130,9 +133,15 @@ class BilevelModule(BilevelHooks):
         """
         steps = self.inner_steps if steps is None else steps
         integer("adapted(steps=...)", steps, least=0)
-        functional, memory = self.functional(), self.fit_context.memory
+        with attached(self, "adapted"):
+            functional, memory = self.functional(), self.fit_context.memory
         with functional.knowing_levels():
-            with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
+            with (
+                attached(self, "adapted"),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                functional.session(twice=False),
+            ):
                 episode = Episode(check_inner_batches(batches), None)
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
                 problem, phi = replace(functional.problem, inner_steps=steps), functional.phi()
@@ -178,6 +187,18 @@ class BilevelModule(BilevelHooks):
             rank_zero_warn(
                 f"No optimizer has the outer parameters {left_out}: they stay as they are. {self._ALL_OF_THEM}"
             )
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """Call a batch hook, of this module or of a data module in its place, with each batch of an episode.
+
+        Lightning calls this for all three hooks, in every stage. What nobody overrides takes the episode at once.
+        """
+        call = super()._call_batch_hook
+        batch, *others = args
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if not holds_episodes(batch) or not (is_overridden(hook_name, self) or is_overridden(hook_name, data)):
+            return call(hook_name, *args)
+        return each_batch(batch, lambda one: call(hook_name, one, *others))
 
     def _evaluated(self, batch: Any) -> Any:
         """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""

@@ -15,7 +15,7 @@ from lightning_bilevel.errors import combination_error, missing_error, no_loss_e
 from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
-from lightning_bilevel.problem import Batch, Episode
+from lightning_bilevel.problem import Batch
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.training.outer_optimizer import (
     OuterOptimizerLike,
@@ -27,7 +27,6 @@ from lightning_bilevel.training.selection import Names, as_patterns, defines, ma
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
 
-_SINGLE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _STEPS = ("validation_step", "test_step", "predict_step", "forward", "log", "log_dict")
 _OPTIMIZATION = ("backward", "lr_scheduler_step", "optimizer_step", "optimizer_zero_grad")
 _DATA = ("prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -310,7 +309,7 @@ class WrappedModule(BilevelModule):
                 arguments, step = [batch], name == "training_step"
                 # Lightning passes it to a training step by position; another method has to ask for it by name.
                 if is_param_in_hook_signature(method, "batch_idx", explicit=not step, min_args=2 if step else None):
-                    arguments.append(self.trainer.fit_loop.batch_idx if self._trainer else 0)
+                    arguments.append(max(self.trainer.fit_loop.batch_idx, 0) if self._trainer else 0)
                 what, result = f"{owner}.{name}(batch)", method(*arguments)
         if result is None:
             raise no_loss_error(what)
@@ -358,21 +357,9 @@ def _delegate(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: WrappedModule, *args: Any, **kwargs: Any) -> Any:
         function = getattr(self.module, name)
         with self.current_hook():
-            if name in _SINGLE_BATCH:
-                batch, *others = args
-                return _each(batch, lambda one: function(one, *others, **kwargs))
             return function(*args, **kwargs)
 
     return method
-
-
-def _each(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to every batch of episodes; to anything else as it is."""
-    if isinstance(batch, Episode):
-        return Episode([function(one) for one in batch.inner], function(batch.outer))
-    if isinstance(batch, (list, tuple)) and batch and all(isinstance(entry, Episode) for entry in batch):
-        return [_each(entry, function) for entry in batch]
-    return function(batch)
 
 
 def _delegated() -> list[str]:

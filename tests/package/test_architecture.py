@@ -24,7 +24,7 @@ ROOT = Path(lightning_bilevel.__file__).parent
 # From the ground up. A file, or a folder of them, imports from lines above its own; the files of one folder also from
 # each other, without a circle. It stands as low as that allows.
 LAYERS = [
-    ("tree", "errors", "host", "generators"),  # nothing of ours
+    ("tree", "errors", "host", "generators", "stacking"),  # nothing of ours
     ("randomness", "kernels", "inner_optimizers", "linear_solvers"),
     ("directions", "problem"),
     ("calculus", "modules", "data", "few_shot"),

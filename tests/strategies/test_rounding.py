@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_bilevel import PZOBO, Episode, ZerothOrder, hypergradient
 from lightning_bilevel.problem import Carry, InnerState
@@ -144,3 +145,89 @@ def test_the_coarsest_dtype() -> None:
         with torch.autocast("cpu", BRAIN):
             F.linear(torch.ones(2, 2), torch.ones(2, 2)).float()
     assert seen.dtype == BRAIN
+
+
+class Named(torch.Tensor):
+    """Made as users make them: of another tensor, with an attribute."""
+
+    asked = 0
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Any:
+        return torch.Tensor.__new__(cls, values)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Named.asked += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Wrapper(torch.Tensor):
+    """Holds a tensor and no storage."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.held if isinstance(x, Wrapper) else x, (args, kwargs or {}))
+        return tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+
+
+class Duck:
+    """No tensor, and stands for one."""
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(func(*(x.held if isinstance(x, Duck) else x for x in args), **(kwargs or {})))
+
+
+PASSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "made of another": lambda x: Named(x).as_subclass(Tensor),
+    "a subclass to the end": lambda x: x.as_subclass(Named),
+    "_make_subclass": lambda x: Tensor._make_subclass(Named, x).as_subclass(Tensor),
+    "_make_wrapper_subclass": lambda x: (Wrapper(x) + 0).held,
+    "no subclass": lambda x: torch.add(Duck(x), 0).held,  # type: ignore[arg-type, attr-defined]
+    "nested": lambda x: torch.stack(torch.nested.nested_tensor(list(x), layout=torch.jagged).unbind()),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("episodes", [1, 3])
+@pytest.mark.parametrize("how", PASSED)
+def test_looking_leaves_tensor_subclasses_alone(how: str, episodes: int) -> None:
+    class Passed(Cleaning):
+        plain = False
+
+        def inner_loss(self, batch: Any) -> Tensor:
+            x, *others = batch
+            return super().inner_loss([x if self.plain else PASSED[how](x), *others])
+
+    options = {"inner_start": "reset", "episode_chunk_size": 1}
+    module, plain = (seeded(lambda: Passed(**options)).double() for _ in range(2))
+    plain.plain = True
+    x, y, index = EPISODE.inner[0]
+    batch = x.double(), y.double(), index
+    given = [Episode([batch], batch)] * episodes
+    for kind in (PZOBO, ZerothOrder):
+        for chunk_size in (1, None) if how != "nested" else (1,):  # which vmap has no rule for
+            strategy = kind(1, mu=1e-4, chunk_size=chunk_size)
+            found, expected = (hypergradient(each, strategy, given).grads for each in (module, plain))
+            torch.testing.assert_close(found, expected)
+
+
+def test_looking_asks_no_subclass() -> None:
+    values, calls = torch.ones(2).as_subclass(Named), []
+    for context in (nullcontext(), CoarsestDtype()):
+        before = Named.asked
+        with context:
+            values.sum()
+        calls.append(Named.asked - before)
+    assert calls[0] == calls[1] > 0

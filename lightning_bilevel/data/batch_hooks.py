@@ -1,0 +1,36 @@
+"""Batch hooks: what Lightning calls once per batch is called once per batch of an episode.
+
+``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer``, of a module or in its place
+of a data module, are written for what a plain loader yields, and know of no episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_bilevel.problem import Episode
+
+
+def holds_episodes(batch: Any) -> bool:
+    """Return whether this is an episode, a mapping of its two levels, or a list of episodes.
+
+    >>> holds_episodes([Episode([1], 2)]), holds_episodes({"inner": 1, "outer": 2}), holds_episodes([1, 2])
+    (True, True, False)
+    """
+    if isinstance(batch, Episode) or (isinstance(batch, Mapping) and set(batch) == {"inner", "outer"}):
+        return True
+    return isinstance(batch, (list, tuple)) and bool(batch) and all(isinstance(entry, Episode) for entry in batch)
+
+
+def each_batch(episodes: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every batch of what :func:`holds_episodes`.
+
+    >>> each_batch([Episode(inner=[1, 2], outer=3)], lambda batch: 10 * batch)
+    [Episode(inner=[10, 20], outer=30)]
+    """
+    if isinstance(episodes, Episode):
+        return Episode([function(batch) for batch in episodes.inner], function(episodes.outer))
+    if isinstance(episodes, Mapping):
+        return {level: function(batch) for level, batch in episodes.items()}
+    return [each_batch(episode, function) for episode in episodes]

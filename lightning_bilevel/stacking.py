@@ -1,0 +1,161 @@
+"""Batches in containers: which of them are stacked over episodes, what tensors they hold, one call on a stack.
+
+A container is a tuple or a ``NamedTuple``, a list, a dict or a ``UserDict`` (such as the ``BatchEncoding`` of
+transformers), or an instance of a dataclass; ``None`` is an empty one. What else a batch holds, or has as an attribute
+beside its entries, cannot be stacked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Return whether two batches have the same structure, shapes and dtypes, so that they can be stacked.
+
+    >>> alike({"x": torch.ones(2)}, {"x": torch.zeros(2)}), alike([torch.ones(2)], [torch.ones(3)]), alike(1, 1)
+    (True, False, False)
+    """
+    # By hand rather than by torch's pytree: this walks every episode of every step, and is several times faster.
+    if isinstance(a, Tensor):
+        if not isinstance(b, Tensor) or a.is_nested or b.is_nested:  # those of the old layout have no shape
+            return False
+        return a.shape == b.shape and a.dtype == b.dtype
+    kind = type(a)
+    if kind is not type(b):
+        return False
+    if a is None:
+        return True
+    names = _names(a)
+    if kind not in (dict, list, tuple) and not _same_besides(names, a, b):
+        return False
+    if isinstance(a, (dict, UserDict)):
+        return a.keys() == b.keys() and all(alike(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return names is not None and all(alike(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def stacked(values: Sequence[Any]) -> Any:
+    """Stack the tensors of :func:`alike` batches along a new first dimension.
+
+    >>> stacked([{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}])
+    {'x': tensor([1., 2.])}
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(values))
+    return _filled(first, [stacked(column) for column in zip(*map(_entries, values), strict=True)])
+
+
+def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
+    """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments that are tensors in containers.
+
+    vmap walks nested arguments several times, at a fifth of the cost of a small net's loss; it gets plain ones here.
+    """
+    tensors: list[Tensor] = []
+    _collect(args, tensors)
+    return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch: those in containers, and in what is registered with torch's pytree.
+
+    >>> len(list(tensors_in(UserDict(x=[torch.ones(2), "a"], y=torch.ones(1)))))
+    2
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif (entries := _entries(leaf)) is not None:
+            yield from tensors_in(list(entries))
+
+
+def replaced(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with ``fn`` of each tensor that :func:`tensors_in` yields in its place.
+
+    >>> replaced([torch.ones(2), UserDict(x=torch.ones(1))], torch.neg)
+    [tensor([-1., -1.]), {'x': tensor([-1.])}]
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return fn(leaf)
+        entries = _entries(leaf)
+        return leaf if entries is None else _filled(leaf, [replaced(entry, fn) for entry in entries])
+
+    return tree_map(of_leaf, batch)
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """Return the fields of an instance of a dataclass, which is no other container."""
+    if isinstance(value, (dict, list, tuple, UserDict)) or not is_dataclass(value) or isinstance(value, type):
+        return None
+    return tuple(field.name for field in fields(value))
+
+
+def _entries(value: Any) -> Any:
+    """Return what is in a container; ``None`` for anything else."""
+    if value is None:
+        return ()
+    if isinstance(value, (dict, UserDict)):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    names = _names(value)
+    return None if names is None else [getattr(value, name) for name in names]
+
+
+def _same_besides(names: Sequence[str] | None, a: Any, b: Any) -> bool:
+    """Return whether two containers of one type have the same attributes besides their entries."""
+    ours, others = getattr(a, "__dict__", {}), getattr(b, "__dict__", {})
+    entries = {"data"} if isinstance(a, UserDict) else set(names or ())
+    return ours.keys() == others.keys() and all(
+        name in entries or value is others[name] or (isinstance(value, (str, int, float)) and value == others[name])
+        for name, value in ours.items()
+    )
+
+
+def _filled(like: Any, parts: list[Any]) -> Any:
+    """Return a container like this one with ``parts`` in it."""
+    kind = type(like)
+    if kind is dict:
+        return dict(zip(like, parts, strict=True))
+    if like is None:
+        return None
+    if isinstance(like, (list, tuple)):
+        return kind(*parts) if hasattr(like, "_fields") else kind(parts)
+    filled = copy.copy(like)
+    if isinstance(like, (dict, UserDict)):
+        for key, part in zip(like, parts, strict=True):
+            filled[key] = part
+    else:
+        for name, part in zip(_names(like) or (), parts, strict=True):
+            object.__setattr__(filled, name, part)  # a frozen one refuses its own; nothing checks what vmap passes
+    return filled
+
+
+def _collect(value: Any, tensors: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    else:
+        for part in _entries(value):
+            _collect(part, tensors)
+
+
+def _rebuilt(like: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return ``like`` with its tensors replaced, in the order of :func:`_collect`."""
+    if isinstance(like, Tensor):
+        return next(tensors)
+    if type(like) is dict:
+        return {key: _rebuilt(part, tensors) for key, part in like.items()}
+    return _filled(like, [_rebuilt(part, tensors) for part in _entries(like)])
