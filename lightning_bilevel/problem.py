@@ -22,6 +22,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import OptState
+from lightning_bilevel.kernels.attention import unfused
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -448,10 +449,12 @@ def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
     """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments that are tensors in tuples, lists and dicts.
 
     vmap walks nested arguments several times, at a fifth of the cost of a small net's loss; it gets plain ones here.
+    Fused attention has no rule for it on a CPU, and elsewhere draws masks of its own.
     """
     tensors: list[Tensor] = []
     _collect(args, tensors)
-    return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
+    with unfused():
+        return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
 
 
 def _collect(value: Any, tensors: list[Tensor]) -> None:
