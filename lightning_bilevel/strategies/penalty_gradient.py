@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
 from typing import Literal, NamedTuple
@@ -19,7 +18,7 @@ from lightning_bilevel.errors import MisconfigurationError, number, one_of
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, rounding_error
+from lightning_bilevel.strategies.rounding import coarser, coarsest_in, first_look, rounding_error
 from lightning_bilevel.strategies.stationarity import unseen_by_the_minimum
 from lightning_bilevel.tree import Params
 
@@ -91,9 +90,7 @@ class PenaltyGradient(HypergradientStrategy):
         batches, start = problem.batches(episode), problem.start(carry.inner, phi)
         device = next(iter(phi.values())).device
         masks = RngState(device)
-        look = first_look(problem, "PenaltyGradient", self.penalty)
-        with CoarsestDtype() if look else nullcontext() as seen:
-            z = run(problem, start, phi, batches)
+        z = run(problem, start, phi, batches)
         value, observed = outer_value(problem, z.state, phi, episode)
         with RngState(device).fork():  # what follows repeats the draws of that run
             y = self._end(problem, start, phi, episode, 1.0, masks)
@@ -102,9 +99,11 @@ class PenaltyGradient(HypergradientStrategy):
                 other = self._end(problem, start, phi, episode, -1.0, masks)
                 c, distance = tree.scale(tree.add(y.c, other.c), 0.5), self.penalty / 2
             of_y, of_other = (_by_phi(problem, end.state, phi, batches, masks) for end in (y, other))
-        difference = tree.sub(of_y, of_other)
-        if seen is not None and bool(tree.norm(y.d) > 0):
-            self._look_at_rounding(y.state, other.state, start, tree.norm(difference) / tree.norm(of_other), seen.dtype)
+            difference = tree.sub(of_y, of_other)
+            if first_look(problem, "PenaltyGradient", self.penalty) and bool(tree.norm(y.d) > 0):
+                computed = _dtype(problem, y.state, phi, batches[0])
+                change = tree.norm(difference) / tree.norm(of_other)
+                self._look_at_rounding(y.state, other.state, start, change, computed)
         return Hypergradient(value, tree.add(c, difference, alpha=distance), z.state, z.metrics, observed=observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
@@ -122,7 +121,7 @@ class PenaltyGradient(HypergradientStrategy):
         return _End(state, d, c)
 
     def _look_at_rounding(
-        self, y: InnerState, other: InnerState, start: InnerState, change: Tensor, computed: torch.dtype | None
+        self, y: InnerState, other: InnerState, start: InnerState, change: Tensor, computed: torch.dtype
     ) -> None:
         """Compare how far apart the two ends are, and the two gradients by φ, with what rounding alone does.
 
@@ -130,7 +129,7 @@ class PenaltyGradient(HypergradientStrategy):
         """
         theta = y.params
         dtype = reduce(coarser, (value.dtype for value in theta.values()))
-        of_gradient = dtype if computed is None else coarser(dtype, computed)
+        of_gradient = coarser(dtype, computed)
         rounding = torch.hypot(
             rounding_error(dtype) * tree.norm(theta),
             rounding_error(of_gradient) * tree.norm(tree.sub(theta, start.params)),
@@ -183,3 +182,10 @@ def with_outer_loss(problem: BilevelProblem, episode: Episode, weight: float) ->
 def _by_phi(problem: BilevelProblem, state: InnerState, phi: Params, batches: list[Batch], masks: RngState) -> Params:
     masks.restore()
     return inner_value_and_grads(problem.stationary(), state, phi, batches, by_theta=False).c
+
+
+def _dtype(problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> torch.dtype:
+    """Return the coarsest dtype on the way to the inner loss."""
+    with torch.enable_grad():
+        loss, _ = problem.inner_loss(tree.leaves(state.params), tree.leaves(phi), batch, state.buffers)
+    return coarsest_in(loss)

@@ -202,12 +202,23 @@ def test_a_dynamically_quantized_backbone() -> None:
     assert torch.cosine_similarity(found, exact, dim=0) > 0.9
 
 
-def test_a_compiled_part() -> None:
-    """What is compiled has no double backward."""
-    if shutil.which("g++") is None:
-        pytest.skip("the compiler of PyTorch needs g++")
-    module, plain = Net(lambda: torch.compile(Squares(torch.square))), Net(lambda: Squares(torch.square))
-    found, expected = (hypergradient(each, PenaltyGradient(50.0), each.episode()) for each in (module, plain))
-    torch.testing.assert_close(found.grads, expected.grads, rtol=1e-7, atol=1e-9)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_part(backend: str) -> None:
+    """It stays compiled, in every run; what is compiled has no double backward."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("the compiler of PyTorch needs g++, and there is none")
+    torch.compiler.reset()
+    module, plain = (Net(lambda compile=compile: compile(Squares(torch.square))) for compile in (_by(backend), _same))
+    for strategy in (PenaltyGradient(50.0), PenaltyGradient(50.0, "central"), PenaltyGradient(50.0)):
+        found, expected = (hypergradient(each, strategy, each.episode()) for each in (module, plain))
+        torch.testing.assert_close(found.grads, expected.grads, rtol=1e-7, atol=1e-9)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         hypergradient(module, ReverseUnroll(), module.episode())
+
+
+def _by(backend: str) -> Callable[[nn.Module], nn.Module]:
+    return lambda part: torch.compile(part, backend=backend)
+
+
+def _same(part: nn.Module) -> nn.Module:
+    return part

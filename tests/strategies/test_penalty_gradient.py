@@ -161,7 +161,7 @@ OPTIMIZERS: dict[str, tuple[Any, float]] = {
     "projection": (lambda module: Clamped(0.2), 1.0),
     "Adam": (lambda module: Adam(0.2, eps=1.0), 1.0),
     "Adam with decay": (lambda module: Adam(0.2, eps=1.0, weight_decay=0.5), 1.0),
-    "RMSprop": (lambda module: RMSprop(0.1, eps=1.0), 1.0),
+    "RMSprop": (lambda module: RMSprop(0.3, eps=1.0), 1.0),
     "torch": (lambda module: torch.optim.SGD([module.theta], lr=0.2, weight_decay=0.5), 1.0),
 }
 
