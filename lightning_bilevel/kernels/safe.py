@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_bilevel.kernels.attention import unfused
 from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
 from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renormalize
@@ -66,16 +66,15 @@ def differentiable_kernels(module: nn.Module | None, twice: bool = True) -> Iter
 
     Args:
         module: decides whether cuDNN has to go (it does where there are RNNs); ``None`` is a problem without one.
-        twice: whether losses are differentiated twice; a faster double backward makes a single one slower.
+        twice: whether losses are differentiated twice. Where they are not, attention may be fused, and what makes a
+            double backward faster is left out, for it makes a single one slower.
     """
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if twice:
+            stack.enter_context(unfused())
         recurrent = module is not None and any(isinstance(child, nn.RNNBase) for child in module.modules())
         if torch.backends.cudnn.enabled and recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_attention)
-        torch.backends.mha.set_fastpath_enabled(False)
         for owner, name, ours in (*_ALWAYS, *(_TWICE if twice else ())):
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, ours)

@@ -7,6 +7,7 @@ from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
 from lightning_bilevel.strategies.fsla import FSLA
 from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
 from lightning_bilevel.strategies.schedule import HypergradientSchedule
@@ -23,6 +24,7 @@ __all__ = [
     "HypergradientStrategy",
     "ImplicitGradient",
     "PZOBO",
+    "PenaltyGradient",
     "ReverseUnroll",
     "TruncatedReverse",
     "ZerothOrder",

@@ -17,7 +17,7 @@ from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.stationarity import distance, warn_of_another_map
+from lightning_bilevel.strategies.stationarity import distance, unseen_by_the_minimum, warn_of_another_map
 from lightning_bilevel.tree import Params
 
 Form = Literal["gradient", "fixed_point"]
@@ -114,31 +114,18 @@ class ImplicitGradient(HypergradientStrategy):
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the implicit function theorem cannot see in ``problem``."""
-        found, traits = [], problem.traits
-        if problem.shared and not traits.proximal:
+        traits = problem.traits
+        unstationary = traits.unstationary() if self.form == "gradient" else ""
+        learned = traits.learned() if self.form == "gradient" else traits.rates()
+        found = unseen_by_the_minimum(problem, "ImplicitGradient", () if unstationary else learned)
+        if unstationary:
             found.append(
                 combination_error(
-                    "`ImplicitGradient` with parameters shared by both levels and `proximal=0`",
-                    "the minimum of the inner loss does not depend on where the inner run starts",
-                    "Set `BilevelModule(proximal=...)`, or use `ReverseUnroll` or `ForwardGradient`",
-                )
-            )
-        if self.form == "gradient" and (name := traits.unstationary()):
-            found.append(
-                combination_error(
-                    f"`ImplicitGradient` with the inner optimizer `{name}`",
+                    f"`ImplicitGradient` with the inner optimizer `{unstationary}`",
                     "where it stays, the gradient of no function is zero: its weight decay, say, is not part of the "
                     "gradient",
                     'Use `ImplicitGradient(Neumann(terms=K, step_size=1.0), form="fixed_point")`, or an optimizer '
                     "whose decay is part of the gradient, such as `Adam(weight_decay=...)`",
-                )
-            )
-        elif traits.learned() if self.form == "gradient" else traits.rates():
-            found.append(
-                combination_error(
-                    "`ImplicitGradient` with an inner optimizer that depends on the outer parameters",
-                    "the minimum of the inner loss does not depend on how it is reached",
-                    "Use `ReverseUnroll` or `ForwardGradient`",
                 )
             )
         if problem.solver is not None and self.solver.wants_preconditioner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import reduce
 from typing import Any
 
 import torch
@@ -43,6 +44,29 @@ class CoarsestDtype(TorchFunctionMode):
                 if isinstance(value, Tensor) and value.dtype.is_floating_point and value.numel():
                     self.dtype = value.dtype if self.dtype is None else coarser(self.dtype, value.dtype)
         return returned
+
+
+def coarsest_in(loss: Tensor) -> torch.dtype:
+    """Return the floating dtype of least precision on the way to a loss, as far as its graph tells.
+
+    :class:`CoarsestDtype` sees operations without a graph, too, but what is compiled never runs again after it has been
+    in a dispatch mode.
+
+    >>> weight = torch.ones(2, 2, requires_grad=True)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     loss = (weight @ torch.ones(2, 2)).float().sum()
+    >>> coarsest_in(loss)
+    torch.bfloat16
+    """
+    found, seen, nodes = loss.dtype, set(), [loss.grad_fn]
+    while nodes:
+        node: Any = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            dtypes = [each.dtype for each in node._input_metadata if each.dtype.is_floating_point]
+            found = reduce(coarser, dtypes, found)
+            nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.errors import MisconfigurationError, combination_error
 from lightning_bilevel.problem import BilevelProblem, InnerState
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
@@ -41,6 +43,36 @@ def gradient_of_stationary(problem: BilevelProblem, gradient: Params, theta: Par
     """Return the gradient of :meth:`BilevelProblem.stationary` from that of g: ±∇g + ∇penalty, without a graph."""
     gradient = tree.scale(gradient, -1.0) if problem.maximize else gradient
     return gradient if problem.penalty is None else tree.add(gradient, _of_penalty(problem, theta, phi))
+
+
+def unseen_by_the_minimum(
+    problem: BilevelProblem, strategy: str, learned: Collection[str]
+) -> list[MisconfigurationError]:
+    """Return refusals of outer parameters that no minimum depends on: where a run starts, and how it goes.
+
+    Args:
+        problem: the problem.
+        strategy: the class name.
+        learned: the outer parameters that say how it goes, of :class:`~lightning_bilevel.problem.Traits`.
+    """
+    found = []
+    if problem.shared and not problem.traits.proximal:
+        found.append(
+            combination_error(
+                f"`{strategy}` with parameters shared by both levels and `proximal=0`",
+                "the minimum of the inner loss does not depend on where the inner run starts",
+                "Set `BilevelModule(proximal=...)`, or use `ReverseUnroll` or `ForwardGradient`",
+            )
+        )
+    if learned:
+        found.append(
+            combination_error(
+                f"`{strategy}` with an inner optimizer that depends on the outer parameters",
+                "the minimum of the inner loss does not depend on how it is reached",
+                "Use `ReverseUnroll` or `ForwardGradient`",
+            )
+        )
+    return found
 
 
 def warn_of_another_map(

@@ -12,6 +12,7 @@ from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
 from lightning_bilevel.strategies.fsla import FSLA
 from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
 from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
@@ -55,6 +56,7 @@ def one_of_each() -> list[HypergradientStrategy]:
         ForwardGradient(),
         ForwardGradient(mode="forward"),
         ImplicitGradient(Neumann(terms=2, step_size=1e-2)),
+        PenaltyGradient(),
         GammaGreedy(),
         FSLA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized

@@ -23,6 +23,7 @@ from lightning_bilevel import (
     GammaGreedy,
     HypergradientStrategy,
     ImplicitGradient,
+    PenaltyGradient,
     ReverseUnroll,
     TruncatedReverse,
     ZerothOrder,
@@ -118,6 +119,17 @@ COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
 def test_costs_are_those_of_the_formula(name, monkeypatch):
     strategy, cost = COSTS[name]
     assert costs(strategy, monkeypatch) == cost
+
+
+@pytest.mark.parametrize(("scheme", "others"), [("forward", 1), ("central", 2)])
+def test_penalties_cost_runs_and_gradients_by_phi(scheme, others, monkeypatch):
+    """Its second estimate; at the first it looks at the dtypes of the inner loss."""
+    # g in every step of every run, and at two ends for every batch; f in every step of the others, at their ends, and
+    # its value.
+    at_ends = 2 * len(episodes(1)[0].inner)
+    inner, outer = T * (1 + others) + at_ends, T * others + others + 1
+    found = costs(PenaltyGradient(scheme=scheme), monkeypatch, number=2)
+    assert found == expected(inner, outer, gradients=T * (1 + others) + at_ends + others)
 
 
 @pytest.mark.filterwarnings("ignore:.*reached a relative residual")

@@ -18,6 +18,7 @@ from lightning_bilevel import (
     HypergradientSchedule,
     HypergradientStrategy,
     ImplicitGradient,
+    PenaltyGradient,
     ReverseUnroll,
     TruncatedReverse,
     ZerothOrder,
@@ -76,6 +77,9 @@ ROWS: dict[str, Row] = {
     "FirstOrder": Row(lambda T, N: FirstOrder()),
     "GammaGreedy": Row(lambda T, N: GammaGreedy(gamma=0.9)),
     "ImplicitGradient": Row(lambda T, N: ImplicitGradient(Neumann(terms=3, step_size=0.1))),
+    # λ magnifies the rounding of one path against another.
+    "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
+    "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
     "FSLA": Row(lambda T, N: FSLA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),
