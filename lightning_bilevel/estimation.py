@@ -69,7 +69,8 @@ def estimate(
                 part = part._replace(state=part.state.map(lambda value: value[None]))
             parts.append((count, part))
             first += count
-        return checked(parts[0][1] if len(parts) == 1 else _mean(parts, len(episodes)))
+        result = checked(parts[0][1] if len(parts) == 1 else _mean(parts, len(episodes)))
+        return result if len(episodes) == 1 else strategy.averaged(result)
     except FloatingPointError as error:
         if name := tree.first_nonfinite(phi):
             hint = "Lower the learning rate of `configure_optimizers()`, or clip: `Trainer(gradient_clip_val=...)`."
@@ -225,4 +226,10 @@ def _mean(parts: Sequence[tuple[int, Hypergradient]], count: int) -> Hypergradie
         InnerState.cat([result.state for result in results]),
         means([result.metrics for result in results]),
         {name: means([result.kept[name] for result in results]) for name in results[0].kept},
+        known={
+            name: means([result.known[name] for result in results])
+            for name in results[0].known
+            if all(name in result.known for result in results)
+        },
+        explicit=means([result.explicit for result in results]),
     )

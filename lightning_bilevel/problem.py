@@ -21,6 +21,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel import tree
 from lightning_bilevel.inner_optimizers.base import OptState
+from lightning_bilevel.kernels.attention import unfused
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.stacking import alike, stacked, vectorized
 from lightning_bilevel.tree import Params
@@ -175,6 +176,8 @@ class Hypergradient(NamedTuple):
         metrics: 0-dim tensors to log, such as ``inner_loss`` of the last inner step.
         kept: what the strategy carries to the next estimate.
         observed: what the losses had left behind at θ_T, see :class:`Observer`.
+        known: directions along which the estimate is exact, by name: orthonormal; of several episodes, their means.
+        explicit: the part of the estimate that is exact whatever the direction; empty where there is none.
 
     >>> estimate = Hypergradient(torch.tensor(2.0), {"w": torch.ones(1)}, InnerState({"v": torch.zeros(1)}), {})
     >>> estimate.grads["w"], estimate.carry.inner.params
@@ -187,6 +190,8 @@ class Hypergradient(NamedTuple):
     metrics: dict[str, Tensor]
     kept: dict[str, Params] = {}  # noqa: RUF012  # nobody writes to it
     observed: Any = None
+    known: dict[str, Params] = {}  # noqa: RUF012
+    explicit: Params = {}  # noqa: RUF012
 
     @property
     def carry(self) -> Carry:
@@ -198,7 +203,8 @@ class Hypergradient(NamedTuple):
         if count == 1:
             return self
         metrics = {name: v / count if name == "inner_loss" else v for name, v in self.metrics.items()}
-        return self._replace(value=self.value / count, grads=tree.scale(self.grads, 1 / count), metrics=metrics)
+        grads, explicit = (tree.scale(each, 1 / count) for each in (self.grads, self.explicit))
+        return self._replace(value=self.value / count, grads=grads, metrics=metrics, explicit=explicit)
 
 
 class Observer(Protocol):
@@ -355,11 +361,13 @@ class BilevelProblem:
         def vectorize(loss: Callable[..., Any]) -> Callable[[Params, Params, Batch, Params], Any]:
             def of_phis(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Any:
                 one = lambda theta, phi, buffers: loss(theta, phi, batch, buffers)  # noqa: E731
-                return vectorized(one, theta, phi, buffers, randomness="same")
+                with unfused():
+                    return vectorized(one, theta, phi, buffers, randomness="same")
 
             def of_episodes(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Any:
                 one = lambda theta, batch, buffers: loss(theta, phi, batch, buffers)  # noqa: E731
-                return vectorized(one, theta, batch, buffers, randomness="different")
+                with unfused():  # which has no rule for vmap on a CPU, and elsewhere draws masks of its own
+                    return vectorized(one, theta, batch, buffers, randomness="different")
 
             return of_phis if each_phi else of_episodes
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_bilevel.kernels.attention import unfused
-
 
 def alike(a: Any, b: Any) -> bool:
     """Return whether two batches have the same structure, shapes and dtypes, so that they can be stacked.
@@ -63,12 +61,10 @@ def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
     """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments that are tensors in containers.
 
     vmap walks nested arguments several times, at a fifth of the cost of a small net's loss; it gets plain ones here.
-    Fused attention has no rule for it on a CPU, and elsewhere draws masks of its own.
     """
     tensors: list[Tensor] = []
     _collect(args, tensors)
-    with unfused():
-        return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
+    return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

@@ -38,6 +38,21 @@ class DirectionSampler(ABC):
             like: a vector of shape ``(N,)`` that sets N, dtype and device.
         """
 
+    def of(self, count: int) -> DirectionSampler:
+        """Return the sampler for an estimate that draws ``count`` directions in all; by default, this one."""
+        return self
+
+    def error(self, size: int, count: int) -> float:
+        """Return E‖ĝ − g‖² / ‖g‖² of the mean ĝ = (1/b) Σ ⟨g, v⟩ v, averaged over the orientation of g.
+
+        By default (N − 1)/b, that of independent directions of length √N. A memory takes its step by it.
+
+        Args:
+            size: N.
+            count: b, at least 1.
+        """
+        return (size - 1) / count
+
     def draw(self, key: Key, start: int, stop: int, like: Params) -> Params:
         """Return directions ``start`` to ``stop - 1``, stacked: ``(stop - start, *shape)`` per parameter."""
         reference = max(like.values(), key=lambda value: torch.finfo(value.dtype).bits)

@@ -34,6 +34,10 @@ class Gaussian(DirectionSampler):
     """
 
     @override
+    def error(self, size: int, count: int) -> float:
+        return (size + 1) / count
+
+    @override
     def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
         rows = like.new_empty(stop - start, like.numel())
         for index, row in enumerate(rows, start):

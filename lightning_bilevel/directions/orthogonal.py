@@ -34,7 +34,8 @@ class Orthogonal(DirectionSampler):
     the earlier ones again. What is drawn depends on the cut in the last digits only.
 
     Use it when b is not small against N: the error falls by b/N of :class:`Rademacher`'s. Not for N in the
-    millions, where nothing is gained: random directions are nearly orthogonal by themselves.
+    millions, where nothing is gained: random directions are nearly orthogonal by themselves, and those of
+    :class:`Blocks` are so without a decomposition.
 
     Paper: Rowland et al. (2018), Geometrically Coupled Monte Carlo Sampling; Mezzadri (2007), How to
     Generate Random Matrices from the Classical Compact Groups, for the signs. The estimate is eq. 8 of (FG)²U:
@@ -46,6 +47,11 @@ class Orthogonal(DirectionSampler):
     >>> torch.allclose(v.T @ v / 3, torch.eye(3), atol=1e-5)
     True
     """
+
+    @override
+    def error(self, size: int, count: int) -> float:
+        rest = count % size
+        return rest * (size - rest) / count**2
 
     @override
     def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:

@@ -89,6 +89,23 @@ class HypergradientStrategy(Callback):
             call: names the estimate, so that random directions are repeatable.
         """
 
+    def averaged(self, result: Hypergradient) -> Hypergradient:
+        """Return an estimate with what it carries brought up to date; as it is by default.
+
+        Called with the mean over several episodes, or over processes that share out directions: what :meth:`estimate`
+        made of a part does not hold there, if it depends on the estimate itself.
+        """
+        return result
+
+    def explained(self, result: Hypergradient, cosine: float) -> dict[str, torch.Tensor]:
+        """Return what an estimate says about its own quality, 0-dim tensors by name; nothing by default.
+
+        Args:
+            result: the estimate.
+            cosine: the cosine with ∇h that is wanted.
+        """
+        return {}
+
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the strategies that this one is made of, by name; none by default.
 
@@ -106,8 +123,13 @@ class HypergradientStrategy(Callback):
 
     @property
     def second_order(self) -> bool:
-        """Whether the user's losses are differentiated twice."""
-        return bool(self.differentiates)
+        """Whether the user's losses are differentiated twice, by this strategy or a member."""
+        return bool(self.all_differentiates)
+
+    @property
+    def all_differentiates(self) -> frozenset[Differentiates]:
+        """:attr:`differentiates`, of this strategy and all members."""
+        return self.differentiates.union(*(member.all_differentiates for member in self.members().values()))
 
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what follows from the facts, :meth:`refusals`, and those of all members."""
@@ -212,7 +234,10 @@ def kept_of(member: str, result: Hypergradient) -> dict[str, Params]:
 def every_strategy() -> list[type[HypergradientStrategy]]:
     """Return this package's strategies that estimate by themselves, by name."""
     package = __package__ or ""
-    own = [kind for kind in HypergradientStrategy.__subclasses__() if kind.__module__.startswith(package)]
+    kinds = HypergradientStrategy.__subclasses__()
+    for base in (kind for kind in kinds if not hasattr(kind, "exact")):  # it states no facts
+        kinds += base.__subclasses__()
+    own = [kind for kind in kinds if kind.__module__.startswith(package) and hasattr(kind, "exact")]
     return sorted(own, key=lambda kind: kind.__name__)
 
 

@@ -7,24 +7,24 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value_and_grads
 from lightning_bilevel.directions import DirectionSampler, Gaussian
-from lightning_bilevel.errors import integer, number
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
-from lightning_bilevel.randomness import Call
-from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.errors import number
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, rounding_error, warn_of_rounding
-from lightning_bilevel.strategies.slopes import Slopes, checked_chunk_size, projected_mean
+from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
 
 _ENOUGH = 10.0
 """A warning is due where θ_T moves by less than so many times its rounding: slopes are then off by a tenth."""
 
 
-class PZOBO(HypergradientStrategy):
+class PZOBO(DirectionalStrategy):
     r"""ĝ = c + (1/Q) Σ_j ⟨(θ_T(φ + μ u_j) − θ_T(φ)) / μ, d⟩ u_j with d = ∂f/∂θ_T, c = ∂f/∂φ, u_j ~ N(0, I).
 
     The response Jacobian dθ_T/dφ is estimated by finite differences, the outer loss is differentiated.
@@ -40,6 +40,9 @@ class PZOBO(HypergradientStrategy):
     its rounding: a warning tells when ‖θ_T(φ + μu) − θ_T(φ)‖ is less than ten times that of θ_T, in the dtype of θ, and
     of θ_T − θ_0, in the least precise dtype in which the steps compute anything (bfloat16 under ``bf16-mixed``).
 
+    ``guide`` and ``remember`` are those of :class:`ForwardGradient`, for the response ∇h − c: c is taken off what a
+    guide says. Along what they know, slopes are differences over ±μ √N, with a random sign.
+
     Source: PZOBO, arXiv 2110.07004, eq. 4–5 and 7, Algorithm 1.
 
     Args:
@@ -47,9 +50,11 @@ class PZOBO(HypergradientStrategy):
         mu: μ, in the units of φ.
         directions: the sampler.
         chunk_size: perturbed runs that are vectorized together; ``None`` chooses by device and kind of net.
+        guide: a strategy whose estimate becomes the first direction, or a list of them; at most Q − 1 are used.
+        remember: whether the estimates before become a direction, after those of the guides.
 
     Raises:
-        ValueError: a bad argument.
+        ValueError: a bad argument, or one direction, the default, with a guide or a memory, which need two.
 
     >>> PZOBO(num_directions=4).differentiates
     frozenset()
@@ -60,7 +65,6 @@ class PZOBO(HypergradientStrategy):
     differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "Q + 1 inner runs"
-    direction_parallel = True
 
     def __init__(
         self,
@@ -68,29 +72,29 @@ class PZOBO(HypergradientStrategy):
         mu: float = 1e-2,
         directions: DirectionSampler | None = None,
         chunk_size: int | None = None,
+        guide: Guide = None,
+        remember: bool = False,
     ) -> None:
-        self.num_directions = integer("PZOBO(num_directions=...)", num_directions)
+        super().__init__(num_directions, directions or Gaussian(), chunk_size, guide, remember)
         self.mu = number("PZOBO(mu=...)", mu, above=0)
-        self.directions = directions if directions is not None else Gaussian()
-        self.chunk_size = checked_chunk_size("PZOBO", chunk_size)
 
-    def estimate(
-        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Return the partial zeroth-order estimate; see :meth:`HypergradientStrategy.estimate`."""
+    @override
+    def slopes(self, problem: BilevelProblem, start: InnerState, phi: Params, episode: Episode) -> Slopes:
         look = first_look(problem, "PZOBO", self.mu)
         with CoarsestDtype() if look else nullcontext() as seen:
-            runs = PerturbedRuns(problem, carry.inner, phi, episode, self.chunk_size)
+            runs = PerturbedRuns(problem, start, phi, episode, self.chunk_size)
         end = outer_value_and_grads(problem, runs.base.state, phi, episode)
-        slopes = _Responses(runs, end, self.mu, seen)
-        return slopes.result(projected_mean(slopes, self.directions, self.num_directions, phi, call))
+        return _Responses(runs, end, self.mu, seen)
 
 
 class _Responses(Slopes):
     """Slopes of f along the response of θ_T, by differences over μ: ⟨(θ_T(φ + μ u) − θ_T(φ)) / μ, d⟩."""
 
+    differences = True
+
     def __init__(self, runs: PerturbedRuns, end: OuterEvaluation, mu: float, seen: CoarsestDtype | None) -> None:
         self._runs, self._end, self._mu = runs, end, mu
+        self.explicit = end.c
         self._seen = seen  # until the first difference has been compared with its rounding
 
     def chunk_size(self) -> int:

@@ -19,7 +19,8 @@ class HypergradientSchedule(HypergradientStrategy):
 
     The facts (exact, memory, …) are those of the phase that runs; what is true of all phases is
     true of the schedule. The phase follows from the optimizer steps taken, so it survives a resume and
-    counts one step per accumulation. Logged as ``hypergradient_phase``, from 0.
+    counts one step per accumulation. Logged as ``hypergradient_phase``, from 0. What a strategy carries belongs to its
+    phase: a memory of the phase before does not go over, and the next one begins to remember anew.
 
     Source: the two-phase paradigm of (FG)²U, arXiv 2406.14095, section 3.3.
 
@@ -76,6 +77,20 @@ class HypergradientSchedule(HypergradientStrategy):
         others = {key: kept for key, kept in carry.strategy.items() if not key.startswith(f"{name}/")}
         phase = {"hypergradient_phase": torch.tensor(float(number))}
         return result._replace(metrics={**result.metrics, **phase}, kept={**others, **kept_of(name, result)})
+
+    def averaged(self, result: Hypergradient) -> Hypergradient:
+        """Let the phase that made the estimate bring up to date what it carries."""
+        name, phase = self._phase_of(result)
+        own = phase.averaged(result._replace(kept=result.carry.of(name).strategy))
+        return own._replace(kept={**result.kept, **kept_of(name, own)})
+
+    def explained(self, result: Hypergradient, cosine: float) -> dict[str, torch.Tensor]:
+        """Return what the phase that made the estimate says about it."""
+        return self._phase_of(result)[1].explained(result, cosine)
+
+    def _phase_of(self, result: Hypergradient) -> tuple[str, HypergradientStrategy]:
+        number = round(result.metrics["hypergradient_phase"].item())
+        return f"phase {number}", self.phases[number][0]
 
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the strategy of every phase."""

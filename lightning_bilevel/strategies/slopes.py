@@ -22,7 +22,15 @@ from lightning_bilevel.tree import Params
 
 
 class Slopes(ABC):
-    """Slopes of h at φ along any number of directions, a chunk of them at a time."""
+    """Slopes of h at φ along any number of directions, a chunk of them at a time.
+
+    Attributes:
+        explicit: the part of ∇h that slopes leave out, because it is known; empty if there is none.
+        differences: whether slopes are differences, whose error depends on the length and the sign of a direction.
+    """
+
+    explicit: Params = {}  # noqa: RUF012  # nobody writes to it
+    differences = False
 
     @abstractmethod
     def chunk_size(self) -> int:
@@ -55,6 +63,9 @@ def projected_mean(
 
     With slopes s(v) = ⟨g, v⟩ it is unbiased for g, whatever q is: E[p pᵀ] = I − Σ_j q_j q_jᵀ.
 
+    Slopes that are differences are taken along ±√N q_j: at the length of the random directions, so that the same μ
+    suits both, and with random signs, so that the bias that is odd in the sign goes out, as it does for them.
+
     Args:
         slopes: finds s.
         sampler: draws v, with E[v vᵀ] = I.
@@ -66,19 +77,31 @@ def projected_mean(
     """
     k = 0 if known is None else next(iter(known.values())).shape[0]
     shards = call.shard[1]
+    sampler = sampler.of(count - k)
+    lengths = _lengths(k, tree.numel(phi) if slopes.differences else 1, call)
     total = tree.zeros_like(phi)
     for first, last in slopes.chunks(*call.bounds(count)):
         v = sampler.draw(call.key, max(first - k, 0), max(last - k, 0), phi)
         weights = torch.full((last - first,), shards / (count - k), dtype=torch.float64)
         if known is not None:
-            exactly = {name: values[min(first, k) : min(last, k)] for name, values in known.items()}
-            weights[: len(next(iter(exactly.values())))] = shards
+            along = lengths[first:last]
+            weights[: len(along)] = shards / along.square()
             if last > k:
                 v = complement(v, known)
-            v = {name: torch.cat([exactly[name], values]) for name, values in v.items()}
+            v = {name: torch.cat([_longer(known[name][first:last], along), rows]) for name, rows in v.items()}
         found = slopes.along(v)
         total = tree.add(total, tree.combine(weights.to(found) * found, v))
     return total
+
+
+def _lengths(count: int, squared: int, call: Call) -> Tensor:
+    """Return ±√N for each known direction, with the same signs on all processes that share out directions."""
+    signs = torch.randint(2, (count,), generator=call.key.fold_in("signs").generator(0))
+    return (2 * signs - 1).double() * math.sqrt(squared)
+
+
+def _longer(rows: Tensor, lengths: Tensor) -> Tensor:
+    return rows * lengths.to(rows).view(-1, *[1] * (rows.dim() - 1))
 
 
 def complement(stacked: Params, known: Params) -> Params:

@@ -8,22 +8,22 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bilevel.calculus.outer import outer_value
 from lightning_bilevel.directions import DirectionSampler, Gaussian
-from lightning_bilevel.errors import integer, number, one_of
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
-from lightning_bilevel.randomness import Call
-from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.errors import number, one_of
+from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
+from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
 from lightning_bilevel.strategies.perturbation import PerturbedRuns
 from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, warn_of_rounding
-from lightning_bilevel.strategies.slopes import Slopes, checked_chunk_size, projected_mean
+from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
 
 Scheme = Literal["forward", "central"]
 
 
-class ZerothOrder(HypergradientStrategy):
+class ZerothOrder(DirectionalStrategy):
     r"""ĝ = (1/b) Σ_i [h(φ + μ v_i) − h(φ)] / μ · v_i, or central: [h(φ + μ v_i) − h(φ − μ v_i)] / 2μ · v_i.
 
     Biased by O(μ), central by O(μ²); its variance is that of :class:`ForwardGradient`. Nothing is
@@ -36,6 +36,10 @@ class ZerothOrder(HypergradientStrategy):
     Choose μ well above the rounding of h: a warning tells when μ² < ε h, with ε that of the least precise dtype in
     which anything is computed (bfloat16's under ``bf16-mixed``).
 
+    ``guide`` and ``remember`` are those of :class:`ForwardGradient`. Along what they know, slopes are differences over
+    ±μ √N, with a random sign: in expectation ĝ is there the central difference at that distance, and elsewhere the
+    gradient of h smoothed over directions orthogonal to it. A memory differentiates nothing.
+
     Source: (FG)²U, arXiv 2406.14095, eq. 16 and 40; Nesterov and Spokoiny, 2017.
 
     Args:
@@ -44,9 +48,11 @@ class ZerothOrder(HypergradientStrategy):
         scheme: ``"forward"`` or ``"central"``.
         directions: the sampler.
         chunk_size: perturbed runs that are vectorized together; ``None`` chooses by device and kind of net.
+        guide: a strategy whose estimate becomes the first direction, or a list of them; at most b − 1 are used.
+        remember: whether the estimates before become a direction, after those of the guides.
 
     Raises:
-        ValueError: a bad argument.
+        ValueError: a bad argument, or one direction, the default, with a guide or a memory, which need two.
 
     >>> ZerothOrder(num_directions=4, mu=1e-2, scheme="central").scheme
     'central'
@@ -57,7 +63,6 @@ class ZerothOrder(HypergradientStrategy):
     differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "b + 1 inner runs"
-    direction_parallel = True
 
     def __init__(
         self,
@@ -66,23 +71,21 @@ class ZerothOrder(HypergradientStrategy):
         scheme: Scheme = "forward",
         directions: DirectionSampler | None = None,
         chunk_size: int | None = None,
+        guide: Guide = None,
+        remember: bool = False,
     ) -> None:
-        self.num_directions = integer("ZerothOrder(num_directions=...)", num_directions)
+        super().__init__(num_directions, directions or Gaussian(), chunk_size, guide, remember)
         self.mu = number("ZerothOrder(mu=...)", mu, above=0)
         self.scheme = one_of("ZerothOrder(scheme=...)", Scheme, scheme)
-        self.directions = directions if directions is not None else Gaussian()
-        self.chunk_size = checked_chunk_size("ZerothOrder", chunk_size)
 
-    def estimate(
-        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
-    ) -> Hypergradient:
-        """Return the finite-difference estimate; see :meth:`HypergradientStrategy.estimate`."""
+    @override
+    def slopes(self, problem: BilevelProblem, start: InnerState, phi: Params, episode: Episode) -> Slopes:
         look = first_look(problem, "ZerothOrder", self.mu)
         with CoarsestDtype() if look else nullcontext() as seen:
-            slopes = _Differences(problem, carry.inner, phi, episode, self)
+            slopes = _Differences(problem, start, phi, episode, self)
         if seen is not None:
             self._look_at_rounding(slopes.value, seen.dtype)
-        return slopes.result(projected_mean(slopes, self.directions, self.num_directions, phi, call))
+        return slopes
 
     def _look_at_rounding(self, value: Tensor, computed: torch.dtype | None) -> None:
         dtype = value.dtype if computed is None else coarser(value.dtype, computed)
@@ -94,6 +97,8 @@ class ZerothOrder(HypergradientStrategy):
 
 class _Differences(Slopes):
     """Slopes of h by differences over μ."""
+
+    differences = True
 
     def __init__(
         self, problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, by: ZerothOrder

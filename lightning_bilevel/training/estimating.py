@@ -223,7 +223,7 @@ def _marked_once_differentiable(
         return at.examination.once_differentiable if strategy.second_order else ()
     # A user's solver takes its own derivatives; what is left is the inner loss of the implicit gradient, which the
     # first look leaves out: others never evaluate it.
-    if "inner_gradient" not in strategy.differentiates:
+    if "inner_gradient" not in strategy.all_differentiates:
         return ()
     if _BESIDE_A_SOLVER not in functional.examinations:
         phi, state = tree.leaves(at.phi), at.carried[0]

@@ -341,10 +341,13 @@ class Fit:
                 raise
             self._skip(error)
             return None
+        if ranks.shard[1] > 1:
+            result = self.strategy.averaged(result)
         self._outputs = together(self.functional.recorder.outputs)
         self.functional.recorder.replay(module, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
-        if memory.estimates == 0 and not result.kept and not metrics["hypergradient_norm"]:
+        kept = [value for values in result.kept.values() for value in values.values()]
+        if memory.estimates == 0 and not any(map(torch.any, kept)) and not metrics["hypergradient_norm"]:
             rank_zero_warn(
                 "The first hypergradient is exactly zero, so that nothing is learned from it. `audit(module, batch)` "
                 "says which strategies see how the outer parameters act; finite differences may be lost in rounding."

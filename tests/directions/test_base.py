@@ -74,12 +74,29 @@ def test_the_check_rejects_broken_samplers(fake: DirectionSampler) -> None:
 @pytest.mark.parametrize("directions", [1, 4, N + 3])
 @every_sampler
 def test_error_of_the_mean_is_the_documented_one(sampler: DirectionSampler, directions: int) -> None:
-    rest = directions % N
+    rest, odd = directions % N, directions % 2
     expected = {
-        Gaussian: (N + 1) / directions,
-        Orthogonal: rest * (N - rest) / directions**2,  # (N − b)/b for b ≤ N
+        "Gaussian": (N + 1) / directions,
+        "Orthogonal": rest * (N - rest) / directions**2,  # (N − b)/b for b ≤ N
+        "Blocks": rest * (N - rest) / directions**2,
+        "Blocks 2": ((directions - odd) * (N - 2) + odd * (N - 1)) / directions**2,
     }
-    check_documented(sampler, directions, expected.get(type(sampler), (N - 1) / directions))
+    name = f"{type(sampler).__name__} {getattr(sampler, 'blocks', None) or ''}".strip()
+    documented = expected.get(name, (N - 1) / directions)
+    check_documented(sampler, directions, documented)
+    assert sampler.error(N, directions) == pytest.approx(documented)
+
+
+class Own(DirectionSampler):
+    """A sampler that says nothing of its error."""
+
+    def flat(self, key: Key, start: int, stop: int, like: Tensor) -> Tensor:
+        return Rademacher().flat(key, start, stop, like)
+
+
+def test_a_sampler_that_says_nothing_has_the_error_of_independent_directions() -> None:
+    assert Own().error(9, 4) == 2
+    assert all(each.of(3) is each for each in (Own(), Gaussian(), Orthogonal()))
 
 
 def test_the_error_check_tells_gaussian_from_rademacher() -> None:

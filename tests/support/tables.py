@@ -24,7 +24,7 @@ from lightning_bilevel import (
     ZerothOrder,
     tree,
 )
-from lightning_bilevel.directions import Coordinate, Gaussian, Orthogonal, Rademacher, Sphere
+from lightning_bilevel.directions import Blocks, Coordinate, Gaussian, Orthogonal, Rademacher, Sphere
 from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
 
 
@@ -74,6 +74,10 @@ ROWS: dict[str, Row] = {
     "ForwardGradient-N": Row(lambda T, N: ForwardGradient(N, Orthogonal()), exact=True),
     "ForwardGradient-N-forward": Row(lambda T, N: ForwardGradient(N, Orthogonal(), mode="forward"), exact=True),
     "ForwardGradient-guided": Row(lambda T, N: ForwardGradient(3, guide=TruncatedReverse(steps=1))),
+    "ForwardGradient-remembering": Row(lambda T, N: ForwardGradient(3, remember=True)),
+    "ForwardGradient-guided-remembering": Row(
+        lambda T, N: ForwardGradient(4, Blocks(), guide=[TruncatedReverse(1), GammaGreedy()], remember=True)
+    ),
     "FirstOrder": Row(lambda T, N: FirstOrder()),
     "GammaGreedy": Row(lambda T, N: GammaGreedy(gamma=0.9)),
     "ImplicitGradient": Row(lambda T, N: ImplicitGradient(Neumann(terms=3, step_size=0.1))),
@@ -84,7 +88,11 @@ ROWS: dict[str, Row] = {
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),
     "ZerothOrder-central": Row(lambda T, N: ZerothOrder(3, mu=1e-3, scheme="central"), tolerance=1e-7),
+    "ZerothOrder-remembering": Row(lambda T, N: ZerothOrder(3, mu=1e-3, remember=True), tolerance=1e-7),
     "PZOBO": Row(lambda T, N: PZOBO(num_directions=3, mu=1e-3), tolerance=1e-7),
+    "PZOBO-guided-remembering": Row(
+        lambda T, N: PZOBO(4, mu=1e-3, guide=TruncatedReverse(1), remember=True), tolerance=1e-7
+    ),
     "HypergradientSchedule": Row(lambda T, N: HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)])),
 }
 
@@ -104,5 +112,7 @@ SOLVERS: dict[str, Callable[[], LinearSolver]] = {
 }
 every_solver = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 
-SAMPLERS = [Rademacher(), Gaussian(), Sphere(), Coordinate(), Orthogonal()]
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+SAMPLERS = [Rademacher(), Gaussian(), Sphere(), Coordinate(), Orthogonal(), Blocks(), Blocks(2)]
+every_sampler = pytest.mark.parametrize(
+    "sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__ + str(getattr(sampler, "blocks", None) or "")
+)

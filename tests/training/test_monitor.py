@@ -26,10 +26,11 @@ from lightning_bilevel import (
     hypergradient,
     tree,
 )
-from lightning_bilevel.directions import Gaussian
+from lightning_bilevel.directions import Blocks, DirectionSampler, Gaussian, Orthogonal, Rademacher
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import Dense, Identity
-from lightning_bilevel.problem import InnerState
+from lightning_bilevel.problem import Carry, InnerState
+from lightning_bilevel.testing import Several
 from lightning_bilevel.tree import Params
 from tests.support.fits import EPISODES, Before, Fit, fit
 from tests.support.modules import NoLevels, differing, listed, parameters, trainer
@@ -131,6 +132,61 @@ def test_standard_error_is_that_of_the_directions(strategy: ForwardGradient, exp
     assert before.logged("hypergradient_standard_error")[0] == pytest.approx(expected**0.5, rel=0.1)  # √((N ∓ 1)/b)
 
 
+@pytest.mark.parametrize("sampler", [Gaussian(), Blocks()], ids=lambda each: type(each).__name__)
+def test_estimates_say_what_they_know_without_a_reference(sampler: DirectionSampler) -> None:
+    """Shares of ‖∇h‖² and the cosine that a reference finds, from the estimate alone."""
+    module = Several(inner_steps=2)
+    episode = module.episode()
+    exact = hypergradient(module, ReverseUnroll(), episode).grads
+    memory = tree.add(exact, tree.unflatten(torch.linspace(-1, 1, tree.numel(exact)).double(), exact), alpha=0.3)
+    carry = Carry(InnerState({}), {"memory": memory})
+    strategy = ForwardGradient(4, sampler, guide=TruncatedReverse(1), remember=True)
+    found, cosines = [], []
+    for seed in range(150):
+        result = hypergradient(module, strategy, episode, seed=seed, carry=carry)
+        found.append({name: value.item() for name, value in strategy.explained(result, 0.5).items()})
+        cosines.append(by_hand(result.grads, exact)["hypergradient_cosine"])
+    means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    assert set(means) == {"explained_by_guide", "explained_by_memory", "expected_cosine", "directions_needed"}
+    for name, q in result.known.items():
+        square = tree.dot(q, exact) ** 2 / tree.norm(exact) ** 2
+        assert means[f"explained_by_{name}"] == pytest.approx(square.item(), rel=0.15)
+    assert means["expected_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=0.05)
+
+
+def test_directions_needed_give_the_cosine_that_is_wanted() -> None:
+    """cos² = 1/(x + (1 − x)(1 + error of b − k directions)), x the part that is known."""
+    g = torch.linspace(1, 2, 100, dtype=torch.float64)
+    q = g + 5 * torch.linspace(-1, 1, 100, dtype=torch.float64).sin()
+    known = {"memory": {"w": q / q.norm()}}
+    estimate = Hypergradient(torch.tensor(0.0), {"w": g}, InnerState({}), {}, known=known)
+    for sampler in (Rademacher(), Gaussian(), Blocks(), Orthogonal()):
+        for cosine in (0.3, 0.9):
+            said = ForwardGradient(8, sampler, remember=True).explained(estimate, cosine)
+            x, m = said["explained_by_memory"].item(), int(said["directions_needed"]) - 1
+            squares = [1 / (x + (1 - x) * (1 + sampler.of(max(c, 1)).error(99, max(c, 1)))) for c in (m, m - 1)]
+            assert squares[0] >= cosine**2
+            assert m == 1 or squares[1] < cosine**2
+
+
+def test_without_a_reference_nothing_more_is_estimated() -> None:
+    asked = []
+    monitor = HypergradientMonitor(reference=False)
+    result = hypergradient(Several(), ForwardGradient(4), Several().episode())
+    assert set(monitor.compare(ForwardGradient(4), result, lambda *args: asked.append(args))) == {
+        "hypergradient_expected_cosine",
+        "hypergradient_directions_needed",
+    }
+    assert asked == []
+    assert monitor.compare(FirstOrder(), result, lambda *args: asked.append(args)) == {}
+    before = Before()
+    schedule = HypergradientSchedule([(ForwardGradient(3, remember=True), 2), (FirstOrder(), None)])
+    fit(schedule, HypergradientMonitor(reference=False, every_n_steps=1), before)
+    logged = ["hypergradient_explained_by_memory" in each for each in before.metrics]
+    assert logged[:2] == [False, True]  # nothing is known at first
+    assert "hypergradient_cosine" not in before.metrics[-1]
+
+
 def test_standard_error_by_hand() -> None:
     draws = [torch.tensor(values) for values in ([1.0, 2.0], [3.0, 2.0], [2.0, 5.0])]
     asked = []
@@ -161,6 +217,8 @@ def test_standard_error_by_hand() -> None:
         ({"samples": 1}, r"samples=\.\.\.\)` to be 0, or an integer of at least 2, got 1"),
         ({"samples": -2}, r"samples=\.\.\.\)` to be 0, or an integer of at least 2, got -2"),
         ({"samples": True}, r"samples=\.\.\.\)` to be 0, or an integer of at least 2, got True"),
+        ({"cosine": 0}, r"cosine=\.\.\.\)` to be a positive number, got 0"),
+        ({"cosine": 1}, r"cosine=\.\.\.\)` to be a number in \(0, 1\), got 1"),
         ({"samples": 4.0}, r"samples=\.\.\.\)` to be 0, or an integer of at least 2, got 4.0"),
     ],
 )

@@ -36,6 +36,7 @@ from lightning_bilevel import (
     ZerothOrder,
     tree,
 )
+from lightning_bilevel.directions import Blocks
 from tests.support.modules import trainer
 from tests.support.tables import ROWS
 
@@ -195,6 +196,13 @@ SHARED: dict[str, Callable[[int], HypergradientStrategy]] = {
     "ForwardGradient-chunks": lambda b: ForwardGradient(b, chunk_size=2),
     "guided": lambda b: ForwardGradient(b, guide=TruncatedReverse(1)),
     "guided by FSLA": lambda b: ForwardGradient(b, guide=FSLA()),
+    "remembering": lambda b: ForwardGradient(b, remember=True),
+    "guided, remembering": lambda b: ForwardGradient(b, Blocks(), guide=TruncatedReverse(1), remember=True),
+    "PZOBO, remembering": lambda b: PZOBO(b, mu=0.1, remember=True),
+    "ZerothOrder, remembering": lambda b: ZerothOrder(b, mu=0.1, remember=True),
+    "schedule, remembering": lambda b: HypergradientSchedule(
+        [(ForwardGradient(b, remember=True), 2), (PZOBO(b, mu=0.1), None)]
+    ),
     "PZOBO": lambda b: PZOBO(b, mu=0.1),  # differences over a small μ magnify rounding
     "ZerothOrder": lambda b: ZerothOrder(b, mu=0.1),
     "ZerothOrder-central": lambda b: ZerothOrder(b, mu=0.1, scheme="central"),
@@ -211,7 +219,7 @@ EVERY = {name: _of_row(name) for name in ROWS}
 DIRECTIONS = {
     f"{name} {count}": _shared(name, count)
     for name in SHARED
-    for count in ((2, 4, 5) if "guided" in name else (1, 4, 5))
+    for count in ((2, 4, 5) if "guided" in name or "remembering" in name else (1, 4, 5))
     if count == 5 or name in ("ForwardGradient", "guided", "PZOBO", "ZerothOrder")
 }
 OTHER = {
@@ -229,6 +237,10 @@ RESUMED = {
     "go on": Case(lambda: ForwardGradient(3), shuffle=True),
     "go on, FSLA": Case(FSLA, {"plain": True, "inner_steps": 1}, shuffle=True),
     "go on, shared": Case(lambda: ForwardGradient(3), parallel="ddp_directions", shuffle=True),
+    "go on, remembering": Case(lambda: ForwardGradient(3, remember=True), shuffle=True),
+    "go on, shared and remembering": Case(
+        lambda: ForwardGradient(3, guide=TruncatedReverse(1), remember=True), parallel="ddp_directions", shuffle=True
+    ),
     "go on, shared and guided": Case(
         lambda: ForwardGradient(3, guide=FSLA()), {"plain": True, "inner_steps": 1}, "ddp_directions", shuffle=True
     ),
@@ -242,6 +254,18 @@ HABITS = {
         "accumulate": {"trainer": ACCUMULATE},
         "several episodes": {"several": 3, "options": {"inner_start": "reset"}, "shuffle": True},
         "loader workers": {"num_workers": 2, "shuffle": True},
+        "skip": {"options": SKIP, "trainer": {"max_steps": 4}},
+    }.items()
+} | {
+    f"{name}, {kind}, {parallel}": Case(make, parallel=parallel, **options)
+    for parallel in ("ddp", "ddp_directions")
+    for kind, make in {
+        "remembering": lambda: ForwardGradient(3, remember=True),
+        "guided and remembering": lambda: ForwardGradient(4, guide=TruncatedReverse(1), remember=True),
+    }.items()
+    for name, options in {
+        "accumulate": {"trainer": ACCUMULATE},
+        "several episodes": {"several": 3, "options": {"inner_start": "reset"}, "shuffle": True},
         "skip": {"options": SKIP, "trainer": {"max_steps": 4}},
     }.items()
 }
