@@ -4,6 +4,7 @@ With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for para
 
 - calling it takes the step;
 - ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
+- ``held`` is the same with A = I and B = 0, as in first-order MAML;
 - ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
 - ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
 - ``stationarity`` and ``fixed_point`` are conditions r = 0 for the end of a run, ∇g = 0 and Ω(s) = s, with products.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_value, outer_value_and_grads, weighed
 from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward, typed_as
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
-from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
+from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, WeighedBatch
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 _PRIMAL_AND_TANGENT: Any = (None, 0)
@@ -114,6 +118,10 @@ class InnerStep(ABC):
         """Take one step per batch, with one graph for all of them; its memory grows with their number."""
 
     @abstractmethod
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take one step per batch that counts as the identity, A = I and B = 0: no graph of any."""
+
+    @abstractmethod
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Take one step and push tangents through it.
 
@@ -180,6 +188,10 @@ class GradientStep(InnerStep):
             append_loss(losses, loss)
         return Pulled(state.detach(), losses, pullback(state.flat(), begin, outer))
 
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take the steps without a graph."""
+        return _held(self, state, phi, batches)
+
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents by the chosen engine."""
         return self._push(self.problem, state, phi, batch, tangents, directions)
@@ -222,6 +234,10 @@ class SolverStep(InnerStep):
             params = self._solve(InnerState(begin, state.buffers), outer, batch)
         return Pulled(self._solved(state, params, batch).detach(), [], pullback(params, begin, outer))
 
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Call the solver without a graph."""
+        return _held(self, state, phi, batches)
+
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents through the solver by forward AD."""
 
@@ -251,6 +267,103 @@ class SolverStep(InnerStep):
         return InnerState(params, state.buffers, steps=state.steps + len(batch))
 
 
+class WeighingStep(InnerStep):
+    """A step that adds w_t f(θ_t, φ) to the total of the run, h(φ) = Σ_t w_t f(θ_t, φ).
+
+    The total is a part of the state, so that whatever follows the state differentiates it: reverse, checkpointed,
+    truncated and forward alike. Of f first derivatives only are taken, right after the step, and no graph is kept. Its
+    draws leave no trace: θ_t is that of a run without it.
+
+    Memory: one ∂f/∂θ a step in reverse, beside the graph. Cost: one gradient of f a step.
+
+    Source: survey, arXiv 2207.11719, eq. 44–45; MAML++, arXiv 1810.09502, section 4 (multi-step loss).
+
+    Args:
+        problem: with weights of the outer loss. A batch is a :class:`~lightning_bilevel.problem.WeighedBatch`.
+        step: the step of the problem without them.
+    """
+
+    def __init__(self, problem: BilevelProblem, step: InnerStep) -> None:
+        super().__init__(problem)
+        self._step = step
+
+    def __call__(self, state: InnerState, phi: Params, batch: WeighedBatch) -> tuple[InnerState, Tensor | None]:
+        """Take the step and add the weighed outer loss."""
+        after, loss = self._step(replace(state, total=None), phi, batch.inner)
+        if (problem := weighed(self.problem, phi, batch.number)) is not None:
+            with RngState(next(iter(phi.values())).device).fork():
+                value, _ = outer_value(problem, after, phi, Episode([], batch.outer))
+            return replace(after, total=_sum(state.total, value)), loss
+        return replace(after, total=state.total), loss
+
+    def vjp(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> Pulled:
+        """Take the steps, each with a graph of its own."""
+        return self._pulled(self._step.vjp, state, phi, batches)
+
+    def held(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> Pulled:
+        """Take the steps as the identity; the outer losses on the way are differentiated all the same."""
+        return self._pulled(self._step.held, state, phi, batches)
+
+    def jvp(self, state: InnerState, phi: Params, batch: WeighedBatch, tangents: Params, directions: Params) -> Pushed:
+        """Push tangents through the step, and add ⟨w_t ∂f/∂θ, Z v⟩ + ⟨∂(w_t f)/∂φ, v⟩ to that of the total."""
+        slope = tangents.pop(TOTAL, None)
+        after, loss, tangents = self._step.jvp(replace(state, total=None), phi, batch.inner, tangents, directions)
+        total, end = state.total, self._judged(after, phi, batch)
+        if end is not None:
+            total = _sum(total, end.value)
+            slope = _sum(slope, tree.rows_dot(tangents, end.d) + tree.rows_dot(directions, end.c))
+        if total is None or slope is None:
+            return Pushed(after, loss, tangents)
+        return Pushed(replace(after, total=total), loss, {**tangents, TOTAL: slope.to(total)})
+
+    def fixed_point(self, state: InnerState, phi: Params, batch: WeighedBatch) -> Condition:
+        """Return the condition of the step without the total, which has no fixed point."""
+        return self._step.fixed_point(replace(state, total=None), phi, batch.inner)
+
+    def _judged(self, after: InnerState, phi: Params, batch: WeighedBatch) -> OuterEvaluation | None:
+        if (problem := weighed(self.problem, phi, batch.number)) is None:
+            return None
+        with RngState(next(iter(phi.values())).device).fork():
+            return outer_value_and_grads(problem, after, phi, Episode([], batch.outer))
+
+    def _pulled(
+        self,
+        take: Callable[[InnerState, Params, Sequence[Batch]], Pulled],
+        state: InnerState,
+        phi: Params,
+        batches: Sequence[WeighedBatch],
+    ) -> Pulled:
+        total, state = state.total, replace(state, total=None)
+        losses: list[Tensor] = []
+        taken: list[tuple[Pullback, list[str], OuterEvaluation | None]] = []
+        for batch in batches:
+            names = list(state.flat())
+            pulled = take(state, phi, [batch.inner])
+            state, end = pulled.state, self._judged(pulled.state, phi, batch)
+            total = total if end is None else _sum(total, end.value)
+            taken.append((pulled.pull, names, end))
+            for loss in pulled.losses:
+                append_loss(losses, loss)
+
+        def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+            through, of_total = tree.zeros_like(phi), cotangent.pop(TOTAL)
+            while taken:
+                back, names, end = taken.pop()
+                if end is not None:
+                    for name, d in end.d.items():
+                        cotangent[name] = _sum(cotangent.get(name), of_total * d)
+                    through = tree.add(through, end.c, alpha=of_total)
+                cotangent, more = back(cotangent, names if taken else wanted)
+                through = tree.add(through, more)
+            return {**cotangent, **({TOTAL: of_total} if TOTAL in wanted else {})}, through
+
+        return Pulled(replace(state, total=total), losses, pull)
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
 def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
     """Return the step of ``problem`` as its functions are now.
 
@@ -265,7 +378,21 @@ def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
     >>> state.steps, loss.shape
     (1, torch.Size([]))
     """
+    if problem.outer_loss_weights is not None:
+        return WeighingStep(problem, inner_step(problem.judged_at_the_end(), mode))
     return GradientStep(problem, mode) if problem.solver is None else SolverStep(problem)
+
+
+def _held(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+    losses: list[Tensor] = []
+    for batch in batches:
+        state, loss = step(state, phi, batch)
+        append_loss(losses, loss)
+
+    def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+        return {name: value for name, value in cotangent.items() if name in wanted}, tree.zeros_like(phi)
+
+    return Pulled(state, losses, pull)
 
 
 def pullback(end: Params, begin: Params, outer: Params) -> Pullback:

@@ -102,6 +102,7 @@ class FunctionalModule:
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
+            outer_loss_weights=None if module.outer_loss_weights() is None else self._outer_loss_weights,
             penalty=None if self._solves else self._penalty,
             maximize=self._maximize,
             elementwise=self._elementwise,
@@ -357,6 +358,10 @@ class FunctionalModule:
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own})
         return loss
 
+    def _outer_loss_weights(self, phi: Params) -> Tensor:
+        with self.swapper.swapped(phi):
+            return _weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
+
     def _initial(self, carried: Params, phi: Params) -> Params:
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
@@ -490,6 +495,18 @@ def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
         hint = "A count has no gradient: take a smooth loss, or `.float()` of it with `ZerothOrder`."
         raise value_error(what, "a tensor of floating-point numbers", f"a tensor of {loss.dtype}", hint)
     return loss
+
+
+def _weights(module: BilevelHooks, weights: Any, like: Tensor) -> Tensor:
+    """Return what ``outer_loss_weights()`` returned as one tensor, after a check that it is a number a step."""
+    if isinstance(weights, (list, tuple)):
+        each = [torch.as_tensor(weight, dtype=like.real.dtype, device=like.device) for weight in weights]
+        weights = torch.stack(each) if each else None
+    if not isinstance(weights, Tensor) or weights.shape != (module.inner_steps,) or weights.is_complex():
+        got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else weights
+        expected = f"`inner_steps` = {module.inner_steps} real numbers, one for each of θ_1 … θ_T, or None"
+        raise value_error(f"{type(module).__name__}.outer_loss_weights()", expected, got)
+    return weights
 
 
 def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Any]) -> Params:

@@ -104,6 +104,17 @@ class BilevelHooks(LightningModule):
         """
         return {}
 
+    def outer_loss_weights(self) -> Sequence[float | Tensor] | Tensor | None:
+        """Return w of h(φ) = Σ_t w_t f(θ_t, φ): T numbers, for θ_1 … θ_T. Default, ``None``: f at θ_T alone.
+
+        Called with φ in place, so the weights may be learned, and at every estimate, so they may depend on
+        ``self.global_step``. The multi-step loss of MAML++, and how learned optimizers are trained. ``outer_loss`` is
+        evaluated after every step whose weight is not a constant zero; what it logs is that of θ_T.
+
+        Example: ``return [1 / self.inner_steps] * self.inner_steps``
+        """
+        return None
+
     def episodes(self, batch: Any) -> Sequence[Episode]:
         """Split what the loader yields into episodes. Default: one, or a list of them as it is.
 

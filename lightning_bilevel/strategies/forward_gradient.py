@@ -64,6 +64,7 @@ class ForwardGradient(HypergradientStrategy):
     differentiates = frozenset({"run"})
     memory = "O(M · chunk)"
     cost = "T steps + T · b tangents"
+    weighs_steps = True
     direction_parallel = True
 
     def __init__(

@@ -57,6 +57,7 @@ class ZerothOrder(HypergradientStrategy):
     differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "b + 1 inner runs"
+    weighs_steps = True
     direction_parallel = True
 
     def __init__(
