@@ -36,6 +36,9 @@ OuterLoss = Callable[[Params, Params, Batch, Params], Tensor]
 Initial = Callable[[Params, Params], Params]
 """Ω_0: (θ that is carried over, φ) to θ_0."""
 
+InitialFrom = Callable[[Params, Params, Sequence[Batch]], Params]
+"""Ω_0 of an episode: (θ that is carried over, φ, inner batches) to θ_0."""
+
 InitOptState = Callable[[Params, Params], OptState]
 """(θ_0, φ) to the inner optimizer's first state."""
 
@@ -277,6 +280,7 @@ class BilevelProblem:
         inner_loss: g, see :data:`InnerLoss`.
         outer_loss: f, see :data:`OuterLoss`.
         initial: Ω_0, see :data:`Initial`.
+        initial_from: Ω_0 where it depends on the episode, see :data:`InitialFrom`; :meth:`on` makes ``initial`` of it.
         init_opt_state: the inner optimizer's first state, see :data:`InitOptState`.
         update: the inner optimizer's step, see :data:`Update`.
         inner_steps: T, the number of inner steps.
@@ -313,6 +317,7 @@ class BilevelProblem:
     update: Update
     inner_steps: int
     initial: Initial = lambda carried, phi: carried  # noqa: E731
+    initial_from: InitialFrom | None = None
     init_opt_state: InitOptState = lambda theta, phi: {}  # noqa: E731
     shared: frozenset[str] = frozenset()
     solver: Solver | None = None
@@ -324,6 +329,25 @@ class BilevelProblem:
     traits: Traits = Traits()
     observer: Observer | None = None
     findings: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, episode: Episode) -> BilevelProblem:
+        """Return the problem whose runs start as those of ``episode`` do; what a strategy is given.
+
+        >>> problem = BilevelProblem(
+        ...     inner_loss=lambda theta, phi, batch, buffers: (theta["w"] - batch, buffers),
+        ...     outer_loss=lambda theta, phi, batch, buffers: theta["w"],
+        ...     update=lambda theta, grads, opt_state, phi, step: (theta, opt_state),
+        ...     inner_steps=1,
+        ...     initial_from=lambda carried, phi, batches: {"w": phi["p"] * batches[0]},
+        ... )
+        >>> problem = problem.on(Episode([torch.tensor(3.0)], None))
+        >>> problem.start(InnerState({}), {"p": torch.tensor(2.0)}).params
+        {'w': tensor(6.)}
+        """
+        if (initial_from := self.initial_from) is None:
+            return self
+        batches = list(episode.inner)
+        return replace(self, initial=lambda carried, phi: initial_from(carried, phi, batches), initial_from=None)
 
     def batches(self, episode: Episode) -> list[Batch]:
         """Return the batch of every step: T inner batches, cycled. A user's solver is one step, with all of them."""
@@ -428,6 +452,14 @@ class BilevelProblem:
             each = torch.empty(count, device=device)
             return vmap(lambda _: self.initial(carried, phi), randomness="different")(each)
 
+        def initial_from(carried: Params, phi: Params, batches: Sequence[Batch]) -> Params:
+            one_from = self.initial_from
+            assert one_from is not None
+            if each_phi:
+                return vmap(lambda outer: one_from(carried, outer, batches))(phi)
+            one = lambda carried, batches: one_from(carried, phi, batches)  # noqa: E731
+            return vectorized(one, carried, batches, randomness="different")
+
         def update(
             params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
         ) -> tuple[Params, OptState]:
@@ -444,6 +476,7 @@ class BilevelProblem:
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             initial=initial,
+            initial_from=None if self.initial_from is None else initial_from,
             init_opt_state=self.init_opt_state if alike else vmap(self.init_opt_state, in_dims=(0, of_phi)),
             update=self.update if alike else update,
             outer_loss_weights=vmap(weights) if weights is not None and each_phi else weights,

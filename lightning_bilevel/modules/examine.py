@@ -67,7 +67,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     phi = tree.leaves(functional.phi())
     of_process = process_generators()
     with torch.enable_grad(), rng.fork():
-        start = functional.problem.initial(carried, phi)
+        start = functional.problem.on(episode).initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
         functional.try_update(theta, phi)

@@ -22,6 +22,7 @@ from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_w
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
@@ -99,6 +100,7 @@ class FunctionalModule:
             update=self._update,
             inner_steps=module.inner_steps,
             initial=self._initial,
+            initial_from=self._initial if module.starts_from_data else None,
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
@@ -362,11 +364,14 @@ class FunctionalModule:
         with self.swapper.swapped(phi):
             return _weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
 
-    def _initial(self, carried: Params, phi: Params) -> Params:
+    def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
+        arguments = (batches,) if self.module.starts_from_data else ()
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
             default = {name: self.swapper.current(name) for name in self.levels.inner}
-            chosen = self.module.initial_inner_parameters()
+            chosen = self.module.initial_inner_parameters(*arguments)
+        if arguments and self.module.inner_start == "reinit":
+            check_all_drawn(self.module, set(self.levels.inner_only), set(chosen))
         return _named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
 
     def _init_opt_state(self, params: Params, phi: Params) -> OptState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -95,14 +96,30 @@ class BilevelHooks(LightningModule):
         """
         raise self._missing("configure_inner_optimizer")
 
-    def initial_inner_parameters(self) -> Mapping[str, Tensor]:
+    def initial_inner_parameters(self, batches: Sequence[Batch] = ()) -> Mapping[str, Tensor]:
         """Return Ω_0(φ) by parameter name, for those that should not start as ``inner_start`` says.
 
         Called with φ in place, so the values may depend on it. Shared parameters start at φ by themselves.
 
+        Args:
+            batches: the inner batches of the episode, for a start that depends on its data: weights made from the
+                support set, an expert's checkpoint. An override may leave the argument out.
+
         Example: ``return {"head.weight": self.hypernetwork(self.code)}``
         """
         return {}
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether :meth:`initial_inner_parameters` is overridden with an argument, for the inner batches."""
+        hook = self.initial_inner_parameters
+        if getattr(hook, "__func__", None) is BilevelHooks.initial_inner_parameters:
+            return False
+        try:
+            signature(hook).bind(())
+        except TypeError:
+            return False
+        return True
 
     def outer_loss_weights(self) -> Sequence[float | Tensor] | Tensor | None:
         """Return w of h(φ) = Σ_t w_t f(θ_t, φ): T numbers, for θ_1 … θ_T. Default, ``None``: f at θ_T alone.

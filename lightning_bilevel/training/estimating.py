@@ -222,7 +222,7 @@ def _marked_once_differentiable(
     if _BESIDE_A_SOLVER not in functional.examinations:
         phi, state = tree.leaves(at.phi), at.carried[0]
         with torch.enable_grad(), RngState(functional.device).fork():
-            theta = tree.leaves(at.problem.start(state, phi).params)
+            theta = tree.leaves(at.problem.on(at.episodes[0]).start(state, phi).params)
             loss, _ = at.problem.inner_loss(theta, phi, at.episodes[0].inner[0], state.buffers)
         functional.examinations[_BESIDE_A_SOLVER] = tuple(once_differentiable(loss))
     found: tuple[tuple[str, str], ...] = functional.examinations[_BESIDE_A_SOLVER]

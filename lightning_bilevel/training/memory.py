@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error
+from lightning_bilevel.errors import combination_error
 from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import InnerStart
+from lightning_bilevel.modules.reset import check_all_drawn, reset_methods
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState, seed_of
 from lightning_bilevel.tree import Params
@@ -184,17 +185,11 @@ def reinitialized(functional: FunctionalModule, seed: int) -> Params:
     module, own = functional.module, set(functional.levels.inner_only)
     fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
     with RngState(functional.device).fork(seed), torch.no_grad(), functional.swapper.swapped(fresh):
-        for prefix, child in module.named_modules():
-            names = own & {f"{prefix}.{name}" if prefix else name for name in child._parameters}
-            reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
-            if names and reset is not None:
+        for child, _, reset in reset_methods(module, own):
+            if reset is not None:
                 _reset(reset, child)
-            elif names - set(module.initial_inner_parameters()):
-                raise missing_error(
-                    type(child).__name__,
-                    f"`reset_parameters()`, which `inner_start='reinit'` calls for {sorted(names)}",
-                    "Define it, or return these from `initial_inner_parameters()`",
-                )
+        if not module.starts_from_data:  # else where the data are there
+            check_all_drawn(module, own, set(module.initial_inner_parameters()))
     return fresh
 
 

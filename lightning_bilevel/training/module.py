@@ -134,7 +134,8 @@ class BilevelModule(BilevelHooks):
             with torch.inference_mode(False), torch.enable_grad(), functional.session(twice=False):
                 episode = Episode(check_inner_batches(batches), None)
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
-                problem, phi = replace(functional.problem.judged_at_the_end(), inner_steps=steps), functional.phi()
+                problem = replace(functional.problem.judged_at_the_end().on(episode), inner_steps=steps)
+                phi = functional.phi()
                 start = problem.start(memory.recall(functional, buffers)[0], phi)
                 state = run(problem, start, phi, problem.batches(episode)).state
             with functional.swapper.swapped({**state.params, **state.buffers}):
