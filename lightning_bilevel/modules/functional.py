@@ -202,7 +202,7 @@ class FunctionalModule:
         """
         if self._solves:
             return frozenset()
-        steps, warm = self.module.inner_steps, self.module.inner_start == "warm"
+        steps, warm = self.module.inner_steps, self.module.goes_on
         if (steps, warm, decay) not in self._learned:
             found: set[str] = set()
             with torch.enable_grad():

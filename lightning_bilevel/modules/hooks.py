@@ -16,7 +16,7 @@ from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.levels import Levels, parameters, rest
 from lightning_bilevel.problem import Batch, Episode
 
-InnerStart = Literal["warm", "reset", "reinit"]
+InnerStart = Literal["warm", "reset", "reinit", "rollback"]
 OnNonfinite = Literal["raise", "skip"]
 
 _LEVELS = "Add `def inner_parameters(self): return self.net`, or `outer_parameters`, or both"
@@ -162,6 +162,11 @@ class BilevelHooks(LightningModule):
         Example: ``return {"weight": torch.linalg.solve(x.T @ x + penalty, x.T @ y)}``
         """
         raise self._missing("solve_inner")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether θ and the inner optimizer's state go on from one outer step to the next."""
+        return self.inner_start in ("warm", "rollback")
 
     @property
     def has_solver(self) -> bool:

@@ -110,9 +110,9 @@ def estimating(
         MisconfigurationError: inner parameters that the losses do not see, or a warm start of several episodes.
     """
     several, inner_only = len(episodes) > 1, functional.levels.inner_only
-    if several and functional.module.inner_start == "warm" and inner_only:
+    if several and functional.module.goes_on and inner_only:
         raise combination_error(
-            f"`inner_start='warm'` with {len(episodes)} episodes in a batch",
+            f"`inner_start={functional.module.inner_start!r}` with {len(episodes)} episodes in a batch",
             f"{inner_only[0]} would continue from several ends at once",
             "Use `inner_start='reset'`, or one episode per batch",
         )
