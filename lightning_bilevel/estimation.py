@@ -97,7 +97,7 @@ def _one_stack(
     if count > 1:
         problem = problem.vmapped(count, over="episodes")
         state, episode = InnerState.stack(carried), stack_episodes(episodes)
-    result = strategy.estimate(problem, Carry(state, kept), phi, episode, call)
+    result = strategy.estimate(problem.on(episode), Carry(state, kept), phi, episode, call)
     if problem.observer is not None:
         left = problem.observer.end(result.observed, count)
         result = result._replace(state=replace(result.state, buffers={**result.state.buffers, **left}))
@@ -133,7 +133,7 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
             stacked = problem.vmapped(1, over="episodes")
             batch = stack_episodes([episode])
             outer = tree.leaves(phi)
-            start = stacked.start(carried.map(lambda value: value[None]), phi)
+            start = stacked.on(batch).start(carried.map(lambda value: value[None]), phi)
             theta = tree.leaves(start.params)
             buffers = tree.map(lambda value: value[None], carried.buffers)
             # With gradients: `torch.utils.checkpoint`, for one, runs forward and fails backward.
@@ -149,8 +149,9 @@ def vectorizes(problem: BilevelProblem, carried: InnerState, phi: Params, episod
                     gradients(problem.outer_loss(theta, outer, episode.outer, carried.buffers), theta, outer),
                 ]
                 pairs = zip(found, plain, strict=True)
-                if not all(alike(tree.index(d, 0), e) and alike(c, b) for (d, c), (e, b) in pairs):
-                    raise RuntimeError("they have other gradients than one by one.")
+                same_start = alike(tree.index(start.params, 0), problem.on(episode).start(carried, phi).params)
+                if not same_start or not all(alike(tree.index(d, 0), e) and alike(c, b) for (d, c), (e, b) in pairs):
+                    raise RuntimeError("they have other starts or gradients than one by one.")
         except (RuntimeError, NotImplementedError, TypeError) as error:
             rank_zero_warn(
                 "The losses cannot be vectorized over episodes, so the episodes of a batch are looped: "

@@ -37,11 +37,17 @@ OuterLoss = Callable[[Params, Params, Batch, Params], Tensor]
 Initial = Callable[[Params, Params], Params]
 """Ω_0: (θ that is carried over, φ) to θ_0."""
 
+InitialFrom = Callable[[Params, Params, Sequence[Batch]], Params]
+"""Ω_0 of an episode: (θ that is carried over, φ, inner batches) to θ_0."""
+
 InitOptState = Callable[[Params, Params], OptState]
 """(θ_0, φ) to the inner optimizer's first state."""
 
 Update = Callable[[Params, Params, OptState, Params, int], tuple[Params, OptState]]
 """(θ, ∇_θ g, optimizer state, φ, number of the step from 1) to the next θ and optimizer state."""
+
+OuterWeights = Callable[[Params], Tensor]
+"""φ to the weights w of h(φ) = Σ_t w_t f(θ_t, φ), one for each of θ_1 … θ_T: shape ``(T,)``."""
 
 Penalty = Callable[[Params, Params], Tensor]
 """(θ, φ) to what the inner optimizer's updates decrease besides g, see :meth:`InnerOptimizer.penalty`."""
@@ -72,6 +78,23 @@ class Episode(NamedTuple):
 default_collate_fn_map[Episode] = lambda batch, *, collate_fn_map=None: list(batch)
 
 
+class WeighedBatch(NamedTuple):
+    """The batch of an inner step after which the outer loss is evaluated, see :data:`OuterWeights`.
+
+    Attributes:
+        inner: the inner batch.
+        outer: the outer batch.
+        number: of the step within its run, from 0.
+
+    >>> WeighedBatch("support", "query", number=0).inner
+    'support'
+    """
+
+    inner: Batch
+    outer: Batch
+    number: int
+
+
 @dataclass(frozen=True)
 class InnerState:
     """Everything an inner step reads and writes.
@@ -81,38 +104,40 @@ class InnerState:
         buffers: module buffers such as BatchNorm statistics, keyed by buffer name; never differentiated.
         opt_state: state of the inner optimizer; empty before the first step.
         steps: inner steps taken so far.
+        total: Σ_t w_t f(θ_t, φ) of the run so far, where the outer loss is weighed at every step; ``None`` before.
 
     >>> state = InnerState({"w": torch.ones(1)}, opt_state={"momentum": {"w": torch.zeros(1)}}, steps=3)
     >>> state.unflat({"w": torch.zeros(1), "momentum:w": torch.ones(1)})
-    InnerState(params={'w': tensor([0.])}, buffers={}, opt_state={'momentum': {'w': tensor([1.])}}, steps=3)
+    InnerState(params={'w': tensor([0.])}, buffers={}, opt_state={'momentum': {'w': tensor([1.])}}, steps=3, total=None)
     """
 
     params: Params
     buffers: Params = field(default_factory=dict)
     opt_state: OptState = field(default_factory=dict)
     steps: int = 0
+    total: Tensor | None = None
 
     def flat(self) -> Params:
-        """Return θ and the optimizer state, all that is differentiated, as one tree.
+        """Return θ, the optimizer state and the total, all that is differentiated, as one tree.
 
         >>> InnerState({"w": torch.ones(1)}, opt_state={"momentum": {"w": torch.zeros(1)}}).flat()
         {'w': tensor([1.]), 'momentum:w': tensor([0.])}
         """
         slots = {f"{slot}:{name}": value for slot, values in self.opt_state.items() for name, value in values.items()}
-        return {**self.params, **slots}
+        return {**self.params, **slots, **({} if self.total is None else {TOTAL: self.total})}
 
     def unflat(self, flat: Params) -> InnerState:
         """Return this state with the tensors of ``flat``, as :meth:`flat` names them."""
         params = {name: flat[name] for name in self.params}
         opt_state = {slot: {k: flat[f"{slot}:{k}"] for k in values} for slot, values in self.opt_state.items()}
-        return replace(self, params=params, opt_state=opt_state)
+        return replace(self, params=params, opt_state=opt_state, total=flat.get(TOTAL))
 
     def detach(self) -> InnerState:
-        """Cut θ and the optimizer state off their graphs."""
+        """Cut all that is differentiated off its graph."""
         return self.unflat(tree.detach(self.flat()))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> InnerState:
-        """Apply ``fn`` to every tensor."""
+        """Apply ``fn`` to every tensor; a total, which ends with its run, is left out."""
         opt_state = {slot: tree.map(fn, values) for slot, values in self.opt_state.items()}
         return InnerState(tree.map(fn, self.params), tree.map(fn, self.buffers), opt_state, self.steps)
 
@@ -129,6 +154,10 @@ class InnerState:
     def cat(states: Sequence[InnerState]) -> InnerState:
         """Join stacked states along their first dimension."""
         return _joined(states, torch.cat)
+
+
+TOTAL = ":total"
+"""Name of :attr:`InnerState.total` in :meth:`InnerState.flat`; no parameter and no slot is called so."""
 
 
 def _joined(states: Sequence[InnerState], join: Callable[[list[Tensor]], Tensor]) -> InnerState:
@@ -257,11 +286,14 @@ class BilevelProblem:
         inner_loss: g, see :data:`InnerLoss`.
         outer_loss: f, see :data:`OuterLoss`.
         initial: Ω_0, see :data:`Initial`.
+        initial_from: Ω_0 where it depends on the episode, see :data:`InitialFrom`; :meth:`on` makes ``initial`` of it.
         init_opt_state: the inner optimizer's first state, see :data:`InitOptState`.
         update: the inner optimizer's step, see :data:`Update`.
         inner_steps: T, the number of inner steps.
         shared: names that are in θ and in φ: there θ_0 = φ.
         solver: the user's own inner solver, see :data:`Solver`, or ``None`` for the gradient loop.
+        outer_loss_weights: those of the outer loss at every inner step, see :data:`OuterWeights`; ``None``: h is f at
+            θ_T alone.
         penalty: what ``update`` decreases besides g, see :data:`Penalty`; ``None``: nothing.
         maximize: whether ``update`` ascends.
         elementwise: whether ``update`` treats every entry of θ alike, so that stacked θ can pass as one.
@@ -291,9 +323,11 @@ class BilevelProblem:
     update: Update
     inner_steps: int
     initial: Initial = lambda carried, phi: carried  # noqa: E731
+    initial_from: InitialFrom | None = None
     init_opt_state: InitOptState = lambda theta, phi: {}  # noqa: E731
     shared: frozenset[str] = frozenset()
     solver: Solver | None = None
+    outer_loss_weights: OuterWeights | None = None
     penalty: Penalty | None = None
     maximize: bool = False
     elementwise: bool = False
@@ -302,18 +336,48 @@ class BilevelProblem:
     observer: Observer | None = None
     findings: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def on(self, episode: Episode) -> BilevelProblem:
+        """Return the problem whose runs start as those of ``episode`` do; what a strategy is given.
+
+        >>> problem = BilevelProblem(
+        ...     inner_loss=lambda theta, phi, batch, buffers: (theta["w"] - batch, buffers),
+        ...     outer_loss=lambda theta, phi, batch, buffers: theta["w"],
+        ...     update=lambda theta, grads, opt_state, phi, step: (theta, opt_state),
+        ...     inner_steps=1,
+        ...     initial_from=lambda carried, phi, batches: {"w": phi["p"] * batches[0]},
+        ... )
+        >>> problem = problem.on(Episode([torch.tensor(3.0)], None))
+        >>> problem.start(InnerState({}), {"p": torch.tensor(2.0)}).params
+        {'w': tensor(6.)}
+        """
+        if (initial_from := self.initial_from) is None:
+            return self
+        batches = list(episode.inner)
+        return replace(self, initial=lambda carried, phi: initial_from(carried, phi, batches), initial_from=None)
+
     def batches(self, episode: Episode) -> list[Batch]:
         """Return the batch of every step: T inner batches, cycled. A user's solver is one step, with all of them."""
         if self.solver is not None:
             return [list(episode.inner)]
-        return [episode.inner[t % len(episode.inner)] for t in range(self.inner_steps)]
+        batches = [episode.inner[t % len(episode.inner)] for t in range(self.inner_steps)]
+        if self.outer_loss_weights is None:
+            return batches
+        return [WeighedBatch(batch, episode.outer, number) for number, batch in enumerate(batches)]
+
+    def judged_at_the_end(self) -> BilevelProblem:
+        """Return the problem whose outer loss is f at θ_T alone."""
+        return self if self.outer_loss_weights is None else replace(self, outer_loss_weights=None)
+
+    def weighed(self, weights: Tensor, number: int) -> Tensor:
+        """Return w_t of the step with this number, from 0. Fewer steps than T, a rehearsal, have the last weights."""
+        return weights[..., number - self.inner_steps]
 
     def start(self, carried: InnerState, phi: Params) -> InnerState:
         """Return the state before the first step: θ_0 = Ω_0(φ) and the optimizer's state, differentiable in φ."""
         params = self.initial(carried.params, phi)
         fresh = self.init_opt_state(params, phi)
         opt_state = {slot: {**values, **carried.opt_state.get(slot, {})} for slot, values in fresh.items()}
-        return replace(carried, params=params, opt_state=opt_state)
+        return replace(carried, params=params, opt_state=opt_state, total=None)
 
     def stationary(self) -> BilevelProblem:
         """Return the problem whose inner loss is stationary where the inner optimizer stays: g or −g, and the penalty.
@@ -396,6 +460,14 @@ class BilevelProblem:
             each = torch.empty(count, device=device)
             return vmap(lambda _: self.initial(carried, phi), randomness="different")(each)
 
+        def initial_from(carried: Params, phi: Params, batches: Sequence[Batch]) -> Params:
+            one_from = self.initial_from
+            assert one_from is not None
+            if each_phi:
+                return vmap(lambda outer: one_from(carried, outer, batches))(phi)
+            one = lambda carried, batches: one_from(carried, phi, batches)  # noqa: E731
+            return vectorized(one, carried, batches, randomness="different")
+
         def update(
             params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
         ) -> tuple[Params, OptState]:
@@ -406,14 +478,16 @@ class BilevelProblem:
             assert self.penalty is not None
             return vmap(self.penalty, in_dims=(0, of_phi))(theta, phi).sum()
 
-        as_one = self.elementwise and not each_phi
+        as_one, weights = self.elementwise and not each_phi, self.outer_loss_weights
         return replace(
             self,
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             initial=initial,
+            initial_from=None if self.initial_from is None else initial_from,
             init_opt_state=self.init_opt_state if as_one else vmap(self.init_opt_state, in_dims=(0, of_phi)),
             update=self.update if as_one else update,
+            outer_loss_weights=vmap(weights) if weights is not None and each_phi else weights,
             penalty=None if self.penalty is None else penalty,
             max_copies=max(1, self.max_copies // count),
         )

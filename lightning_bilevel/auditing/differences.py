@@ -243,6 +243,7 @@ class _Values(HypergradientStrategy):
     differentiates = frozenset()
     memory = "O(M)"
     cost = "2 inner runs a step, and one"
+    weighs_steps = True
 
     def __init__(self, v: Params, steps: Sequence[float]) -> None:
         self._stacked, self._steps = tree.stack([v]), steps

@@ -31,7 +31,7 @@ class Graphs(NamedTuple):
 
 def graphs(at: Surroundings) -> Graphs:
     """Evaluate both losses once, and name the user's lines in their graphs."""
-    problem, episode = at.problem, at.episodes[0]
+    problem, episode = at.problem.on(at.episodes[0]), at.episodes[0]
     start = problem.start(at.carried[0], at.phi)
     theta, outer = tree.leaves(start.params), tree.leaves(at.phi)
     once, flat = [], ""
@@ -50,7 +50,7 @@ def graphs(at: Surroundings) -> Graphs:
 
 def saved_bytes(at: Surroundings) -> int:
     """Return what autograd saves of a further inner step: bytes of storages for the backward pass."""
-    problem, sizes = at.problem, []
+    problem, sizes = at.problem.on(at.episodes[0]), []
     step, batch = inner_step(problem), problem.batches(at.episodes[0])[0]
     start = problem.start(at.carried[0], at.phi)
     for steps in (1, 2):

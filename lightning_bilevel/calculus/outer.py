@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
+from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState
 from lightning_bilevel.tree import Params
 
 
@@ -35,6 +35,9 @@ class OuterEvaluation(NamedTuple):
 def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> OuterEvaluation:
     """Return f, d = ∂f/∂θ and c = ∂f/∂φ at ``state``.
 
+    Where the outer loss is weighed at every step, h is the total that the run has ended with, already evaluated:
+    d is 1 for it.
+
     On f = ½‖Cθ − y‖² + ½ρ‖φ‖²:
 
     >>> from lightning_bilevel.testing import Quadratic
@@ -44,6 +47,10 @@ def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Param
     >>> torch.allclose(c["target"], module.rho * phi["target"])
     True
     """
+    if problem.outer_loss_weights is not None:
+        total = _total(state)
+        observed = problem.observer.observe() if problem.observer is not None else None
+        return OuterEvaluation(total, {TOTAL: torch.ones_like(total)}, tree.zeros_like(phi), observed)
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
     value, observed = outer_graph(problem, replace(state, params=theta), outer, episode)
     d, c = gradients(value, theta, outer)
@@ -61,8 +68,11 @@ def outer_graph(problem: BilevelProblem, state: InnerState, phi: Params, episode
     >>> torch.allclose(tree.grad(value, outer)["target"], module.rho * phi["target"])
     True
     """
-    with torch.enable_grad():
-        value = problem.outer_loss(state.params, phi, episode.outer, state.buffers)
+    if problem.outer_loss_weights is not None:
+        value = _total(state)
+    else:
+        with torch.enable_grad():
+            value = problem.outer_loss(state.params, phi, episode.outer, state.buffers)
     return value, problem.observer.observe() if problem.observer is not None else None
 
 
@@ -78,6 +88,41 @@ def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode
     """
     value, observed = outer_graph(problem, replace(state, params=tree.leaves(state.params)), tree.leaves(phi), episode)
     return value.detach(), observed
+
+
+def outer_weights(problem: BilevelProblem, phi: Params) -> Tensor:
+    """Return w, ``(T,)``, with a graph to ``phi`` where it depends on them, see :data:`OuterWeights`."""
+    assert problem.outer_loss_weights is not None
+    with torch.enable_grad():
+        return problem.outer_loss_weights(phi)
+
+
+def weighed(problem: BilevelProblem, phi: Params, number: int) -> BilevelProblem | None:
+    """Return the problem with w_t f for its outer loss, unobserved but at the last step.
+
+    Args:
+        problem: with weights of the outer loss.
+        phi: outer parameters.
+        number: of the step t, from 0.
+
+    Returns:
+        ``None`` where w_t is zero whatever φ is; not at the last step, where the losses log what counts.
+    """
+    last = number == problem.inner_steps - 1
+    weights = outer_weights(problem, tree.leaves(phi))
+    if not last and not weights.requires_grad and not problem.weighed(weights, number).any():
+        return None
+
+    def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
+        value = problem.outer_loss(theta, phi, batch, buffers)
+        return problem.weighed(outer_weights(problem, phi), number).to(value) * value
+
+    return replace(problem.judged_at_the_end(), outer_loss=outer_loss, observer=None)
+
+
+def _total(state: InnerState) -> Tensor:
+    assert state.total is not None, "the steps of this run have left out the outer losses on the way"
+    return state.total
 
 
 def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params]:

@@ -5,6 +5,7 @@ With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for para
 - calling it takes the step;
 - ``graph`` takes a stretch of steps and leaves their graph to autograd;
 - ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
+- ``held`` is the same with A = I and B = 0, as in first-order MAML;
 - ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
 - ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
 - ``stationarity`` and ``fixed_point`` are conditions r = 0 for the end of a run, ∇g = 0 and Ω(s) = s, with products.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,11 +23,13 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads, weighed
 from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward, typed_as
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
-from lightning_bilevel.problem import Batch, BilevelProblem, InnerState
+from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, WeighedBatch
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
 _PRIMAL_AND_TANGENT: Any = (None, 0)
@@ -127,6 +131,10 @@ class InnerStep(ABC):
         return Pulled(end.detach(), losses, pullback(end.flat(), begin, outer))
 
     @abstractmethod
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take one step per batch that counts as the identity, A = I and B = 0: no graph of any."""
+
+    @abstractmethod
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Take one step and push tangents through it.
 
@@ -191,6 +199,10 @@ class GradientStep(InnerStep):
             append_loss(losses, loss)
         return state, losses
 
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take the steps without a graph."""
+        return _held(self, state, phi, batches)
+
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents by the chosen engine."""
         return self._push(self.problem, state, phi, batch, tangents, directions)
@@ -232,6 +244,10 @@ class SolverStep(InnerStep):
             params = self._solve(state, phi, batch)
         return self._solved(state, params, batch), []
 
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Call the solver without a graph."""
+        return _held(self, state, phi, batches)
+
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents through the solver by forward AD."""
 
@@ -261,6 +277,99 @@ class SolverStep(InnerStep):
         return InnerState(params, state.buffers, steps=state.steps + len(batch))
 
 
+class WeighingStep(InnerStep):
+    """A step that adds w_t f(θ_t, φ) to the total of the run, h(φ) = Σ_t w_t f(θ_t, φ).
+
+    The total is a part of the state, so that whatever follows the state differentiates it: reverse, checkpointed,
+    truncated and forward alike. Of f first derivatives only are taken. Its draws leave no trace: θ_t is that of a run
+    without it.
+
+    Memory: in reverse, the activations of f a step, beside those of g. Cost: one gradient of f a step.
+
+    Source: survey, arXiv 2207.11719, eq. 44–45; MAML++, arXiv 1810.09502, section 4 (multi-step loss).
+
+    Args:
+        problem: with weights of the outer loss. A batch is a :class:`~lightning_bilevel.problem.WeighedBatch`.
+        step: the step of the problem without them.
+    """
+
+    def __init__(self, problem: BilevelProblem, step: InnerStep) -> None:
+        super().__init__(problem)
+        self._step = step
+
+    def __call__(self, state: InnerState, phi: Params, batch: WeighedBatch) -> tuple[InnerState, Tensor | None]:
+        """Take the step and add the weighed outer loss."""
+        after, loss = self._step(replace(state, total=None), phi, batch.inner)
+        if (problem := weighed(self.problem, phi, batch.number)) is not None:
+            with RngState(next(iter(phi.values())).device).fork():
+                value, _ = outer_value(problem, after, phi, Episode([], batch.outer))
+            return replace(after, total=_sum(state.total, value)), loss
+        return replace(after, total=state.total), loss
+
+    def graph(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> tuple[InnerState, list[Tensor]]:
+        """Take the steps and add the weighed outer losses, all with their graphs."""
+        total, losses = state.total, []
+        state = replace(state, total=None)
+        for batch in batches:
+            state, more = self._step.graph(state, phi, [batch.inner])
+            for loss in more:
+                append_loss(losses, loss)
+            if (problem := weighed(self.problem, phi, batch.number)) is not None:
+                with RngState(next(iter(phi.values())).device).fork():
+                    value, _ = outer_graph(problem, state, phi, Episode([], batch.outer))
+                with torch.enable_grad():
+                    total = _sum(total, value)
+        return replace(state, total=total), losses
+
+    def held(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> Pulled:
+        """Take the steps as the identity; the outer losses on the way are differentiated all the same, right away."""
+        total, state = state.total, replace(state, total=None)
+        losses: list[Tensor] = []
+        ends: list[OuterEvaluation] = []
+        for batch in batches:
+            state, loss = self._step(state, phi, batch.inner)
+            append_loss(losses, loss)
+            if (end := self._judged(state, phi, batch)) is not None:
+                total = _sum(total, end.value)
+                ends.append(end)
+
+        def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+            through, of_total = tree.zeros_like(phi), cotangent[TOTAL]
+            for end in ends:
+                through = tree.add(through, end.c, alpha=of_total)
+                for name, d in end.d.items():
+                    cotangent[name] = _sum(cotangent.get(name), of_total * d)
+            return {name: value for name, value in cotangent.items() if name in wanted}, through
+
+        return Pulled(replace(state, total=total), losses, pull)
+
+    def jvp(self, state: InnerState, phi: Params, batch: WeighedBatch, tangents: Params, directions: Params) -> Pushed:
+        """Push tangents through the step, and add ⟨w_t ∂f/∂θ, Z v⟩ + ⟨∂(w_t f)/∂φ, v⟩ to that of the total."""
+        slope = tangents.pop(TOTAL, None)
+        after, loss, tangents = self._step.jvp(replace(state, total=None), phi, batch.inner, tangents, directions)
+        total, end = state.total, self._judged(after, phi, batch)
+        if end is not None:
+            total = _sum(total, end.value)
+            slope = _sum(slope, tree.rows_dot(tangents, end.d) + tree.rows_dot(directions, end.c))
+        if total is None or slope is None:
+            return Pushed(after, loss, tangents)
+        return Pushed(replace(after, total=total), loss, {**tangents, TOTAL: slope.to(total)})
+
+    def fixed_point(self, state: InnerState, phi: Params, batch: WeighedBatch) -> Condition:
+        """Return the condition of the step without the total, which has no fixed point."""
+        return self._step.fixed_point(replace(state, total=None), phi, batch.inner)
+
+    def _judged(self, after: InnerState, phi: Params, batch: WeighedBatch) -> OuterEvaluation | None:
+        if (problem := weighed(self.problem, phi, batch.number)) is None:
+            return None
+        with RngState(next(iter(phi.values())).device).fork():
+            return outer_value_and_grads(problem, after, phi, Episode([], batch.outer))
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
 def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
     """Return the step of ``problem`` as its functions are now.
 
@@ -275,7 +384,21 @@ def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
     >>> state.steps, loss.shape
     (1, torch.Size([]))
     """
+    if problem.outer_loss_weights is not None:
+        return WeighingStep(problem, inner_step(problem.judged_at_the_end(), mode))
     return GradientStep(problem, mode) if problem.solver is None else SolverStep(problem)
+
+
+def _held(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+    losses: list[Tensor] = []
+    for batch in batches:
+        state, loss = step(state, phi, batch)
+        append_loss(losses, loss)
+
+    def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+        return {name: value for name, value in cotangent.items() if name in wanted}, tree.zeros_like(phi)
+
+    return Pulled(state, losses, pull)
 
 
 def pullback(end: Params, begin: Params, outer: Params) -> Pullback:

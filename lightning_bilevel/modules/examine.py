@@ -67,7 +67,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     phi = tree.leaves(functional.phi())
     of_process = process_generators()
     with torch.enable_grad(), rng.fork():
-        start = functional.problem.initial(carried, phi)
+        start = functional.problem.on(episode).initial(carried, phi)
         theta = tree.leaves(start)
         losses, buffers = functional.evaluate(theta, phi, episode)
         functional.try_update(theta, phi)
@@ -85,6 +85,8 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         if inner is not None:  # what a user's solver reads, no graph tells
             own = {name: value for name, value in phi.items() if name not in levels.shared}
             reached = names_reached(list(start.values()), own)
+            if functional.problem.outer_loss_weights is not None:
+                reached |= names_reached([functional.problem.outer_loss_weights(phi)], phi)
             for loss in losses.values():
                 reached |= names_reached([loss], phi) | names_reached([loss], theta)
             unreached = [name for name in levels.outer if name not in reached]

@@ -22,6 +22,7 @@ from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_w
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
@@ -99,9 +100,11 @@ class FunctionalModule:
             update=self._update,
             inner_steps=module.inner_steps,
             initial=self._initial,
+            initial_from=self._initial if module.starts_from_data else None,
             init_opt_state=self._init_opt_state,
             shared=self.levels.shared,
             solver=self._solve if self._solves else None,
+            outer_loss_weights=None if module.outer_loss_weights() is None else self._outer_loss_weights,
             penalty=None if self._solves else self._penalty,
             maximize=self._maximize,
             elementwise=self._elementwise,
@@ -199,7 +202,7 @@ class FunctionalModule:
         """
         if self._solves:
             return frozenset()
-        steps, warm = self.module.inner_steps, self.module.inner_start == "warm"
+        steps, warm = self.module.inner_steps, self.module.goes_on
         if (steps, warm, decay) not in self._learned:
             found: set[str] = set()
             with torch.enable_grad():
@@ -357,11 +360,18 @@ class FunctionalModule:
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own}, result)
         return _scalar(self.module, "outer_loss", result)
 
-    def _initial(self, carried: Params, phi: Params) -> Params:
+    def _outer_loss_weights(self, phi: Params) -> Tensor:
+        with self.swapper.swapped(phi):
+            return _weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
+
+    def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
+        arguments = (batches,) if self.module.starts_from_data else ()
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
             default = {name: self.swapper.current(name) for name in self.levels.inner}
-            chosen = self.module.initial_inner_parameters()
+            chosen = self.module.initial_inner_parameters(*arguments)
+        if arguments and self.module.inner_start == "reinit":
+            check_all_drawn(self.module, set(self.levels.inner_only), set(chosen))
         return _named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
 
     def _init_opt_state(self, params: Params, phi: Params) -> OptState:
@@ -492,6 +502,18 @@ def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
         hint = "A count has no gradient: take a smooth loss, or `.float()` of it with `ZerothOrder`."
         raise value_error(what, "a tensor of floating-point numbers", f"a tensor of {loss.dtype}", hint)
     return loss
+
+
+def _weights(module: BilevelHooks, weights: Any, like: Tensor) -> Tensor:
+    """Return what ``outer_loss_weights()`` returned as one tensor, after a check that it is a number a step."""
+    if isinstance(weights, (list, tuple)):
+        each = [torch.as_tensor(weight, dtype=like.real.dtype, device=like.device) for weight in weights]
+        weights = torch.stack(each) if each else None
+    if not isinstance(weights, Tensor) or weights.shape != (module.inner_steps,) or weights.is_complex():
+        got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else weights
+        expected = f"`inner_steps` = {module.inner_steps} real numbers, one for each of θ_1 … θ_T, or None"
+        raise value_error(f"{type(module).__name__}.outer_loss_weights()", expected, got)
+    return weights
 
 
 def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Any]) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.levels import Levels, parameters, rest
 from lightning_bilevel.problem import Batch, Episode
 
-InnerStart = Literal["warm", "reset", "reinit"]
+InnerStart = Literal["warm", "reset", "reinit", "rollback"]
 OnNonfinite = Literal["raise", "skip"]
 
 _LEVELS = "Add `def inner_parameters(self): return self.net`, or `outer_parameters`, or both"
@@ -100,14 +101,41 @@ class BilevelHooks(LightningModule):
         """
         raise self._missing("configure_inner_optimizer")
 
-    def initial_inner_parameters(self) -> Mapping[str, Tensor]:
+    def initial_inner_parameters(self, batches: Sequence[Batch] = ()) -> Mapping[str, Tensor]:
         """Return Ω_0(φ) by parameter name, for those that should not start as ``inner_start`` says.
 
         Called with φ in place, so the values may depend on it. Shared parameters start at φ by themselves.
 
+        Args:
+            batches: the inner batches of the episode, for a start that depends on its data: weights made from the
+                support set, an expert's checkpoint. An override may leave the argument out.
+
         Example: ``return {"head.weight": self.hypernetwork(self.code)}``
         """
         return {}
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether :meth:`initial_inner_parameters` is overridden with an argument, for the inner batches."""
+        hook = self.initial_inner_parameters
+        if getattr(hook, "__func__", None) is BilevelHooks.initial_inner_parameters:
+            return False
+        try:
+            signature(hook).bind(())
+        except TypeError:
+            return False
+        return True
+
+    def outer_loss_weights(self) -> Sequence[float | Tensor] | Tensor | None:
+        """Return w of h(φ) = Σ_t w_t f(θ_t, φ): T numbers, for θ_1 … θ_T. Default, ``None``: f at θ_T alone.
+
+        Called with φ in place, so the weights may be learned, and at every estimate, so they may depend on
+        ``self.global_step``. The multi-step loss of MAML++, and how learned optimizers are trained. ``outer_loss`` is
+        evaluated after every step whose weight is not a constant zero; what it logs is that of θ_T.
+
+        Example: ``return [1 / self.inner_steps] * self.inner_steps``
+        """
+        return None
 
     def episodes(self, batch: Any) -> Sequence[Episode]:
         """Split what the loader yields into episodes. Default: one, or a list of them as it is.
@@ -139,6 +167,11 @@ class BilevelHooks(LightningModule):
         Example: ``return {"weight": torch.linalg.solve(x.T @ x + penalty, x.T @ y)}``
         """
         raise self._missing("solve_inner")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether θ and the inner optimizer's state go on from one outer step to the next."""
+        return self.inner_start in ("warm", "rollback")
 
     @property
     def has_solver(self) -> bool:

@@ -58,6 +58,7 @@ class HypergradientStrategy(Callback):
         memory: order of the memory beyond θ and φ, in T, M = dim θ, N = dim φ.
         cost: work per outer step, in inner steps and products.
         direction_parallel: whether directions can be shared out over processes.
+        weighs_steps: whether it takes an outer loss that is weighed at every inner step (``outer_loss_weights``).
         supports_stacking: whether several episodes can be estimated as one stacked problem.
 
     >>> from lightning_bilevel import FirstOrder
@@ -72,6 +73,7 @@ class HypergradientStrategy(Callback):
     memory: str
     cost: str
     direction_parallel: bool = False
+    weighs_steps: bool = False
     supports_stacking: bool = True
 
     @abstractmethod
@@ -133,7 +135,7 @@ class HypergradientStrategy(Callback):
 
     def all_refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what follows from the facts, :meth:`refusals`, and those of all members."""
-        found = [*self._refused_solver(problem), *self.refusals(problem)]
+        found = [*self._refused_solver(problem), *self._refused_weights(problem), *self.refusals(problem)]
         for member in self.members().values():
             found += member.all_refusals(problem)
         return found
@@ -165,6 +167,19 @@ class HypergradientStrategy(Callback):
             what = f"{name} and `differentiable_solve = False`"
             return [combination_error(what, "it differentiates through the inner solution", instead)]
         return []
+
+    def _refused_weights(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        if problem.outer_loss_weights is None:
+            return []
+        if problem.solver is not None:
+            because = "your solver has no inner steps at which the outer loss could be weighed"
+            instead = "Leave `outer_loss_weights` out, or the solver"
+            return [combination_error("`outer_loss_weights` with `solve_inner`", because, instead)]
+        if self.weighs_steps:
+            return []
+        what = f"`{type(self).__name__}` with `outer_loss_weights`"
+        instead = alternatives(lambda kind: kind.weighs_steps)
+        return [combination_error(what, "it judges the end of the inner run only", instead)]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""

@@ -31,6 +31,7 @@ class FirstOrder(HypergradientStrategy):
     differentiates = frozenset()
     memory = "O(1)"
     cost = "T steps + 1 gradient"
+    weighs_steps = True
 
     def estimate(
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call

@@ -67,6 +67,7 @@ class ForwardGradient(DirectionalStrategy):
     differentiates = frozenset({"run"})
     memory = "O(M · chunk)"
     cost = "T steps + T · b tangents"
+    weighs_steps = True
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class ForwardUnroll(HypergradientStrategy):
     differentiates = frozenset({"run"})
     memory = "O(M · chunk)"
     cost = "T steps + T · N tangents"
+    weighs_steps = True
 
     def __init__(self, chunk_size: int | None = None, mode: Mode = "auto") -> None:
         self.chunk_size = checked_chunk_size("ForwardUnroll", chunk_size)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.calculus.outer import outer_value_and_grads, outer_weights
 from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
 from lightning_bilevel.calculus.step import append_loss, inner_step
 from lightning_bilevel.errors import number
@@ -28,6 +29,8 @@ class GammaGreedy(HypergradientStrategy):
 
     Memory: O(M + N), flat in T. Cost: T inner steps, T outer gradients, T mixed products.
 
+    With ``outer_loss_weights`` it is Σ_t w_t times the estimate for f(θ_t), from the same sums.
+
     A user's ``solve_inner`` is one step: there the estimate is exact for a differentiable one.
 
     Source: generalised greedy (γ-greedy), eq. 6–7, Theorem 4.6.
@@ -47,6 +50,7 @@ class GammaGreedy(HypergradientStrategy):
     differentiates = frozenset({"run"})
     memory = "O(M + N)"
     cost = "T steps + T outer gradients + T mixed products"
+    weighs_steps = True
 
     def __init__(self, gamma: float = 0.99) -> None:
         self.gamma = number("GammaGreedy(gamma=...)", gamma, at_least=0, at_most=1)
@@ -55,7 +59,10 @@ class GammaGreedy(HypergradientStrategy):
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
-        step, outer, device = inner_step(problem), tree.leaves(phi), next(iter(phi.values())).device
+        outer, device = tree.leaves(phi), next(iter(phi.values())).device
+        judged = None if problem.outer_loss_weights is None else _Judged(problem, outer)
+        problem = problem.judged_at_the_end()
+        step = inner_step(problem)
         start = problem.start(carry.inner, outer)
         state, total = start.detach(), tree.zeros_like(phi)
         losses: list[Tensor] = []
@@ -71,4 +78,31 @@ class GammaGreedy(HypergradientStrategy):
             total = tree.add(through, total, alpha=self.gamma)
             for each in loss:
                 append_loss(losses, each)
-        return Hypergradient(value, tree.add(c, total), state, last_loss(problem, losses), observed=observed)
+            if judged is not None:
+                judged.add(value, tree.add(c, total))
+        value, grads = (value, tree.add(c, total)) if judged is None else judged.end()
+        return Hypergradient(value, grads, state, last_loss(problem, losses), observed=observed)
+
+
+class _Judged:
+    """Σ_t w_t(φ) f(θ_t), and Σ_t w_t ĝ_t + Σ_t f(θ_t) ∂w_t/∂φ from estimates ĝ_t for the f(θ_t)."""
+
+    def __init__(self, problem: BilevelProblem, outer: Params) -> None:
+        self._problem, self._outer = problem, outer
+        self._weights = outer_weights(problem, outer)
+        self._values: list[Tensor] = []
+        self._grads = tree.zeros_like(tree.detach(outer))
+
+    def add(self, value: Tensor, grads: Params) -> None:
+        """Count the next step."""
+        weight = self._problem.weighed(self._weights.detach(), len(self._values))
+        self._values.append(value)
+        self._grads = tree.add(self._grads, grads, alpha=weight.to(value))
+
+    def end(self) -> tuple[Tensor, Params]:
+        """Return both sums."""
+        with torch.enable_grad():
+            weighed = (self._problem.weighed(self._weights, t).to(f) * f for t, f in enumerate(self._values))
+            total = torch.stack(list(weighed)).sum()
+        own = vector_jacobian({"total": total}, self._outer, {"total": torch.ones_like(total)})
+        return total.detach(), tree.add(self._grads, own)

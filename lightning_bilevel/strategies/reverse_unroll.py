@@ -49,6 +49,7 @@ class ReverseUnroll(HypergradientStrategy):
     differentiates = frozenset({"run"})
     memory = "O(T) activations, or O(√T)"
     cost = "T steps + T second-order backward steps"
+    weighs_steps = True
 
     def __init__(self, checkpoint: int | Literal["sqrt"] | None = None) -> None:
         whole = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1

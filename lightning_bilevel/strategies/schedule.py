@@ -57,6 +57,7 @@ class HypergradientSchedule(HypergradientStrategy):
         self.unbiased = all(member.unbiased for member in members)
         self.differentiates = frozenset().union(*(member.differentiates for member in members))
         self.direction_parallel = all(member.direction_parallel for member in members)
+        self.weighs_steps = all(member.weighs_steps for member in members)
         self.supports_stacking = all(member.supports_stacking for member in members)
 
     def phase(self, step: int) -> int:

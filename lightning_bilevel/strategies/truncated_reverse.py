@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value_and_grads
-from lightning_bilevel.calculus.runs import last_loss, steps, vector_jacobian
+from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import integer
-from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import TOTAL, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -21,6 +21,8 @@ class TruncatedReverse(HypergradientStrategy):
     both levels), d_{T-K} ∂Ω_0/∂φ is added: the steps before the cut count as the identity, as in first-order MAML.
 
     Memory: the activations of K inner steps. Cost: T steps and K second-order backward steps.
+
+    With ``outer_loss_weights`` the outer losses before the cut count too, each by ∂f/∂φ and the shared parameters.
 
     Good where the outer parameters act late and directly; misleading where they act early (a
     learned initialization, long horizons). ``steps=1`` is T1–T2.
@@ -42,6 +44,7 @@ class TruncatedReverse(HypergradientStrategy):
     differentiates = frozenset({"run"})
     memory = "O(K) activations"
     cost = "T steps + K second-order backward steps"
+    weighs_steps = True
 
     def __init__(self, steps: int = 1) -> None:
         self.steps = integer("TruncatedReverse(steps=...)", steps)
@@ -62,9 +65,9 @@ def truncated(problem: BilevelProblem, carried: InnerState, phi: Params, episode
     cut = max(0, len(batches) - last)
     outer = tree.leaves(phi)
     start = problem.start(carried, outer)
-    state, losses = steps(step, start.detach(), phi, batches[:cut])
-    metrics = last_loss(problem, losses)
-    through = tree.zeros_like(phi)
+    head = step.held(start.detach(), phi, batches[:cut])
+    state, metrics = head.state, last_loss(problem, head.losses)
+    grads = tree.zeros_like(phi)
     moving = {name: value for name, value in start.flat().items() if value.requires_grad}
     if cut:  # parameters only: the optimizer's state at the cut is no function of the start
         moving = {name: value for name, value in moving.items() if name in start.params}
@@ -73,6 +76,7 @@ def truncated(problem: BilevelProblem, carried: InnerState, phi: Params, episode
         state, metrics = pulled.state, last_loss(problem, pulled.losses, taken=cut)
     value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
     if pulled is not None:
-        d, through = pulled.pull(d, moving)
-    grads = tree.add(tree.add(c, through), vector_jacobian(moving, outer, d))
+        d, grads = pulled.pull(d, {*moving, TOTAL})
+    d, through = head.pull(d, moving)
+    grads = tree.add(tree.add(tree.add(c, grads), through), vector_jacobian(moving, outer, d))
     return Hypergradient(value, grads, state, metrics, observed=observed)

@@ -63,6 +63,7 @@ class ZerothOrder(DirectionalStrategy):
     differentiates = frozenset()
     memory = "O(M · chunk)"
     cost = "b + 1 inner runs"
+    weighs_steps = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ _TYPES: dict[str, type] = {
     "memory": str,
     "cost": str,
     "direction_parallel": bool,
+    "weighs_steps": bool,
     "supports_stacking": bool,
 }
 _DIFFERENTIATED = frozenset({"run", "inner_gradient"})

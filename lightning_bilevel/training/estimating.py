@@ -110,9 +110,9 @@ def estimating(
         MisconfigurationError: inner parameters that the losses do not see, or a warm start of several episodes.
     """
     several, inner_only = len(episodes) > 1, functional.levels.inner_only
-    if several and functional.module.inner_start == "warm" and inner_only:
+    if several and functional.module.goes_on and inner_only:
         raise combination_error(
-            f"`inner_start='warm'` with {len(episodes)} episodes in a batch",
+            f"`inner_start={functional.module.inner_start!r}` with {len(episodes)} episodes in a batch",
             f"{inner_only[0]} would continue from several ends at once",
             "Use `inner_start='reset'`, or one episode per batch",
         )
@@ -228,7 +228,7 @@ def _marked_once_differentiable(
     if _BESIDE_A_SOLVER not in functional.examinations:
         phi, state = tree.leaves(at.phi), at.carried[0]
         with torch.enable_grad(), RngState(functional.device).fork():
-            theta = tree.leaves(at.problem.start(state, phi).params)
+            theta = tree.leaves(at.problem.on(at.episodes[0]).start(state, phi).params)
             loss, _ = at.problem.inner_loss(theta, phi, at.episodes[0].inner[0], state.buffers)
         functional.examinations[_BESIDE_A_SOLVER] = tuple(once_differentiable(loss))
     found: tuple[tuple[str, str], ...] = functional.examinations[_BESIDE_A_SOLVER]

@@ -29,6 +29,7 @@ from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
+from lightning_bilevel.training.rollback import Rollback, after_each_batch
 from lightning_bilevel.training.surrogate import surrogate_loss
 from lightning_bilevel.tree import Params
 
@@ -55,6 +56,7 @@ class FitContext:
         self._strategy: HypergradientStrategy | None = None
         self._fit: Fit | None = None
         self._put_back: Callable[[], None] = _nothing
+        self._unshadow: Callable[[], None] = _nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FitContext:
         # A copy of the module (SWA, EMA) is not in the fit, and none of its parameters is frozen by it.
@@ -65,7 +67,8 @@ class FitContext:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}, "_put_back": _nothing}
+        nothing = {"_put_back": _nothing, "_unshadow": _nothing}
+        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}, **nothing}
 
     @property
     def fit(self) -> Fit:
@@ -115,7 +118,8 @@ class FitContext:
         for hook in ("setup", "configure_model", "on_train_start"):
             self._module.__dict__.pop(hook, None)
         self._put_back()
-        self._put_back = _nothing
+        self._unshadow()
+        self._put_back = self._unshadow = _nothing
         if self._fit is not None:
             self._fit.undo()
         self._strategy = self._fit = None
@@ -215,6 +219,8 @@ class FitContext:
         # The processes may have built different layers; Lightning gives them those of rank 0 only after this.
         ranks.begin(list(self.memory.initial.values()))
         self._fit = fit = Fit(functional, self.memory, strategy, ranks, seed, self._monitors)
+        if self._module.inner_start == "rollback":
+            self._unshadow = after_each_batch(trainer, fit.take_real_steps)
         self._thaw_for_optimizers(fit)
 
 
@@ -280,6 +286,7 @@ class Fit:
         self.module = functional.module
         self._outputs: dict[str, Any] = {}  # of the last estimate's outer loss, beside its value
         self._left_out = False  # whether a loss was ``None`` since the last step of the outer optimizer
+        self._rollback = Rollback(functional, memory)
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
@@ -339,6 +346,7 @@ class Fit:
         except FloatingPointError as error:
             if module.on_nonfinite == "raise" or tree.first_nonfinite(self.functional.phi()) is not None:
                 raise
+            self._rollback.drop()
             self._skip(error)
             return None
         if ranks.shard[1] > 1:
@@ -356,7 +364,11 @@ class Fit:
             if memory.estimates % monitor.every_n_steps == 0:
                 again = partial(self._again, episodes, key)
                 metrics |= ranks.raise_on_all(partial(monitor.compare, self.strategy, result, again))
-        ranks.average_(memory.keep(self.functional, result, len(episodes)))
+        if self._rollback.holds(module.trainer):
+            self._rollback.hold(episodes, key, result)
+            ranks.average_(memory.keep_strategy(result))
+        else:
+            ranks.average_(memory.keep(self.functional, result, len(episodes)))
         memory.estimates += 1
         self._usable = True
         if not module.trainer.barebones:  # there, logging does nothing but warn
@@ -365,14 +377,29 @@ class Fit:
         self._log_skipped()
         return result
 
+    def take_real_steps(self) -> None:
+        """Take the inner steps of the last batch with the new φ, where they have been virtual so far."""
+        try:
+            state = self.ranks.raise_on_all(self._rollback.take)
+        except FloatingPointError as error:
+            if self.module.on_nonfinite == "raise":
+                raise
+            self.memory.skipped += 1
+            if self.memory.skipped == 1:
+                rank_zero_warn(f"Left θ where it was, for its steps with the new φ were not finite: {error}")
+            return
+        if state is not None:
+            self.ranks.average_(self.memory.keep_inner(self.functional, state, 1))
+
     def _refuse_changes(self) -> None:
         """Refuse what has been changed since the fit began and cannot be followed."""
         module, outer = self.module, self.functional.levels.outer
-        if module.inner_start == "reset" != self._start:
+        if module.inner_start in ("reset", "rollback") and module.inner_start != self._start:
+            lacking = {"reset": "the values at its start were not kept", "rollback": "it was not prepared for that"}
             raise combination_error(
-                "`inner_start='reset'` set during the fit",
-                "the values at its start were not kept",
-                f"Start with 'reset' and set {self._start!r} first",
+                f"`inner_start={module.inner_start!r}` set during the fit",
+                lacking[module.inner_start],
+                f"Start with {module.inner_start!r} and set {self._start!r} first",
             )
         if not any(module.get_parameter(name).requires_grad for name in outer):
             raise combination_error(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error
+from lightning_bilevel.errors import combination_error
 from lightning_bilevel.inner_optimizers.base import OptState
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import InnerStart
+from lightning_bilevel.modules.reset import check_all_drawn, reset_methods
 from lightning_bilevel.problem import Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState, seed_of
 from lightning_bilevel.tree import Params
@@ -32,8 +33,9 @@ class FitMemory:
     """What goes on from one outer step to the next: of the inner level, and of the hypergradient strategy.
 
     Where θ that is not shared with the outer level starts, the module's ``inner_start`` says: ``"warm"`` continues θ
-    and the inner optimizer's state, ``"reset"`` returns to the values at the start of the fit, ``"reinit"`` draws fresh
-    values with every submodule's ``reset_parameters()``.
+    and the inner optimizer's state, ``"rollback"`` too, but by the steps that are taken again after the outer
+    optimizer's, ``"reset"`` returns to the values at the start of the fit, ``"reinit"`` draws fresh values with every
+    submodule's ``reset_parameters()``.
 
     Attributes:
         opt_state: the inner optimizer's state, when warm.
@@ -109,21 +111,33 @@ class FitMemory:
             The tensors that now hold what is kept: buffers, inner parameters, the inner optimizer's state, the
             strategy's.
         """
-        state, own = result.state, functional.levels.inner_only
+        self.strategy = result.kept
+        return self.keep_inner(functional, result.state, count) + self._of_strategy()
+
+    def keep_strategy(self, result: Hypergradient) -> list[Tensor]:
+        """Keep what the strategy carries alone, as :meth:`keep` does."""
+        self.strategy = result.kept
+        return self._of_strategy()
+
+    def _of_strategy(self) -> list[Tensor]:
+        return [value for values in self.strategy.values() for value in values.values()]
+
+    def keep_inner(self, functional: FunctionalModule, state: InnerState, count: int) -> list[Tensor]:
+        """Keep the end of an inner run alone, as :meth:`keep` does."""
+        own = functional.levels.inner_only
         with torch.no_grad():
             for name, value in state.buffers.items():
                 functional.swapper.current(name).copy_(_average(value) if count > 1 else value)
             if count == 1:
                 for name in own:
                     functional.swapper.current(name).copy_(state.params[name])
-        if functional.module.inner_start == "warm" and own:
+        if functional.module.goes_on and own:
             self.opt_state = {
                 slot: {k: v for k, v in values.items() if k in own} for slot, values in state.opt_state.items()
             }
             self.steps = state.steps
-        self.strategy = result.kept
         kept = [functional.swapper.current(name) for name in (*state.buffers, *own)]
-        return kept + [v for values in (*self.opt_state.values(), *self.strategy.values()) for v in values.values()]
+        return kept + [value for values in self.opt_state.values() for value in values.values()]
 
     def state_dict(self, start: InnerStart) -> dict[str, Any]:
         """Return everything that an exact resume needs; ``start`` is the module's."""
@@ -184,17 +198,11 @@ def reinitialized(functional: FunctionalModule, seed: int) -> Params:
     module, own = functional.module, set(functional.levels.inner_only)
     fresh = {name: value.clone() for name, value in functional.theta().items() if name in own}
     with RngState(functional.device).fork(seed), torch.no_grad(), functional.swapper.swapped(fresh):
-        for prefix, child in module.named_modules():
-            names = own & {f"{prefix}.{name}" if prefix else name for name in child._parameters}
-            reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
-            if names and reset is not None:
+        for child, _, reset in reset_methods(module, own):
+            if reset is not None:
                 _reset(reset, child)
-            elif names - set(module.initial_inner_parameters()):
-                raise missing_error(
-                    type(child).__name__,
-                    f"`reset_parameters()`, which `inner_start='reinit'` calls for {sorted(names)}",
-                    "Define it, or return these from `initial_inner_parameters()`",
-                )
+        if not module.starts_from_data:  # else where the data are there
+            check_all_drawn(module, own, set(module.initial_inner_parameters()))
     return fresh
 
 

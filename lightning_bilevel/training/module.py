@@ -39,7 +39,9 @@ class BilevelModule(BilevelHooks):
     Args:
         inner_steps: T, the number of inner steps.
         inner_start: where inner parameters that are not shared start: ``"warm"`` continues θ and the inner
-            optimizer's state; ``"reset"`` returns to the values at the start of the fit; ``"reinit"`` draws fresh ones.
+            optimizer's state; ``"reset"`` returns to the values at the start of the fit; ``"reinit"`` draws fresh ones;
+            ``"rollback"`` continues, but the steps that the hypergradient is taken through are virtual: after the outer
+            optimizer's step, they are taken again from where they began, with the new φ (DARTS, Meta-Weight-Net).
         proximal: λ of the term λ/2 ‖θ − φ‖² added to the inner loss for shared parameters (iMAML).
         episode_chunk_size: episodes of one batch that are vectorized together; ``None`` chooses by device and
             kind of net, 1 loops.
@@ -144,7 +146,8 @@ class BilevelModule(BilevelHooks):
             ):
                 episode = Episode(check_inner_batches(batches), None)
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
-                problem, phi = replace(functional.problem, inner_steps=steps), functional.phi()
+                problem = replace(functional.problem.judged_at_the_end().on(episode), inner_steps=steps)
+                phi = functional.phi()
                 start = problem.start(memory.recall(functional, buffers)[0], phi)
                 state = run(problem, start, phi, problem.batches(episode)).state
             with functional.swapper.swapped({**state.params, **state.buffers}):

@@ -225,6 +225,7 @@ DIRECTIONS = {
 OTHER = {
     "other layers on each rank": Case(ReverseUnroll, {"inner_start": "reset"}, same=False, shuffle=True),
     "fresh layers": Case(ReverseUnroll, {"inner_start": "reinit"}),
+    "real steps after virtual ones": Case(ReverseUnroll, {"inner_start": "rollback"}, shuffle=True),
     "schedule of FSLA": Case(
         lambda: HypergradientSchedule([(FSLA(), 2), (FirstOrder(), None)]), {"plain": True, "inner_steps": 1}
     ),
@@ -235,6 +236,7 @@ OTHER = {
 }
 RESUMED = {
     "go on": Case(lambda: ForwardGradient(3), shuffle=True),
+    "go on, real steps": Case(ReverseUnroll, {"inner_start": "rollback"}, shuffle=True),
     "go on, FSLA": Case(FSLA, {"plain": True, "inner_steps": 1}, shuffle=True),
     "go on, shared": Case(lambda: ForwardGradient(3), parallel="ddp_directions", shuffle=True),
     "go on, remembering": Case(lambda: ForwardGradient(3, remember=True), shuffle=True),

@@ -59,6 +59,7 @@ PLAIN = {"plain": True, "inner_steps": 1}
 CASES = {name: of_row(name) for name in ROWS} | {
     "reset": Case(lambda: ForwardGradient(2), {"inner_start": "reset"}),
     "reinit": Case(lambda: ForwardGradient(2), {"inner_start": "reinit"}),
+    "rollback": Case(lambda: ForwardGradient(2), {"inner_start": "rollback"}),
     "monitored": Case(lambda: ForwardGradient(2), monitor=True),
     "guided by FSLA": Case(lambda: ForwardGradient(2, guide=FSLA()), PLAIN),
     "schedule of FSLA": Case(lambda: HypergradientSchedule([(FSLA(), 5), (FirstOrder(), None)]), PLAIN),
