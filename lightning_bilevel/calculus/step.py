@@ -308,8 +308,8 @@ class WeighingStep(InnerStep):
 
     def graph(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> tuple[InnerState, list[Tensor]]:
         """Take the steps and add the weighed outer losses, all with their graphs."""
-        total, losses = state.total, []
-        state = replace(state, total=None)
+        losses: list[Tensor] = []
+        total, state = state.total, replace(state, total=None)
         for batch in batches:
             state, more = self._step.graph(state, phi, [batch.inner])
             for loss in more:
