@@ -8,12 +8,12 @@ from collections import deque
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_bilevel.generators import is_others
 from lightning_bilevel.host import LightningModule
+from lightning_bilevel.modules.metrics import unwrapped, usable
 
 _NOT_THE_USERS = {*vars(nn.Module()), *vars(LightningModule()), "fit_context", "_levels", "log", "log_dict"}
 _CONTAINERS = (list, deque, dict, set)
@@ -74,7 +74,8 @@ class Attributes:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._homes = [vars(child) for child in module.modules() if not isinstance(child, Metric)]
+        theirs = (Metric, MetricCollection)
+        self._homes = [vars(child) for child in module.modules() if not isinstance(child, theirs)]
 
     def take(self) -> Snapshot:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
@@ -228,8 +229,5 @@ def plain(value: Any) -> Any:
     """Take a tensor out of function transforms and off its graph; vectorized episodes become its first dimension."""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return value
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        dimension = torch._C._functorch.maybe_get_bdim(value)
-        value = torch._C._functorch.get_unwrapped(value)
-        value = value.movedim(dimension, 0) if dimension > 0 else value
+    value, _ = unwrapped(usable(value))
     return value.detach() if value.requires_grad else value
