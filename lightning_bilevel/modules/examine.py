@@ -29,7 +29,7 @@ class Examination:
     """What one evaluation of both losses told.
 
     Attributes:
-        buffers: names of the buffers that they change.
+        buffers: names of the buffers that they change, and of the parameters of neither level, which go along like them.
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
         generators: of the process, those of NumPy and ``random``, from which the losses draw.
@@ -50,7 +50,8 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         episode: its first inner batch and its outer batch; without an outer batch only the buffers are looked at.
 
     Raises:
-        MisconfigurationError: the inner loss does not depend on the inner parameters.
+        MisconfigurationError: the inner loss does not depend on the inner parameters, or a loss writes to parameters
+            of a level.
     """
     levels = functional.levels
     rng = functional.snapshot()
@@ -96,7 +97,8 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
 
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
     """Return the examination of a module in its present mode, made at the first call and kept with ``functional``."""
-    if episode.outer is None and not any(True for _ in functional.module.buffers()):
+    written = any(True for _ in functional.module.buffers()) or functional.of_neither_level()
+    if episode.outer is None and not written:
         return Examination()
     mode = (episode.outer is not None, *(child.training for child in functional.module.modules()))
     if mode not in functional.examinations:

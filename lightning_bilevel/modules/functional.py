@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise, is_ours
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
+from lightning_bilevel.kernels.data import data_in_transforms
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
+from lightning_bilevel.modules.written import Standing, Written
 from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
@@ -158,7 +160,7 @@ class FunctionalModule:
         return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
 
     def buffers(self, names: Iterable[str]) -> Params:
-        """Return clones of buffers as they stand in the module."""
+        """Return clones of buffers, and of what goes along like them, as they stand in the module."""
         return {name: _usable(self.swapper.current(name)).clone() for name in names}
 
     def evaluate(self, theta: Params, phi: Params, episode: Episode) -> tuple[dict[str, Tensor], list[str]]:
@@ -170,23 +172,46 @@ class FunctionalModule:
             episode: its first inner batch and its outer batch; there is none where a module is only adapted.
 
         Returns:
-            The losses by hook, and the names of the buffers that they changed.
+            The losses by hook, and the names of the buffers, and of the parameters of neither level, that they changed.
+
+        Raises:
+            MisconfigurationError: a loss writes to parameters of a level.
         """
         present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
         clones = tree.map(torch.clone, present)
+        own = {**phi, **theta}
+        others = {name: _usable(p).data.requires_grad_(p.requires_grad) for name, p in self.of_neither_level().items()}
         losses: dict[str, Tensor] = {}
-        with torch.enable_grad(), self.in_place({**phi, **theta, **clones}):
-            if not self._solves:
-                losses["inner_loss"] = _scalar(self.module, "inner_loss", self.module.inner_loss(episode.inner[0]))
-            if episode.outer is not None:
-                losses["outer_loss"] = _scalar(self.module, "outer_loss", self.module.outer_loss(episode.outer))
-            # BatchNorm's kernels write without counting a version, so values are compared too.
-            changed = [
-                name
-                for name, clone in clones.items()
-                if self.swapper.current(name) is not clone or clone._version or not torch.equal(clone, present[name])
-            ]
-        return losses, changed
+        written = Written({**others, **own})
+        try:
+            with torch.enable_grad(), self.in_place({**own, **others, **clones}), written:
+                if not self._solves:
+                    with self.recorder.evaluation():
+                        loss = self.module.inner_loss(episode.inner[0])
+                        losses["inner_loss"] = _scalar(self.module, "inner_loss", loss)
+                if episode.outer is not None:
+                    with self.recorder.evaluation():
+                        loss = self.module.outer_loss(episode.outer)
+                        losses["outer_loss"] = _scalar(self.module, "outer_loss", loss)
+                # BatchNorm's kernels write without counting a version, so values are compared too.
+                changed = [
+                    name
+                    for name, clone in clones.items()
+                    if self.swapper.current(name) is not clone
+                    or clone._version
+                    or not torch.equal(clone, present[name])
+                ]
+                replaced = [name for name, t in {**others, **own}.items() if self.swapper.current(name) is not t]
+        finally:
+            written.undo()
+        names = [*dict.fromkeys([*written.names(), *replaced])]
+        _refuse_written(self.module, [name for name in names if name in own])
+        return losses, [*changed, *names]
+
+    def of_neither_level(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are neither inner nor outer, as they stand in the module."""
+        known = {*self.levels.inner, *self.levels.outer}
+        return {name: p for name, p in self.module.named_parameters() if name not in known}
 
     def learned(self, decay: bool = True) -> frozenset[str]:
         """Return the outer parameters that the inner optimizer's updates read, by all T of them on equal gradients.
@@ -287,6 +312,7 @@ class FunctionalModule:
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
+            stack.enter_context(data_in_transforms())
             stack.enter_context(self.recorder.recording(self.module))
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
@@ -296,10 +322,13 @@ class FunctionalModule:
                 self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
                 check()
             self._look_at_hooks()
+            standing = Standing(self.module)
             try:
                 yield before
             finally:
                 self._autocast_dtype = None
+            if not self._solves and (names := standing.changed()):
+                raise _written_unseen(self.module, names)
 
     @cached_property
     def generators(self) -> list[Any]:
@@ -336,22 +365,25 @@ class FunctionalModule:
         """Return what puts the present tensors in place again, with copies of the buffers, which may be written to."""
         placed = self._placed
 
-        def again() -> AbstractContextManager[None]:
+        @contextmanager
+        def again() -> Iterator[None]:
             parameters = {*self.levels.inner, *self.levels.outer}
-            return self.in_place({name: t if name in parameters else t.clone() for name, t in placed.items()})
+            again = {name: t if name in parameters else t.clone() for name, t in placed.items()}
+            with self.recorder.evaluation(counts=False), self.in_place(again):
+                yield
 
         return again
 
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self.in_place({**phi, **theta, **own}):
+        with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
             loss = _scalar(self.module, "inner_loss", self.module.inner_loss(batch))
             after = {name: self.swapper.current(name).detach() for name in own}
         return loss, after
 
     def _outer_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self.in_place({**phi, **theta, **own}):
+        with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
             self.recorder.before_outer_loss()
             loss = _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own})
@@ -412,6 +444,27 @@ class FunctionalModule:
                 optimizer,
             )
         return optimizer
+
+
+def _refuse_written(module: nn.Module, names: list[str]) -> None:
+    """Refuse a loss that moves what the levels move."""
+    if names:
+        raise combination_error(
+            f"a loss of `{type(module).__name__}` that writes to {abbreviate(names)}",
+            "they are inner or outer parameters, which a loss reads: it is evaluated many times per training step, on "
+            "other tensors in their places",
+            "Compute what the loss uses from them (`weight.clamp(...)`, `torch.nn.utils.parametrize`), write to them in "
+            "`on_train_batch_end`, or leave those that the loss itself moves out of both levels",
+        )
+
+
+def _written_unseen(module: nn.Module, names: list[str]) -> MisconfigurationError:
+    """Return what to say of parameters or buffers that some evaluations of a loss write to."""
+    return combination_error(
+        f"a loss of `{type(module).__name__}` that writes to {abbreviate(names)} at times only",
+        "the first look at the losses has not seen it, so that it has not gone along with the inner run",
+        "Write to it in every evaluation, if only what is there, or in `on_train_batch_end`",
+    )
 
 
 def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
