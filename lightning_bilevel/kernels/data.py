@@ -14,15 +14,15 @@ from torch import Tensor
 def data_in_transforms() -> Iterator[None]:
     """Let ``p.data`` be a detached ``p``, and ``p.data = x`` a copy of ``x`` into it, inside function transforms.
 
-    PyTorch has neither under ``vmap``, no assignment in the others, and the tensor that it returns there is a constant to
-    the innermost of them only: reverse mode takes it for a constant of all.
+    PyTorch has neither under ``vmap`` and no assignment in the others, and what it returns there is a constant to the
+    innermost of them only. Reverse mode takes it for a constant of all.
 
     >>> from torch.func import vmap
     >>> with data_in_transforms():
     ...     vmap(lambda x: x.data + 1)(torch.zeros(2))
     tensor([1., 1.])
     """
-    native: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
+    native: Any = torch._C.TensorBase.data
     inside = torch._C._are_functorch_transforms_active
 
     def read(tensor: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections import deque
+from collections import UserDict, UserList, deque
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -33,11 +34,13 @@ class Entry(NamedTuple):
         value: the attribute.
         content: a copy of it, or of the attributes of an object of the user's; ``None`` of anything else.
         inside: the containers in it, each with a copy, at all depths.
+        version: of a tensor, how often it was written to.
     """
 
     value: Any
     content: Any
     inside: tuple[tuple[Any, Any], ...] = ()
+    version: int = 0
 
     def same(self, other: Entry | None) -> bool:
         """Return whether this is the very thing, with the very things in it, that the other is."""
@@ -95,6 +98,25 @@ class Attributes:
                         _fill(container, content)
 
 
+def written_in_place(snapshot: Snapshot) -> list[str]:
+    """Return the names of plain tensors that were written to since :meth:`Attributes.take`.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.average = torch.zeros(1)
+    >>> start = Attributes(module).take()
+    >>> module.average.mul_(0.9).add_(0.1)
+    tensor([0.1000])
+    >>> written_in_place(start)
+    ['average']
+    """
+    return [
+        name
+        for entries in snapshot
+        for name, entry in entries.items()
+        if isinstance(entry.value, Tensor) and entry.version != _version(entry.value)
+    ]
+
+
 def once(start: Snapshot, before: Snapshot, after: Snapshot) -> Snapshot:
     """Return the attributes that count of an estimate: as if the losses had run once since ``start``.
 
@@ -133,7 +155,7 @@ def _since(first: Entry, earlier: Entry, later: Entry) -> Entry:
 
 def _entry(value: Any) -> Entry:
     if type(value) in _ATOMS:
-        return Entry(value, None)
+        return Entry(value, None, (), _version(value)) if isinstance(value, Tensor) else Entry(value, None)
     content = _copied(value)
     if content is None and not isinstance(value, tuple):
         return Entry(value, None)
@@ -157,12 +179,17 @@ def _entry(value: Any) -> Entry:
     return Entry(value, content, tuple(inside))
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor._version
+
+
 def _copied(value: Any) -> Any:
     """Return a copy of a container, or of the attributes of an object of the user's own making."""
     if isinstance(value, _CONTAINERS):
         return value.copy() if hasattr(value, "copy") else list(value)
     kind: Any = type(value)
-    return dict(vars(value)) if _is_users(kind) and hasattr(value, "__dict__") else None
+    followed = isinstance(value, (UserDict, UserList)) or _is_users(kind)
+    return dict(vars(value)) if followed and hasattr(value, "__dict__") else None
 
 
 @lru_cache(maxsize=1_000)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, value_error
+from lightning_bilevel.errors import combination_error, missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
@@ -24,8 +24,8 @@ from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.swap import Swapper
-from lightning_bilevel.modules.written import Standing, Written
-from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
+from lightning_bilevel.modules.written import Standing, written_unseen
+from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -153,60 +153,15 @@ class FunctionalModule:
 
     def phi(self) -> Params:
         """Return the outer parameters, detached; storage is the module's own."""
-        return {name: _usable(self.swapper.current(name)) for name in self.levels.outer}
+        return {name: usable(self.swapper.current(name)) for name in self.levels.outer}
 
     def theta(self) -> Params:
         """Return the inner parameters as they stand in the module, detached."""
-        return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
+        return {name: usable(self.swapper.current(name)) for name in self.levels.inner}
 
     def buffers(self, names: Iterable[str]) -> Params:
         """Return clones of buffers, and of what goes along like them, as they stand in the module."""
-        return {name: _usable(self.swapper.current(name)).clone() for name in names}
-
-    def evaluate(self, theta: Params, phi: Params, episode: Episode) -> tuple[dict[str, Tensor], list[str]]:
-        """Evaluate both losses once, for a first look.
-
-        Args:
-            theta: inner parameters.
-            phi: outer parameters.
-            episode: its first inner batch and its outer batch; there is none where a module is only adapted.
-
-        Returns:
-            The losses by hook, and the names of the buffers, and of the parameters of neither level, that they changed.
-
-        Raises:
-            MisconfigurationError: a loss writes to parameters of a level.
-        """
-        present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
-        clones = tree.map(torch.clone, present)
-        own = {**phi, **theta}
-        others = {name: _usable(p).data.requires_grad_(p.requires_grad) for name, p in self.of_neither_level().items()}
-        losses: dict[str, Tensor] = {}
-        written = Written({**others, **own})
-        try:
-            with torch.enable_grad(), self.in_place({**own, **others, **clones}), written:
-                if not self._solves:
-                    with self.recorder.evaluation():
-                        loss = self.module.inner_loss(episode.inner[0])
-                        losses["inner_loss"] = _scalar(self.module, "inner_loss", loss)
-                if episode.outer is not None:
-                    with self.recorder.evaluation():
-                        loss = self.module.outer_loss(episode.outer)
-                        losses["outer_loss"] = _scalar(self.module, "outer_loss", loss)
-                # BatchNorm's kernels write without counting a version, so values are compared too.
-                changed = [
-                    name
-                    for name, clone in clones.items()
-                    if self.swapper.current(name) is not clone
-                    or clone._version
-                    or not torch.equal(clone, present[name])
-                ]
-                replaced = [name for name, t in {**others, **own}.items() if self.swapper.current(name) is not t]
-        finally:
-            written.undo()
-        names = [*dict.fromkeys([*written.names(), *replaced])]
-        _refuse_written(self.module, [name for name in names if name in own])
-        return losses, [*changed, *names]
+        return {name: usable(self.swapper.current(name)).clone() for name in names}
 
     def of_neither_level(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are neither inner nor outer, as they stand in the module."""
@@ -328,7 +283,7 @@ class FunctionalModule:
             finally:
                 self._autocast_dtype = None
             if not self._solves and (names := standing.changed()):
-                raise _written_unseen(self.module, names)
+                raise written_unseen(type(self.module).__name__, abbreviate(names))
 
     @cached_property
     def generators(self) -> list[Any]:
@@ -377,7 +332,7 @@ class FunctionalModule:
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
-            loss = _scalar(self.module, "inner_loss", self.module.inner_loss(batch))
+            loss = scalar(self.module, "inner_loss", self.module.inner_loss(batch))
             after = {name: self.swapper.current(name).detach() for name in own}
         return loss, after
 
@@ -385,7 +340,7 @@ class FunctionalModule:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
             self.recorder.before_outer_loss()
-            loss = _scalar(self.module, "outer_loss", self.module.outer_loss(batch))
+            loss = scalar(self.module, "outer_loss", self.module.outer_loss(batch))
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own})
         return loss
 
@@ -444,27 +399,6 @@ class FunctionalModule:
                 optimizer,
             )
         return optimizer
-
-
-def _refuse_written(module: nn.Module, names: list[str]) -> None:
-    """Refuse a loss that moves what the levels move."""
-    if names:
-        raise combination_error(
-            f"a loss of `{type(module).__name__}` that writes to {abbreviate(names)}",
-            "they are inner or outer parameters, which a loss reads: it is evaluated many times per training step, on "
-            "other tensors in their places",
-            "Compute what the loss uses from them (`weight.clamp(...)`, `torch.nn.utils.parametrize`), write to them in "
-            "`on_train_batch_end`, or leave those that the loss itself moves out of both levels",
-        )
-
-
-def _written_unseen(module: nn.Module, names: list[str]) -> MisconfigurationError:
-    """Return what to say of parameters or buffers that some evaluations of a loss write to."""
-    return combination_error(
-        f"a loss of `{type(module).__name__}` that writes to {abbreviate(names)} at times only",
-        "the first look at the losses has not seen it, so that it has not gone along with the inner run",
-        "Write to it in every evaluation, if only what is there, or in `on_train_batch_end`",
-    )
 
 
 def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
@@ -531,7 +465,7 @@ def names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
     return {name for name, grad in zip(inputs, grads, strict=True) if grad is not None}
 
 
-def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
+def scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
     """Return a loss, or the ``"loss"`` of a mapping, as Lightning takes both; raise unless it is one number."""
     what = f"{type(module).__name__}.{hook}(batch)"
     if isinstance(loss, Mapping) and "loss" in loss:
@@ -567,6 +501,6 @@ def _require_grad(params: Params) -> bool:
     return any(value.requires_grad for value in params.values())
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def usable(tensor: Tensor) -> Tensor:
     """Detach; tensors made under inference mode are cloned, for autograd refuses them."""
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_bilevel.host import LightningModule
-from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain
+from lightning_bilevel.host import LightningModule, rank_zero_warn
+from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain, written_in_place
 from lightning_bilevel.modules.metrics import RecordedMetrics, State, unwrapped, usable
 from lightning_bilevel.tree import Params
 
@@ -36,6 +36,7 @@ class LogRecorder:
         self._before: Snapshot = []
         self._final: Snapshot | None = None
         self._buffers: Params = {}
+        self._warned = False
 
     @contextmanager
     def recording(self, module: LightningModule) -> Iterator[None]:
@@ -61,6 +62,7 @@ class LogRecorder:
                 del child.__dict__["log"], child.__dict__["log_dict"]
                 child.__dict__.update(before)
             attributes.put(self._start)
+            self._warn_of(written_in_place(self._start))
 
     def begin(self) -> None:
         """Begin a run."""
@@ -102,6 +104,16 @@ class LogRecorder:
             self._metrics.end(observed.metrics)
         self._final = once(self._start, observed.before, observed.after)
         return {name: plain(value) for name, value in observed.buffers.items()}
+
+    def _warn_of(self, names: list[str]) -> None:
+        """Warn once of plain tensors that are written to in place, which nothing puts back."""
+        if names and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The losses write to `{'`, `'.join(names)}` in place, a plain tensor: that sees every evaluation, "
+                "repeated and perturbed ones, too. Make it a buffer, `self.register_buffer(name, tensor)`: buffers go "
+                "along with the inner run."
+            )
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""

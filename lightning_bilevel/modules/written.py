@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_bilevel.errors import MisconfigurationError, combination_error
 from lightning_bilevel.tree import Params
 
 
@@ -109,5 +110,26 @@ class Standing:
         }
 
 
+def written_to_level(kind: str, names: str) -> MisconfigurationError:
+    """Return what to say of a loss that moves what the levels move."""
+    return combination_error(
+        f"a loss of `{kind}` that writes to {names}",
+        "they are inner or outer parameters: a loss is evaluated many times per training step, on other tensors in "
+        "their places",
+        "Let the loss compute what it uses from them (`weight.clamp(...)`, `torch.nn.utils.parametrize`), write to "
+        "them in `on_train_batch_end`, or leave what the loss itself moves out of both levels",
+    )
+
+
+def written_unseen(kind: str, names: str) -> MisconfigurationError:
+    """Return what to say of parameters or buffers that some evaluations of a loss write to."""
+    return combination_error(
+        f"a loss of `{kind}` that writes to {names} at times only",
+        "the first look at the losses has not seen it, so that it has not gone along with the inner run",
+        "Write to it in every evaluation, if only what is there, or in `on_train_batch_end`",
+    )
+
+
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """Return what names a storage; tensors of other kinds may have none."""
+    return tensor.untyped_storage()._cdata if type(tensor) in (Tensor, nn.Parameter) else 0
