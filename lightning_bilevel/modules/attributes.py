@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections import deque
+from collections import UserDict, UserList, deque
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_bilevel.generators import is_others
 from lightning_bilevel.host import LightningModule
+from lightning_bilevel.modules.metrics import unwrapped, usable
 
 _NOT_THE_USERS = {*vars(nn.Module()), *vars(LightningModule()), "fit_context", "_levels", "log", "log_dict"}
 _CONTAINERS = (list, deque, dict, set)
@@ -33,11 +34,13 @@ class Entry(NamedTuple):
         value: the attribute.
         content: a copy of it, or of the attributes of an object of the user's; ``None`` of anything else.
         inside: the containers in it, each with a copy, at all depths.
+        version: of a tensor, how often it was written to.
     """
 
     value: Any
     content: Any
     inside: tuple[tuple[Any, Any], ...] = ()
+    version: int = 0
 
     def same(self, other: Entry | None) -> bool:
         """Return whether this is the very thing, with the very things in it, that the other is."""
@@ -74,7 +77,8 @@ class Attributes:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._homes = [vars(child) for child in module.modules() if not isinstance(child, Metric)]
+        theirs = (Metric, MetricCollection)
+        self._homes = [vars(child) for child in module.modules() if not isinstance(child, theirs)]
 
     def take(self) -> Snapshot:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
@@ -92,6 +96,25 @@ class Attributes:
                     home[name] = entry.value
                     for container, content in ((entry.value, entry.content), *entry.inside):
                         _fill(container, content)
+
+
+def written_in_place(snapshot: Snapshot) -> list[str]:
+    """Return the names of plain tensors that were written to since :meth:`Attributes.take`.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.average = torch.zeros(1)
+    >>> start = Attributes(module).take()
+    >>> module.average.mul_(0.9).add_(0.1)
+    tensor([0.1000])
+    >>> written_in_place(start)
+    ['average']
+    """
+    return [
+        name
+        for entries in snapshot
+        for name, entry in entries.items()
+        if isinstance(entry.value, Tensor) and entry.version != _version(entry.value)
+    ]
 
 
 def once(start: Snapshot, before: Snapshot, after: Snapshot) -> Snapshot:
@@ -132,7 +155,7 @@ def _since(first: Entry, earlier: Entry, later: Entry) -> Entry:
 
 def _entry(value: Any) -> Entry:
     if type(value) in _ATOMS:
-        return Entry(value, None)
+        return Entry(value, None, (), _version(value)) if isinstance(value, Tensor) else Entry(value, None)
     content = _copied(value)
     if content is None and not isinstance(value, tuple):
         return Entry(value, None)
@@ -156,12 +179,17 @@ def _entry(value: Any) -> Entry:
     return Entry(value, content, tuple(inside))
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor._version
+
+
 def _copied(value: Any) -> Any:
     """Return a copy of a container, or of the attributes of an object of the user's own making."""
     if isinstance(value, _CONTAINERS):
         return value.copy() if hasattr(value, "copy") else list(value)
     kind: Any = type(value)
-    return dict(vars(value)) if _is_users(kind) and hasattr(value, "__dict__") else None
+    followed = isinstance(value, (UserDict, UserList)) or _is_users(kind)
+    return dict(vars(value)) if followed and hasattr(value, "__dict__") else None
 
 
 @lru_cache(maxsize=1_000)
@@ -228,8 +256,5 @@ def plain(value: Any) -> Any:
     """Take a tensor out of function transforms and off its graph; vectorized episodes become its first dimension."""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return value
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        dimension = torch._C._functorch.maybe_get_bdim(value)
-        value = torch._C._functorch.get_unwrapped(value)
-        value = value.movedim(dimension, 0) if dimension > 0 else value
+    value, _ = unwrapped(usable(value))
     return value.detach() if value.requires_grad else value

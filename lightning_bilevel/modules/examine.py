@@ -16,7 +16,9 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import LIBRARIES, rank_zero_warn
-from lightning_bilevel.modules.functional import FunctionalModule, names_reached
+from lightning_bilevel.modules.functional import FunctionalModule, names_reached, scalar, usable
+from lightning_bilevel.modules.levels import abbreviate
+from lightning_bilevel.modules.written import Written, written_to_level
 from lightning_bilevel.problem import Episode
 from lightning_bilevel.tree import Params
 
@@ -29,7 +31,7 @@ class Examination:
     """What one evaluation of both losses told.
 
     Attributes:
-        buffers: names of the buffers that they change.
+        buffers: names of the buffers, and of the parameters of neither level, that they change.
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
         generators: of the process, those of NumPy and ``random``, from which the losses draw.
@@ -50,7 +52,8 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         episode: its first inner batch and its outer batch; without an outer batch only the buffers are looked at.
 
     Raises:
-        MisconfigurationError: the inner loss does not depend on the inner parameters.
+        MisconfigurationError: the inner loss does not depend on the inner parameters, or a loss writes to parameters
+            of a level.
     """
     levels = functional.levels
     rng = functional.snapshot()
@@ -69,7 +72,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     with torch.enable_grad(), rng.fork():
         start = functional.problem.on(episode).initial(carried, phi)
         theta = tree.leaves(start)
-        losses, buffers = functional.evaluate(theta, phi, episode)
+        losses, buffers = evaluate(functional, theta, phi, episode)
         functional.try_update(theta, phi)
         drawn = tuple(rng.drawn(of_process))
         if episode.outer is None:
@@ -96,9 +99,57 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn)
 
 
+def evaluate(
+    functional: FunctionalModule, theta: Params, phi: Params, episode: Episode
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Evaluate both losses once, and put back what they write.
+
+    Args:
+        functional: the module.
+        theta: inner parameters.
+        phi: outer parameters.
+        episode: its first inner batch and its outer batch; there is none where a module is only adapted.
+
+    Returns:
+        The losses by hook, and the names of the buffers, and of the parameters of neither level, that they changed.
+
+    Raises:
+        MisconfigurationError: a loss writes to parameters of a level.
+    """
+    module, current, losses = functional.module, functional.swapper.current, dict[str, Tensor]()
+    present = {name: usable(buffer) for name, buffer in module.named_buffers()}
+    clones = tree.map(torch.clone, present)
+    others = {name: usable(p).data.requires_grad_(p.requires_grad) for name, p in functional.of_neither_level().items()}
+    levels = {**phi, **theta}
+    parameters = {**others, **levels}
+    written = Written(parameters)
+    try:
+        with torch.enable_grad(), functional.in_place({**parameters, **clones}), written:
+            if not module.has_solver:
+                with functional.recorder.evaluation():
+                    losses["inner_loss"] = scalar(module, "inner_loss", module.inner_loss(episode.inner[0]))
+            if episode.outer is not None:
+                with functional.recorder.evaluation():
+                    losses["outer_loss"] = scalar(module, "outer_loss", module.outer_loss(episode.outer))
+            # BatchNorm's kernels write without counting a version, so values are compared too.
+            changed = [
+                name
+                for name, clone in clones.items()
+                if current(name) is not clone or clone._version or not torch.equal(clone, present[name])
+            ]
+            replaced = [name for name, tensor in parameters.items() if current(name) is not tensor]
+    finally:
+        written.undo()
+    names = list(dict.fromkeys([*written.names(), *replaced]))
+    if moved := [name for name in names if name in levels]:
+        raise written_to_level(type(module).__name__, abbreviate(moved))
+    return losses, [*changed, *names]
+
+
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
     """Return the examination of a module in its present mode, made at the first call and kept with ``functional``."""
-    if episode.outer is None and not any(True for _ in functional.module.buffers()):
+    state = [*functional.module.buffers(), *functional.of_neither_level()]
+    if episode.outer is None and not state:
         return Examination()
     mode = (episode.outer is not None, *(child.training for child in functional.module.modules()))
     if mode not in functional.examinations:

@@ -18,13 +18,15 @@ from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
 from lightning_bilevel.inner_optimizers.base import OptState, is_elementwise, is_ours
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
+from lightning_bilevel.kernels.data import data_in_transforms
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
-from lightning_bilevel.problem import Batch, BilevelProblem, Episode, InnerState, Traits, with_proximal
+from lightning_bilevel.modules.written import Standing, written_unseen
+from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -154,42 +156,20 @@ class FunctionalModule:
 
     def phi(self) -> Params:
         """Return the outer parameters, detached; storage is the module's own."""
-        return {name: _usable(self.swapper.current(name)) for name in self.levels.outer}
+        return {name: usable(self.swapper.current(name)) for name in self.levels.outer}
 
     def theta(self) -> Params:
         """Return the inner parameters as they stand in the module, detached."""
-        return {name: _usable(self.swapper.current(name)) for name in self.levels.inner}
+        return {name: usable(self.swapper.current(name)) for name in self.levels.inner}
 
     def buffers(self, names: Iterable[str]) -> Params:
-        """Return clones of buffers as they stand in the module."""
-        return {name: _usable(self.swapper.current(name)).clone() for name in names}
+        """Return clones of buffers, and of what goes along like them, as they stand in the module."""
+        return {name: usable(self.swapper.current(name)).clone() for name in names}
 
-    def evaluate(self, theta: Params, phi: Params, episode: Episode) -> tuple[dict[str, Tensor], list[str]]:
-        """Evaluate both losses once, for a first look.
-
-        Args:
-            theta: inner parameters.
-            phi: outer parameters.
-            episode: its first inner batch and its outer batch; there is none where a module is only adapted.
-
-        Returns:
-            The losses by hook, and the names of the buffers that they changed.
-        """
-        present = {name: _usable(buffer) for name, buffer in self.module.named_buffers()}
-        clones = tree.map(torch.clone, present)
-        losses: dict[str, Tensor] = {}
-        with torch.enable_grad(), self.in_place({**phi, **theta, **clones}):
-            if not self._solves:
-                losses["inner_loss"] = _scalar(self.module, "inner_loss", self.module.inner_loss(episode.inner[0]))
-            if episode.outer is not None:
-                losses["outer_loss"] = _scalar(self.module, "outer_loss", self.module.outer_loss(episode.outer))
-            # BatchNorm's kernels write without counting a version, so values are compared too.
-            changed = [
-                name
-                for name, clone in clones.items()
-                if self.swapper.current(name) is not clone or clone._version or not torch.equal(clone, present[name])
-            ]
-        return losses, changed
+    def of_neither_level(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are neither inner nor outer, as they stand in the module."""
+        known = {*self.levels.inner, *self.levels.outer}
+        return {name: p for name, p in self.module.named_parameters() if name not in known}
 
     def learned(self, decay: bool = True) -> frozenset[str]:
         """Return the outer parameters that the inner optimizer's updates read, by all T of them on equal gradients.
@@ -290,6 +270,7 @@ class FunctionalModule:
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
+            stack.enter_context(data_in_transforms())
             stack.enter_context(self.recorder.recording(self.module))
             if torch.is_autocast_enabled(kind):
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
@@ -299,10 +280,13 @@ class FunctionalModule:
                 self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
                 check()
             self._look_at_hooks()
+            standing = Standing(self.module)
             try:
                 yield before
             finally:
                 self._autocast_dtype = None
+            if not self._solves and (names := standing.changed()):
+                raise written_unseen(type(self.module).__name__, abbreviate(names))
 
     @cached_property
     def generators(self) -> list[Any]:
@@ -339,26 +323,30 @@ class FunctionalModule:
         """Return what puts the present tensors in place again, with copies of the buffers, which may be written to."""
         placed = self._placed
 
-        def again() -> AbstractContextManager[None]:
+        @contextmanager
+        def again() -> Iterator[None]:
             parameters = {*self.levels.inner, *self.levels.outer}
-            return self.in_place({name: t if name in parameters else t.clone() for name, t in placed.items()})
+            again = {name: t if name in parameters else t.clone() for name, t in placed.items()}
+            with self.recorder.evaluation(counts=False), self.in_place(again):
+                yield
 
         return again
 
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self.in_place({**phi, **theta, **own}):
-            loss = _scalar(self.module, "inner_loss", self.module.inner_loss(batch))
+        with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
+            loss = scalar(self.module, "inner_loss", self.module.inner_loss(batch))
             after = {name: self.swapper.current(name).detach() for name in own}
         return loss, after
 
     def _outer_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
         own = tree.map(torch.clone, buffers) if buffers else {}
-        with self.in_place({**phi, **theta, **own}):
+        with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
             self.recorder.before_outer_loss()
             result = self.module.outer_loss(batch)
+            loss = scalar(self.module, "outer_loss", result)
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own}, result)
-        return _scalar(self.module, "outer_loss", result)
+        return loss
 
     def _outer_loss_weights(self, phi: Params) -> Tensor:
         with self.swapper.swapped(phi):
@@ -488,7 +476,7 @@ def names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
     return {name for name, grad in zip(inputs, grads, strict=True) if grad is not None}
 
 
-def _scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
+def scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
     """Return a loss, or the ``"loss"`` of a mapping, as Lightning takes both; raise unless it is one number."""
     what = f"{type(module).__name__}.{hook}(batch)"
     if loss is None:
@@ -538,6 +526,6 @@ def _require_grad(params: Params) -> bool:
     return any(value.requires_grad for value in params.values())
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def usable(tensor: Tensor) -> Tensor:
     """Detach; tensors made under inference mode are cloned, for autograd refuses them."""
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()

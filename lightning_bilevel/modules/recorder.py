@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchmetrics import Metric
 
-from lightning_bilevel.host import LightningModule
-from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain
+from lightning_bilevel.host import LightningModule, rank_zero_warn
+from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain, written_in_place
+from lightning_bilevel.modules.metrics import RecordedMetrics, State, unwrapped, usable
 from lightning_bilevel.modules.outputs import beside_loss, by_episode
 from lightning_bilevel.tree import Params
 
@@ -36,13 +34,14 @@ class LogRecorder:
         self._runs: list[tuple[int, dict[str, _Call]]] = []
         self._running = False
         self._latest: dict[str, _Call] = {}
-        self._metrics: list[_RecordedMetric] = []
+        self._metrics: RecordedMetrics | None = None
         self._attributes: Attributes | None = None
         self._start: Snapshot = []
         self._before: Snapshot = []
         self._final: Snapshot | None = None
         self._buffers: Params = {}
         self._beside: dict[str, Any] = {}
+        self._warned = False
         self.outputs: list[dict[str, Any]] = []
 
     @contextmanager
@@ -60,24 +59,26 @@ class LogRecorder:
         ]
         for child in loggers:
             child.__dict__.update(log=self.log, log_dict=self.log_dict)
-        metrics = [child for child in module.modules() if isinstance(child, Metric)]
-        self._metrics = [_RecordedMetric(metric, lambda: self._running) for metric in metrics]
+        self._metrics = RecordedMetrics(module)
         try:
-            with ExitStack() as stack:
-                for recorded in self._metrics:
-                    stack.enter_context(recorded.recording())
+            with self._metrics.recording():
                 yield
         finally:
             for child, before in zip(loggers, shadowed, strict=True):
                 del child.__dict__["log"], child.__dict__["log_dict"]
                 child.__dict__.update(before)
             attributes.put(self._start)
+            self._warn_of(written_in_place(self._start))
 
     def begin(self) -> None:
         """Begin a run."""
         self._running, self._latest, self._buffers, self._beside = True, {}, {}, {}
-        for metric in self._metrics:
-            metric.begin()
+        if self._metrics is not None:
+            self._metrics.begin()
+
+    def evaluation(self, counts: bool = True) -> AbstractContextManager[None]:
+        """Evaluate a loss within this context; see :meth:`RecordedMetrics.evaluation`."""
+        return nullcontext() if self._metrics is None else self._metrics.evaluation(counts)
 
     def before_outer_loss(self) -> None:
         """Note the attributes that an outer loss starts from."""
@@ -90,10 +91,10 @@ class LogRecorder:
 
     def observe(self) -> Observed | None:
         """Return what has been left behind in this run."""
-        if not self._running or self._attributes is None:
+        if not self._running or self._attributes is None or self._metrics is None:
             return None
-        states = [metric.present() for metric in self._metrics]
-        return Observed(dict(self._latest), states, self._buffers, self._before, self._attributes.take(), self._beside)
+        taken = self._attributes.take()
+        return Observed(dict(self._latest), self._metrics.latest, self._buffers, self._before, taken, self._beside)
 
     def end(self, observed: Any, count: int) -> Params:
         """End the run of ``count`` episodes; what stood at ``observed`` counts.
@@ -105,12 +106,22 @@ class LogRecorder:
         if not isinstance(observed, Observed):
             return {}
         self._runs.append((count, observed.calls))
-        for metric, state in zip(self._metrics, observed.metrics, strict=True):
-            metric.end(state)
+        if self._metrics is not None:
+            self._metrics.end(observed.metrics)
         self.outputs += by_episode(observed.beside, count)
         self._beside = {}
         self._final = once(self._start, observed.before, observed.after)
         return {name: plain(value) for name, value in observed.buffers.items()}
+
+    def _warn_of(self, names: list[str]) -> None:
+        """Warn once of plain tensors that are written to in place, which nothing puts back."""
+        if names and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The losses write to `{'`, `'.join(names)}` in place, a plain tensor: that sees every evaluation, "
+                "repeated and perturbed ones, too. Make it a buffer, `self.register_buffer(name, tensor)`: buffers go "
+                "along with the inner run."
+            )
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""
@@ -129,8 +140,8 @@ class LogRecorder:
             module: the module.
             batch_size: weight of this step in an epoch's mean, unless the call that was kept says otherwise.
         """
-        for metric in self._metrics:
-            metric.replay()
+        if self._metrics is not None:
+            self._metrics.replay()
         if self._final is not None and self._attributes is not None:
             self._attributes.put(self._final)
         for name in dict.fromkeys(name for _, calls in self._runs for name in calls):
@@ -139,7 +150,7 @@ class LogRecorder:
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
-        self._runs, self._metrics, self._final, self.outputs = [], [], None, []
+        self._runs, self._metrics, self._final, self.outputs = [], None, None, []
 
 
 class Observed(NamedTuple):
@@ -155,119 +166,16 @@ class Observed(NamedTuple):
     """
 
     calls: dict[str, _Call]
-    metrics: list[dict[str, Any]]
+    metrics: State
     buffers: Params
     before: Snapshot
     after: Snapshot
     beside: dict[str, Any]
 
 
-class _RecordedMetric:
-    """One metric, whose updates inside losses take plain tensors and count once per run.
-
-    Args:
-        metric: the metric.
-        running: whether a run goes on.
-    """
-
-    def __init__(self, metric: Metric, running: Callable[[], bool]) -> None:
-        self._metric, self._running = metric, running
-        self._start = self._end = self.present()
-        self._inside = False
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Shadow the methods that update; on exit the metric is as it was."""
-        before, attributes = self.present(), self._metric.__dict__
-        shadowed: dict[str, Any] = {name: attributes[name] for name in ("forward", "update") if name in attributes}
-        attributes.update({name: self._shadow(getattr(self._metric, name)) for name in ("forward", "update")})
-        try:
-            yield
-        finally:
-            del attributes["forward"], attributes["update"]
-            attributes.update(shadowed)
-            self._restore(before)
-
-    def present(self) -> dict[str, Any]:
-        """Return a copy of the metric's state."""
-        names = [*self._metric._defaults, "_update_count", "_computed", "_forward_cache"]
-        return {name: _copied(getattr(self._metric, name)) for name in names}
-
-    def begin(self) -> None:
-        """Begin a run: each of its updates starts from the present state."""
-        self._start = self.present()
-
-    def end(self, state: dict[str, Any]) -> None:
-        """End a run in ``state``, from which the next goes on."""
-        self._end = state
-        self._restore(state)
-
-    def replay(self) -> None:
-        """Put the state in place that the runs led to."""
-        self._restore(self._end)
-
-    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def shadow(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # ``forward`` calls ``update``
-                return original(*args, **kwargs)
-            # Inside a transform even what is made of plain tensors would belong to it, and outlive it in the state.
-            with torch._C._DisableFuncTorch():
-                before = self.present()
-                if self._running():
-                    self._restore(self._start)
-                self._inside = True
-                try:
-                    args, kwargs = _examples((args, kwargs))
-                    return original(*args, **kwargs)
-                finally:
-                    self._inside = False
-                    if not self._running():
-                        self._restore(before)
-
-        return shadow
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self._metric, name, _copied(value))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return list(value) if isinstance(value, list) else value
-
-
-def _examples(values: Any) -> Any:
-    """Take what a metric gets out of function transforms; vectorized episodes become one batch."""
-    leaves, structure = tree_flatten(values)
-    episodes: list[tuple[int, ...]] = []
-    for position, leaf in enumerate(leaves):
-        episodes.append(())
-        if not isinstance(leaf, Tensor):
-            continue
-        while torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-            dimension = torch._C._functorch.maybe_get_bdim(leaf)
-            leaf = torch._C._functorch.get_unwrapped(leaf)
-            if dimension >= 0:
-                leaf = leaf.movedim(dimension, 0)
-                episodes[-1] = (len(leaf), *episodes[-1])
-        leaves[position] = leaf.detach()
-    widest = max(episodes, key=len, default=())
-    if widest:
-        for position, own in enumerate(episodes):
-            leaf = leaves[position]
-            if isinstance(leaf, Tensor):
-                shape = leaf.shape[len(own) :]
-                leaf = leaf if own else leaf.expand(*widest, *shape)
-                leaves[position] = leaf.reshape(-1, *shape[1:])
-    return tree_unflatten(leaves, structure)
-
-
 def _primal(value: Any) -> Any:
     """Take a value out of function transforms; the mean over episodes where it was vectorized over them."""
     if not isinstance(value, Tensor):
         return value
-    value = value.detach()
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
+    value, _ = unwrapped(usable(value).detach())
     return value.float().mean() if value.ndim else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from typing import Any
 
 import pytest
@@ -131,3 +131,39 @@ def test_tensors_are_taken_out_of_transforms():
     leaf = torch.ones(2, requires_grad=True)
     assert not plain(leaf * 2).requires_grad
     assert plain("text") == "text"
+
+
+def test_other_containers_are_written_once_a_step():
+    class More(Writing):
+        def __init__(self):
+            super().__init__()
+            self.counter, self.by_name, self.ordered = Counter(), defaultdict(list), OrderedDict()
+            self.wrapped, self.listed = UserDict(), UserList()
+
+        def written(self, x):
+            y = super().written(x)
+            self.counter["seen"] += 1
+            self.by_name["y"].append(y)
+            self.ordered[len(self.ordered)] = y
+            self.wrapped[len(self.wrapped)] = y
+            self.listed.append(y.sum())
+            return y
+
+    module = More()
+    hypergradient(module, ReverseUnroll(), Episode([X], X))
+    assert not any(map(len, (module.counter, module.by_name, module.ordered, module.wrapped, module.listed)))
+
+
+def test_plain_tensors_written_in_place_are_named():
+    class Averaging(Writing):
+        def __init__(self):
+            super().__init__()
+            self.average = torch.zeros(())
+
+        def written(self, x):
+            y = super().written(x)
+            self.average.mul_(0.9).add_(y.detach().sum(), alpha=0.1)
+            return y
+
+    with pytest.warns(UserWarning, match=r"^The losses write to `average` in place, a plain tensor"):
+        hypergradient(Averaging(), ReverseUnroll(), Episode([X], X))

@@ -1,0 +1,135 @@
+"""Which parameters a loss writes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_bilevel.errors import MisconfigurationError, combination_error
+from lightning_bilevel.tree import Params
+
+
+class Written(TorchDispatchMode):
+    """Notes which of some tensors are written to while it is active, and keeps what stood in them before.
+
+    Sees writes in place, also through ``.data``, views and lists of tensors, by the storage that an operation says it
+    writes to; and tensors that were given another storage.
+
+    Args:
+        tensors: by name; only what is written to is copied.
+
+    >>> weight, other = torch.ones(2), torch.ones(2)
+    >>> with Written({"weight": weight, "other": other}) as written:
+    ...     weight.data[0].mul_(3)
+    tensor(3.)
+    >>> written.names()
+    ['weight']
+    >>> written.undo()
+    >>> weight
+    tensor([1., 1.])
+    """
+
+    def __init__(self, tensors: Params) -> None:
+        super().__init__()
+        self._tensors = {name: tensor for name, tensor in tensors.items() if type(tensor.detach()) is Tensor}
+        self._aliases = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        self._before: Params = {}
+        self._of_storage: dict[int, list[str]] = {}
+        for name, alias in self._aliases.items():
+            self._of_storage.setdefault(_storage(alias), []).append(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep what an operation is about to write to."""
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(value):
+                    if type(tensor) in (Tensor, nn.Parameter):
+                        self._keep(_storage(tensor))
+        return func(*args, **kwargs)
+
+    def names(self) -> list[str]:
+        """Return the names of what was written to."""
+        return [
+            name
+            for name, tensor in self._tensors.items()
+            if name in self._before or _storage(tensor) != _storage(self._aliases[name])
+        ]
+
+    def undo(self) -> None:
+        """Put back what was written in place; graphs take no notice."""
+        with torch.no_grad():
+            for name, value in self._before.items():
+                self._aliases[name].data.copy_(value)
+
+    def _keep(self, storage: int) -> None:
+        for name in self._of_storage.get(storage, ()):
+            if name not in self._before:
+                self._before[name] = self._aliases[name].clone()
+
+
+class Standing:
+    """Parameters and buffers of a module as they stand, to see without a copy whether any is written to.
+
+    What is written in place through ``.data`` is not seen.
+
+    Args:
+        module: the module.
+
+    >>> module = torch.nn.Linear(1, 1)
+    >>> standing = Standing(module)
+    >>> with torch.no_grad():
+    ...     module.bias += 1
+    >>> standing.changed()
+    ['bias']
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._marks = self._now()
+
+    def changed(self) -> list[str]:
+        """Return the names of those that do not stand as they did."""
+        now = self._now()
+        return [
+            name
+            for name, (tensor, *marks) in self._marks.items()
+            if name not in now or now[name][0] is not tensor or now[name][1:] != tuple(marks)
+        ]
+
+    def _now(self) -> dict[str, tuple[Tensor, int, int]]:
+        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
+        return {
+            name: (tensor, 0 if tensor.is_inference() else tensor._version, _storage(tensor))
+            for name, tensor in tensors
+        }
+
+
+def written_to_level(kind: str, names: str) -> MisconfigurationError:
+    """Return what to say of a loss that moves what the levels move."""
+    return combination_error(
+        f"a loss of `{kind}` that writes to {names}",
+        "they are inner or outer parameters: a loss is evaluated many times per training step, on other tensors in "
+        "their places",
+        "Let the loss compute what it uses from them (`weight.clamp(...)`, `torch.nn.utils.parametrize`), write to "
+        "them in `on_train_batch_end`, or leave what the loss itself moves out of both levels",
+    )
+
+
+def written_unseen(kind: str, names: str) -> MisconfigurationError:
+    """Return what to say of parameters or buffers that some evaluations of a loss write to."""
+    return combination_error(
+        f"a loss of `{kind}` that writes to {names} at times only",
+        "the first look at the losses has not seen it, so that it has not gone along with the inner run",
+        "Write to it in every evaluation, if only what is there, or in `on_train_batch_end`",
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what names a storage; tensors of other kinds may have none."""
+    return tensor.untyped_storage()._cdata if type(tensor) in (Tensor, nn.Parameter) else 0
