@@ -3,7 +3,7 @@
 from lightning_bilevel import directions, few_shot, inner_optimizers, linear_solvers, strategies
 from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.data.loaders import EpisodeLoader
-from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from lightning_bilevel.inner_optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from lightning_bilevel.problem import Carry, Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
@@ -28,9 +28,11 @@ from lightning_bilevel.training.wrap import bilevel
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "BilevelModule",
     "Carry",
     "DirectionParallelStrategy",
@@ -46,7 +48,10 @@ __all__ = [
     "HypergradientSchedule",
     "HypergradientStrategy",
     "ImplicitGradient",
+    "Lion",
+    "NAdam",
     "PZOBO",
+    "RAdam",
     "RMSprop",
     "ReverseUnroll",
     "SGD",
