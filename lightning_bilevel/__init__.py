@@ -4,7 +4,7 @@ from lightning_bilevel import directions, few_shot, inner_optimizers, linear_sol
 from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.data.datamodule import bilevel_data
 from lightning_bilevel.data.loaders import EpisodeLoader
-from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from lightning_bilevel.inner_optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from lightning_bilevel.problem import Carry, Episode, Hypergradient
 from lightning_bilevel.strategies import (
     FSLA,
@@ -30,9 +30,11 @@ from lightning_bilevel.training.wrap import bilevel
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "BilevelModule",
     "Carry",
     "DirectionParallelStrategy",
@@ -48,8 +50,11 @@ __all__ = [
     "HypergradientSchedule",
     "HypergradientStrategy",
     "ImplicitGradient",
+    "Lion",
+    "NAdam",
     "PZOBO",
     "PenaltyGradient",
+    "RAdam",
     "RMSprop",
     "ReverseUnroll",
     "SGD",

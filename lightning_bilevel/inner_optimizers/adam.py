@@ -8,10 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
-from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, check, is_number, root_plus
+from lightning_bilevel.inner_optimizers.hyper import (
+    Value,
+    add_ratio,
+    add_scaled,
+    average,
+    check_betas,
+    is_number,
+    root_plus,
+)
 
 
 class AdamFamily(ElementwiseOptimizer):
@@ -27,11 +34,7 @@ class AdamFamily(ElementwiseOptimizer):
         maximize: bool,
     ) -> None:
         owner = type(self).__name__
-        if len(betas) != 2:
-            raise value_error(f"{owner}(betas=...)", "a pair", betas)
-        beta1, beta2 = betas
-        check(owner, "betas[0]", beta1, below=1)
-        check(owner, "betas[1]", beta2, below=1)
+        beta1, beta2 = check_betas(owner, betas)
         values = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
         super().__init__(maximize, values)
         self.amsgrad = amsgrad

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning_bilevel.inner_optimizers.adam import AdamFamily
 from lightning_bilevel.inner_optimizers.base import Hyperparameter
-from lightning_bilevel.inner_optimizers.hyper import Value, is_number
+from lightning_bilevel.inner_optimizers.hyper import Value, without_decay
 
 
 class AdamW(AdamFamily):
@@ -52,8 +52,7 @@ class AdamW(AdamFamily):
         maximize: bool = False,
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
-        decays = weight_decay.values() if isinstance(weight_decay, Mapping) else (weight_decay,)
-        self.stationary = all(is_number(value, 0) for value in decays)
+        self.stationary = without_decay(weight_decay)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:
         """Return a decay that shrinks the parameter."""

@@ -10,21 +10,30 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.errors import combination_error, value_error
+from lightning_bilevel.inner_optimizers.adadelta import Adadelta
 from lightning_bilevel.inner_optimizers.adagrad import Adagrad
 from lightning_bilevel.inner_optimizers.adam import Adam
+from lightning_bilevel.inner_optimizers.adamax import Adamax
 from lightning_bilevel.inner_optimizers.adamw import AdamW
 from lightning_bilevel.inner_optimizers.base import InnerOptimizer
+from lightning_bilevel.inner_optimizers.nadam import NAdam
+from lightning_bilevel.inner_optimizers.radam import RAdam
 from lightning_bilevel.inner_optimizers.rmsprop import RMSprop
 from lightning_bilevel.inner_optimizers.sgd import SGD
 
 # By exact type, because a subclass may do anything. Hyperparameters may differ between groups, flags may not.
-_ADAM = (("lr", "betas", "eps", "weight_decay"), ("amsgrad", "maximize", "decoupled_weight_decay"))
+_MOMENTS = ("lr", "betas", "eps", "weight_decay")
+_ADAM = (_MOMENTS, ("amsgrad", "maximize", "decoupled_weight_decay"))
 _CONVERSIONS: dict[type, tuple[type[InnerOptimizer], tuple[str, ...], tuple[str, ...]]] = {
     torch.optim.SGD: (SGD, ("lr", "momentum", "dampening", "weight_decay"), ("nesterov", "maximize")),
     torch.optim.Adam: (Adam, *_ADAM),
     torch.optim.AdamW: (AdamW, *_ADAM),
     torch.optim.RMSprop: (RMSprop, ("lr", "alpha", "eps", "weight_decay", "momentum"), ("centered", "maximize")),
     torch.optim.Adagrad: (Adagrad, ("lr", "lr_decay", "weight_decay", "eps"), ("maximize",)),
+    torch.optim.NAdam: (NAdam, (*_MOMENTS, "momentum_decay"), ("decoupled_weight_decay", "maximize")),
+    torch.optim.RAdam: (RAdam, _MOMENTS, ("decoupled_weight_decay", "maximize")),
+    torch.optim.Adamax: (Adamax, _MOMENTS, ("maximize",)),
+    torch.optim.Adadelta: (Adadelta, ("lr", "rho", "eps", "weight_decay"), ("maximize",)),
 }
 
 
@@ -36,7 +45,8 @@ def from_torch(optimizer: torch.optim.Optimizer, named_parameters: Mapping[str, 
     State is not taken over: the inner optimizer starts as a new one.
 
     Args:
-        optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop`` or ``Adagrad``, not a subclass.
+        optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``Adamax``, ``RMSprop``,
+            ``Adagrad`` or ``Adadelta``, not a subclass.
         named_parameters: the inner parameters, the very tensors that ``optimizer`` got, keyed by name.
 
     Raises:
@@ -60,7 +70,7 @@ def from_torch(optimizer: torch.optim.Optimizer, named_parameters: Mapping[str, 
     groups = _groups(optimizer, named_parameters)
     options = {flag: _same_in_all(flag, groups) for flag in flags}
     options |= {argument: _merge(argument, groups) for argument in hyperparameters}
-    if options.pop("decoupled_weight_decay", False):  # torch.optim.Adam takes this flag too
+    if target in (Adam, AdamW) and options.pop("decoupled_weight_decay"):  # torch.optim.Adam takes this flag too
         target = AdamW
     if target is Adagrad:  # torch.optim reads this one from the constructor, whatever the groups say
         options["initial_accumulator_value"] = optimizer.defaults["initial_accumulator_value"]

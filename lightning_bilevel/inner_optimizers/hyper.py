@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -46,6 +46,38 @@ def check(owner: str, argument: str, value: Any, below: float = math.inf) -> Non
         return
     expected = "a non-negative number" if below == math.inf else f"a number in [0, {below:g})"
     raise value_error(f"{owner}({argument}=...)", expected, value)
+
+
+def check_betas(owner: str, betas: Sequence[Hyperparameter]) -> tuple[Hyperparameter, Hyperparameter]:
+    """Return the pair β1, β2, after a check that there are two and that their numbers are in [0, 1).
+
+    >>> check_betas("Adam", (0.9, 0.999))
+    (0.9, 0.999)
+    """
+    if len(betas) != 2:
+        raise value_error(f"{owner}(betas=...)", "a pair", betas)
+    for position, beta in enumerate(betas):
+        check(owner, f"betas[{position}]", beta, below=1)
+    return betas[0], betas[1]
+
+
+def without_decay(weight_decay: Hyperparameter) -> bool:
+    """Return whether a weight decay is the number 0 everywhere.
+
+    >>> without_decay({"*.bias": 0, "*": 0.1})
+    False
+    """
+    values = weight_decay.values() if isinstance(weight_decay, Mapping) else (weight_decay,)
+    return all(is_number(value, 0) for value in values)
+
+
+def decoupled(lr: Value, weight_decay: Value, is_decoupled: bool) -> tuple[Value, Value]:
+    """Return the multiple of θ that a weight decay adds to the gradient, and the factor by which θ shrinks.
+
+    >>> decoupled(0.5, 0.25, False), decoupled(0.5, 0.25, True)
+    ((0.25, 1.0), (0.0, 0.875))
+    """
+    return (0.0, 1 - lr * weight_decay) if is_decoupled else (weight_decay, 1.0)
 
 
 def resolve(owner: str, argument: str, value: Hyperparameter, params: Params) -> list[Value]:

@@ -94,6 +94,15 @@ class LinearSolver(ABC):
     needs_whole_vectors: bool = False
     wants_preconditioner: bool = False
 
+    def make_preconditioner(self, loss: Callable[[Params], Tensor], theta: Params) -> MatVec | None:
+        """Return P, made of the loss whose Hessian A is, for ``precondition``; by default ``None``, it makes none.
+
+        Args:
+            loss: θ to g, a 0-dim tensor.
+            theta: where.
+        """
+        return None
+
     @abstractmethod
     def solve(self, system: LinearSystem) -> Solution:
         """Return x with A x ≈ b."""
@@ -109,5 +118,5 @@ class LinearSolver(ABC):
             raise combination_error(
                 f"`{name}` with a linear system that is not symmetric",
                 f"`{name}` assumes A = Aᵀ, which the system of a fixed point, (I − ∂Ω/∂θ)ᵀ x = b, does not have",
-                "Use `Neumann(step_size=1.0)` or `Dense()`",
+                "Use `GMRES()`, `Neumann(step_size=1.0)` or `Dense()`",
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import integer, number
+from lightning_bilevel.errors import integer, number, value_error
 from lightning_bilevel.linear_solvers._common import normalized, same, start, warn_once
 from lightning_bilevel.linear_solvers.base import LinearSolver, LinearSystem, MatVec, Solution
 from lightning_bilevel.tree import Params
@@ -38,6 +39,8 @@ class ConjugateGradient(LinearSolver):
         max_iter: the most products a solve may take, that for x₀ included.
         tol: relative residual at which to stop.
         damping: λ, added to the diagonal.
+        preconditioner: makes P of the inner loss, such as :class:`~lightning_bilevel.linear_solvers.KFAC`; ``None``:
+            P is that of the system.
 
     Raises:
         ValueError: ``max_iter`` is not a positive integer, ``tol`` not positive or ``damping`` negative.
@@ -52,10 +55,21 @@ class ConjugateGradient(LinearSolver):
 
     needs_symmetric = True
 
-    def __init__(self, max_iter: int = 20, tol: float = 1e-6, damping: float = 0.0) -> None:
+    def __init__(
+        self, max_iter: int = 20, tol: float = 1e-6, damping: float = 0.0, preconditioner: LinearSolver | None = None
+    ) -> None:
         self.max_iter = integer("ConjugateGradient(max_iter=...)", max_iter)
         self.tol = number("ConjugateGradient(tol=...)", tol, above=0)
         self.damping = number("ConjugateGradient(damping=...)", damping, at_least=0)
+        if preconditioner is not None and not _makes(preconditioner):
+            what = "a solver that makes a preconditioner, such as `KFAC()`"
+            raise value_error("ConjugateGradient(preconditioner=...)", what, preconditioner)
+        self.preconditioner = preconditioner
+
+    @override
+    def make_preconditioner(self, loss: Callable[[Params], Tensor], theta: Params) -> MatVec | None:
+        """Return what ``preconditioner`` makes."""
+        return None if self.preconditioner is None else self.preconditioner.make_preconditioner(loss, theta)
 
     @override
     def solve(self, system: LinearSystem) -> Solution:
@@ -117,3 +131,10 @@ def _weighed(system: LinearSystem, r: Params) -> tuple[Params, Tensor, Tensor]:
     z = (system.precondition or same)(r)
     square = system.dot(r, r)
     return z, square if z is r else system.dot(r, z), square
+
+
+def _makes(solver: object) -> bool:
+    """Return whether a solver makes a preconditioner by itself."""
+    return isinstance(solver, LinearSolver) and (
+        type(solver).make_preconditioner is not LinearSolver.make_preconditioner
+    )

@@ -12,7 +12,7 @@ from lightning_bilevel.calculus.runs import run, vector_jacobian
 from lightning_bilevel.calculus.step import Condition, inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
-from lightning_bilevel.linear_solvers import LinearSolver, LinearSystem
+from lightning_bilevel.linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
@@ -57,8 +57,9 @@ class ImplicitGradient(HypergradientStrategy):
     arXiv 2006.16218, eq. 6 and 7.
 
     Args:
-        solver: solves the system. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate is the safe first
-            choice; undamped conjugate gradients need a positive definite H, which a network rarely has.
+        solver: solves the system. ``"safe"`` is ``ConjugateGradient(max_iter=10, damping=1e-2)``, which stands some
+            negative curvature, as a network has it. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate
+            takes no step further than the inner run did.
         form: what holds at θ_T.
 
     Raises:
@@ -78,7 +79,9 @@ class ImplicitGradient(HypergradientStrategy):
     memory = "O(M + N)"
     cost = "T steps + K Hessian products + 1 mixed product"
 
-    def __init__(self, solver: LinearSolver, form: Form = "gradient") -> None:
+    def __init__(self, solver: LinearSolver | Literal["safe"] = "safe", form: Form = "gradient") -> None:
+        if isinstance(solver, str) and solver == "safe":  # a name, which a saved configuration can have
+            solver = ConjugateGradient(max_iter=10, damping=1e-2)
         if not isinstance(solver, LinearSolver):
             raise value_error(
                 "ImplicitGradient(solver=...)", "a linear solver such as `Neumann(10, step_size=lr)`", solver
@@ -100,7 +103,7 @@ class ImplicitGradient(HypergradientStrategy):
         condition = self._condition(problem, state, phi, first)
         mixed = condition.mixed if second is first else self._condition(problem, state, phi, second).mixed
         right = {**tree.zeros_like(condition.residual), **d}
-        precondition = _preconditioner(problem, state, phi, first) if self.solver.wants_preconditioner else None
+        precondition = _preconditioner(self.solver, problem, state, phi, first)
         symmetric = self.form == "gradient"
         system = LinearSystem(condition.transposed, right, precondition=precondition, symmetric=symmetric)
         x, _, _, left = self.solver.solve(system)
@@ -169,11 +172,18 @@ def _spare(problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
     return spare[0], spare[min(1, len(spare) - 1)]
 
 
-def _preconditioner(problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> MatVec:
-    """Return v ↦ P v with P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient.
+def _preconditioner(
+    solver: LinearSolver, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch
+) -> MatVec | None:
+    """Return v ↦ P v: what the solver makes of the inner loss, or the inner optimizer's own where it wants that.
+
+    That is P = −∂θ_{T+1}/∂(∇g), the derivative of the optimizer's next update by its gradient.
 
     Of −g where the optimizer ascends, as in :meth:`BilevelProblem.stationary`.
     """
+    if not solver.wants_preconditioner:
+        whole = problem.stationary()
+        return solver.make_preconditioner(lambda at: whole.inner_loss(at, phi, batch, state.buffers)[0], state.params)
     theta = tree.leaves(state.params)
     with torch.enable_grad():
         loss, _ = problem.inner_loss(theta, phi, batch, state.buffers)

@@ -12,7 +12,7 @@ from torch.func import jacfwd, jacrev
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError
-from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from lightning_bilevel.inner_optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from tests.support.optimizers import BOTH, TORCH, generic, run, run_torch, start, transform
 
 
@@ -35,10 +35,18 @@ EVERY_OPTION = [
           maximize=BOTH),
     *grid(Adagrad, lr_decay=(0, 0.2), weight_decay=(0, 0.1), initial_accumulator_value=(0, 0.3), eps=(1e-10, 1e-2),
           maximize=BOTH),
+    *grid(NAdam, betas=((0.9, 0.999), (0.0, 0.8)), eps=(1e-8, 1e-2), weight_decay=(0, 0.1), momentum_decay=(4e-3, 0.5),
+          decoupled_weight_decay=BOTH, maximize=BOTH),
+    *grid(RAdam, betas=((0.9, 0.999), (0.0, 0.8)), eps=(1e-8, 1e-2), weight_decay=(0, 0.1),
+          decoupled_weight_decay=BOTH, maximize=BOTH),
+    *grid(Adamax, betas=((0.9, 0.999), (0.0, 0.8)), eps=(1e-8, 1e-2), weight_decay=(0, 0.1), maximize=BOTH),
+    *grid(Adadelta, rho=(0.9, 0.3), eps=(1e-6, 1e-2), weight_decay=(0, 0.1), maximize=BOTH),
 ]  # fmt: skip
 ADAPTIVE = [
     *((kind, {"amsgrad": amsgrad}) for kind in (Adam, AdamW) for amsgrad in BOTH),
     *((RMSprop, {"centered": centered, "momentum": momentum}) for centered in BOTH for momentum in (0, 0.9)),
+    *((kind, {"decoupled_weight_decay": apart}) for kind in (NAdam, RAdam) for apart in BOTH),
+    (Adamax, {}),
     (Adagrad, {}),
 ]
 
@@ -127,7 +135,7 @@ def masked_run(kind, options, steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
-@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop, Adagrad])
+@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adamax])
 def test_plain_autograd_has_the_derivatives_of_transforms(kind, eps, steps):
     """Where all hyperparameters are numbers, the root has a derivative of its own; at zero gradients as well."""
     solve, z = masked_run(kind, {"eps": eps}, steps)
@@ -161,6 +169,11 @@ def test_derivatives_with_numbers_are_those_of_finite_differences(kind, options)
         (lambda: Adam(betas=(1, 0)), ValueError, "Expected `Adam(betas[0]=...)` to be a number in [0, 1), got 1."),
         (lambda: AdamW(betas=(0, {"*": -1})), ValueError, "Expected `AdamW(betas[1]['*']=...)` to be a number in"),
         (lambda: RMSprop(alpha=-1), ValueError, "Expected `RMSprop(alpha=...)` to be a non-negative number, got -1."),
+        (lambda: NAdam(betas=(0.9,)), ValueError, "Expected `NAdam(betas=...)` to be a pair, got (0.9,)."),
+        (lambda: RAdam(betas=(0, 1)), ValueError, "Expected `RAdam(betas[1]=...)` to be a number in [0, 1), got 1."),
+        (lambda: Adamax(lr=-1), ValueError, "Expected `Adamax(lr=...)` to be a non-negative number, got -1."),
+        (lambda: Adadelta(rho=2), ValueError, "Expected `Adadelta(rho=...)` to be a number in [0, 1), got 2."),
+        (lambda: Lion(betas=(-1, 0)), ValueError, "Expected `Lion(betas[0]=...)` to be a number in [0, 1), got -1."),
         (lambda: Adagrad(eps=-1), ValueError, "Expected `Adagrad(eps=...)` to be a non-negative number, got -1."),
         (lambda: SGD(nesterov=True), MisconfigurationError, "Cannot use `SGD(nesterov=True)` with zero momentum."),
         (lambda: SGD(nesterov=True, momentum=0.9, dampening=0.1), MisconfigurationError,

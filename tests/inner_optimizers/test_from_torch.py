@@ -38,6 +38,10 @@ needs_newer_torch = pytest.mark.skipif(
         ),
         (torch.optim.AdamW, {"lr": 0.1, "foreach": False, "capturable": False}, {"weight_decay": 0.1}),
         (torch.optim.RMSprop, {"lr": 0.1, "centered": True}, {"alpha": 0.5, "momentum": 0.9}),
+        (torch.optim.NAdam, {"lr": 0.1, "decoupled_weight_decay": True}, {"momentum_decay": 0.3, "weight_decay": 0.1}),
+        (torch.optim.RAdam, {"lr": 0.1, "betas": (0.5, 0.8)}, {"lr": 0.2, "eps": 1e-2, "weight_decay": 0.1}),
+        (torch.optim.Adamax, {"lr": 0.1}, {"betas": (0.8, 0.9), "weight_decay": 0.1}),
+        (torch.optim.Adadelta, {"lr": 0.5, "rho": 0.7}, {"eps": 1e-2, "weight_decay": 0.1}),
         (torch.optim.Adagrad, {"initial_accumulator_value": 0.3}, {"lr": 0.2, "lr_decay": 0.1, "maximize": False}),
     ],
 )
@@ -83,7 +87,7 @@ SUPPORTED = "Expected `from_torch(optimizer)` to be one of torch.optim's `SGD`, 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: convert(torch.optim.NAdam), ValueError, SUPPORTED + "not a subclass, got 'torch.optim.nadam.NAdam'."),
+        (lambda: convert(torch.optim.ASGD), ValueError, SUPPORTED),
         (lambda: convert(MySGD), ValueError, SUPPORTED),
         (lambda: convert(torch.optim.SGD, held=["scale", "net.0.bias"]), MisconfigurationError,
          "Cannot use this `SGD` as the inner optimizer. This is because it does not hold the inner parameters "

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.linear_solvers import (
+    GMRES,
+    KFAC,
     ConjugateGradient,
     Dense,
     Identity,
@@ -44,6 +46,8 @@ EXACT: dict[str, tuple[LinearSolver, float]] = {  # solver, what it adds to the 
     "Nystrom": (Nystrom(rank=M, rho=0.1), 0.1),
     "Nystrom, rank above M": (Nystrom(rank=3 * M, rho=1e-4), 1e-4),
     "Dense": (Dense(), 0.0),
+    "GMRES": (GMRES(max_iter=2 * M, tol=1e-12), 0.0),
+    "GMRES, restarted": (GMRES(max_iter=200, restart=4, tol=1e-12), 0.0),
 }
 
 
@@ -63,6 +67,7 @@ PRODUCTS: list[tuple[LinearSolver, int]] = [
     (Nystrom(rank=4), 4),
     (Nystrom(rank=3 * M), M),
     (Dense(), M),
+    (GMRES(tol=1e-9), M),
     (Identity(), 0),
 ]
 
@@ -143,6 +148,17 @@ WARNINGS: dict[str, tuple[LinearSolver, Tensor, str]] = {
         r"^`ConjugateGradient\(max_iter=3\)` reached a relative residual of 0\.\d+, not `tol=1e-06`\. "
         r"Raise `max_iter`, `tol` or `damping`\.$",
     ),
+    "GMRES, too few iterations": (
+        GMRES(max_iter=3),
+        symmetric(SPECTRUM),
+        r"^`GMRES\(max_iter=3, restart=20\)` reached a relative residual of 0\.\d+, not `tol=1e-06`\. "
+        r"Raise `max_iter`, `restart` or `tol`\.$",
+    ),
+    "GMRES on nan": (
+        GMRES(),
+        NAN_MATRIX,
+        r"^`GMRES\(max_iter=20, restart=20\)` met products that are nan or infinite\. Look at the inner loss",
+    ),
     "conjugate gradients on nan": (
         ConjugateGradient(),
         NAN_MATRIX,
@@ -164,7 +180,7 @@ def test_failure_is_reported_every_time_and_warned_about_once(
     assert second.converged is False
 
 
-@pytest.mark.parametrize("solver", [Neumann(step_size=0.1), ConjugateGradient()], ids=class_name)
+@pytest.mark.parametrize("solver", [Neumann(step_size=0.1), ConjugateGradient(), GMRES()], ids=class_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nan_products_are_not_hidden(solver: LinearSolver) -> None:
     assert tree.first_nonfinite(solver.solve(LinearSystem(Spy(NAN_MATRIX), right_hand_side())).value) is not None
@@ -183,6 +199,13 @@ VALUE_ERRORS: list[tuple[type[LinearSolver], str, Any, str]] = [
     (Nystrom, "rank", True, WHOLE),
     (Nystrom, "rho", False, POSITIVE),
     (Identity, "scale", float("inf"), POSITIVE),
+    (GMRES, "max_iter", 0, WHOLE),
+    (GMRES, "restart", 1.0, WHOLE),
+    (GMRES, "tol", -1, POSITIVE),
+    (KFAC, "damping", 0, POSITIVE),
+    (KFAC, "samples", 0, WHOLE),
+    (KFAC, "seed", -1, "a non-negative integer"),
+    (ConjugateGradient, "preconditioner", 3, "a solver that makes a preconditioner, such as `KFAC()`"),
 ]
 
 
@@ -200,6 +223,8 @@ COMMAND_LINE: list[tuple[type[LinearSolver], dict[str, Any]]] = [
     (Nystrom, {"rank": 3, "rho": 0.5, "seed": 1}),
     (Identity, {"scale": 2.0, "adapt": True}),
     (Dense, {}),
+    (GMRES, {"max_iter": 9, "restart": 3, "tol": 0.1}),
+    (KFAC, {"damping": 0.5, "samples": 2, "seed": 1}),
 ]
 
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.linear_solvers import (
+    GMRES,
     ConjugateGradient,
     Dense,
     Identity,
@@ -36,9 +37,10 @@ MAKERS: dict[str, Callable[[], LinearSolver]] = {
     "ConjugateGradient": lambda: ConjugateGradient(max_iter=2 * M, tol=1e-12),
     "Nystrom": lambda: Nystrom(rank=2 * M, rho=1e-8),
     "Dense": Dense,
+    "GMRES": lambda: GMRES(max_iter=2 * M, tol=1e-12),
     "Identity": lambda: Identity(scale=0.5),
 }
-ITERATIVE = ("Neumann", "ConjugateGradient")
+ITERATIVE = ("Neumann", "ConjugateGradient", "GMRES")
 EXACT = (*ITERATIVE, "Nystrom", "Dense")
 
 
@@ -277,7 +279,8 @@ def test_products_of_vectors_are_those_of_the_system(
     close(solution.value, usual.value, 1e-10)
     steps = solution.iterations - (x0 is not None)
     weights = 1 if precondition is None else 2
-    calls = {Neumann: 3, ConjugateGradient: weights + (1 + weights) * steps}.get(type(make()))
+    of_gmres = 1 + steps * (steps + 3)
+    calls = {Neumann: 3, ConjugateGradient: weights + (1 + weights) * steps, GMRES: of_gmres}.get(type(make()))
     assert dot.calls == (0 if calls is None else calls + 1)  # one for ‖b‖
 
 
@@ -333,7 +336,9 @@ def fixed_point(jacobian: Tensor) -> LinearSystem:
     return LinearSystem(Product(torch.eye(len(jacobian)).double() - jacobian.T), vector(1), symmetric=False)
 
 
-@pytest.mark.parametrize("solver", [Neumann(terms=80, step_size=1.0), Dense()], ids=["Neumann", "Dense"])
+@pytest.mark.parametrize(
+    "solver", [Neumann(terms=80, step_size=1.0), Dense(), GMRES()], ids=["Neumann", "Dense", "GMRES"]
+)
 @pytest.mark.parametrize("x0", [None, vector(3)], ids=["cold", "warm"])
 def test_the_system_of_a_fixed_point(solver: LinearSolver, x0: Params | None) -> None:
     jacobian = contraction()
@@ -346,7 +351,7 @@ def test_solvers_that_need_a_symmetric_matrix_refuse_others(solver: LinearSolver
     name = type(solver).__name__
     message = (
         rf"^Cannot use `{name}` with a linear system that is not symmetric\. This is because `{name}` assumes A = Aᵀ, "
-        r"which the system of a fixed point, .*, does not have\. Use `Neumann\(step_size=1\.0\)` or `Dense\(\)`\.$"
+        r"which the system of a fixed point, .*, does not have\. Use `GMRES\(\)`, `Neumann\("
     )
     system = fixed_point(contraction())
     with pytest.raises(MisconfigurationError, match=message):
@@ -408,9 +413,11 @@ def test_functions_see_the_dtypes_of_b_and_iterations_are_wider(
     def low(a: Params) -> Params:
         return {name: value.to(dtype) for name, value in a.items()}
 
-    solver = {ConjugateGradient: ConjugateGradient(tol=1e-2), Nystrom: Nystrom(rank=4, rho=0.1)}.get(
-        type(make()), make()
-    )
+    solver = {
+        ConjugateGradient: ConjugateGradient(tol=1e-2),
+        Nystrom: Nystrom(rank=4, rho=0.1),
+        GMRES: GMRES(tol=1e-2),
+    }.get(type(make()), make())
     dot, product, precondition = make_dot(), Product(definite()), Product(EYE / 2)
     value = solver.solve(LinearSystem(product, low(vector(1)), low(vector(3)), precondition, dot)).value
     assert {part.dtype for part in value.values()} == {dtype}

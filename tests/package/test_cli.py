@@ -20,8 +20,10 @@ from lightning_bilevel import (
     FSLA,
     PZOBO,
     SGD,
+    Adadelta,
     Adagrad,
     Adam,
+    Adamax,
     AdamW,
     FirstOrder,
     ForwardGradient,
@@ -31,6 +33,9 @@ from lightning_bilevel import (
     HypergradientSchedule,
     HypergradientStrategy,
     ImplicitGradient,
+    Lion,
+    NAdam,
+    RAdam,
     ReverseUnroll,
     RMSprop,
     TruncatedReverse,
@@ -43,7 +48,16 @@ from lightning_bilevel import (
 from lightning_bilevel.directions import Coordinate, DirectionSampler, Gaussian, Orthogonal, Rademacher, Sphere
 from lightning_bilevel.host import Callback
 from lightning_bilevel.inner_optimizers import InnerOptimizer
-from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
+from lightning_bilevel.linear_solvers import (
+    GMRES,
+    KFAC,
+    ConjugateGradient,
+    Dense,
+    Identity,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+)
 from tests.support.modules import differing, identical, parameters
 
 CONFIGS = sorted((Path(data_cleaning_cli.__file__).parent / "configs").glob("*.yaml"))
@@ -199,6 +213,8 @@ OBJECTS: list[tuple[type, Any]] = [
     (LinearSolver, ConjugateGradient(max_iter=3, tol=0.5, damping=0.25)),
     (LinearSolver, Nystrom(rank=3, rho=0.5, seed=7)),
     (LinearSolver, Dense()),
+    (LinearSolver, GMRES(max_iter=9, restart=3, tol=0.5)),
+    (LinearSolver, KFAC(damping=0.5, samples=2, seed=7)),
     (LinearSolver, Identity(scale=0.5, adapt=True)),
     (DirectionSampler, Rademacher()),
     (DirectionSampler, Gaussian()),
@@ -210,6 +226,11 @@ OBJECTS: list[tuple[type, Any]] = [
     (InnerOptimizer, Adam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, True, maximize=True)),
     (InnerOptimizer, AdamW(BY_PATTERN, (0.5, 0.25), 0.25, 0.5, True, maximize=True)),
     (InnerOptimizer, RMSprop(0.5, 0.25, 0.125, BY_PATTERN, 0.75, True, maximize=True)),
+    (InnerOptimizer, NAdam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, 0.125, True, maximize=True)),
+    (InnerOptimizer, RAdam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, True, maximize=True)),
+    (InnerOptimizer, Adamax(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, maximize=True)),
+    (InnerOptimizer, Adadelta(0.5, 0.25, 0.125, BY_PATTERN, maximize=True)),
+    (InnerOptimizer, Lion(0.5, (0.5, BY_PATTERN), 0.25, maximize=True)),
     (InnerOptimizer, Adagrad(0.5, 0.25, 0.125, BY_PATTERN, 0.75, maximize=True)),
 ]
 BASES = (HypergradientStrategy, LinearSolver, DirectionSampler, InnerOptimizer)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lightning_bilevel import tree
-from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from lightning_bilevel.inner_optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 
-TORCH = {kind: getattr(torch.optim, kind.__name__) for kind in (SGD, Adam, AdamW, RMSprop, Adagrad)}
-FLAGS = ("nesterov", "maximize", "amsgrad", "centered")
+KINDS = (SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta)
+TORCH = {kind: getattr(torch.optim, kind.__name__) for kind in KINDS}
+FLAGS = ("nesterov", "maximize", "amsgrad", "centered", "decoupled_weight_decay")
 SHAPES = {"net.0.weight": (2, 3), "net.0.bias": (3,), "scale": ()}
 STEPS = 10
 BOTH = (False, True)
@@ -23,6 +24,12 @@ GENERIC = [
     *((RMSprop, {"lr": 0.2, "alpha": 0.8, "eps": 0.1, "weight_decay": 0.1, "momentum": 0.6, "centered": centered})
       for centered in BOTH),
     (Adagrad, {"lr": 0.2, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 0.1}),
+    *((NAdam, {"lr": 0.2, "betas": (0.7, 0.9), "eps": 0.1, "weight_decay": 0.1, "momentum_decay": 0.3,
+               "decoupled_weight_decay": apart}) for apart in BOTH),
+    *((RAdam, {"lr": 0.2, "betas": (0.7, 0.9), "eps": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": apart})
+      for apart in BOTH),
+    (Adamax, {"lr": 0.2, "betas": (0.7, 0.9), "eps": 0.1, "weight_decay": 0.1}),
+    (Adadelta, {"lr": 0.9, "rho": 0.7, "eps": 0.1, "weight_decay": 0.1}),
 ]  # fmt: skip
 generic = pytest.mark.parametrize(
     ("kind", "options"), GENERIC, ids=[f"{kind.__name__}-{[f for f in FLAGS if o.get(f)]}" for kind, o in GENERIC]
@@ -58,10 +65,15 @@ def run(optimizer, params, steps=STEPS, gradient=gradient):
 
 
 def run_torch(optimizer, params, steps=STEPS):
-    for step in range(1, steps + 1):
-        for name, grad in gradient(tree.detach(params), step).items():
-            params[name].grad = grad
-        optimizer.step()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # in which NAdam keeps its product of momenta, whatever the parameters are
+    try:
+        for step in range(1, steps + 1):
+            for name, grad in gradient(tree.detach(params), step).items():
+                params[name].grad = grad
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
     return tree.detach(params)
 
 

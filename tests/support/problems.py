@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode, RMSprop, tree
+from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode, NAdam, RMSprop, tree
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.tree import Params
 from tests.support.seeds import forked, masks
@@ -329,6 +329,7 @@ INNER_OPTIMIZERS: dict[str, Inner] = {
     "Adagrad": Inner(
         Adagrad, {"lr": 0.2, "lr_decay": 0.1, "weight_decay": 0.05, "initial_accumulator_value": 0.1, "eps": 0.01}
     ),
+    "NAdam": Inner(NAdam, {**ADAM, "momentum_decay": 0.3}),
 }
 
 

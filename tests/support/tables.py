@@ -25,7 +25,7 @@ from lightning_bilevel import (
     tree,
 )
 from lightning_bilevel.directions import Blocks, Coordinate, Gaussian, Orthogonal, Rademacher, Sphere
-from lightning_bilevel.linear_solvers import ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
+from lightning_bilevel.linear_solvers import GMRES, ConjugateGradient, Dense, Identity, LinearSolver, Neumann, Nystrom
 
 
 class Row(NamedTuple):
@@ -108,6 +108,7 @@ SOLVERS: dict[str, Callable[[], LinearSolver]] = {
     "ConjugateGradient": lambda: ConjugateGradient(max_iter=40),
     "Nystrom": lambda: Nystrom(rank=4),
     "Dense": Dense,
+    "GMRES": lambda: GMRES(max_iter=40),
     "Identity": Identity,
 }
 every_solver = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
