@@ -77,6 +77,8 @@ ROWS: dict[str, Row] = {
     "FirstOrder": Row(lambda T, N: FirstOrder()),
     "GammaGreedy": Row(lambda T, N: GammaGreedy(gamma=0.9)),
     "ImplicitGradient": Row(lambda T, N: ImplicitGradient(Neumann(terms=3, step_size=0.1))),
+    "ImplicitGradient-warm": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), warm_start=True)),
+    "ImplicitGradient-fresh": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), batches="fresh")),
     # λ magnifies the rounding of one path against another.
     "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
     "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
