@@ -6,7 +6,9 @@ from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.inner_optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from lightning_bilevel.problem import Carry, Episode, Hypergradient
 from lightning_bilevel.strategies import (
+    BOME,
     FSLA,
+    MEHA,
     PZOBO,
     FirstOrder,
     ForwardGradient,
@@ -32,6 +34,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "BOME",
     "BilevelModule",
     "Carry",
     "DirectionParallelStrategy",
@@ -47,6 +50,7 @@ __all__ = [
     "HypergradientSchedule",
     "HypergradientStrategy",
     "ImplicitGradient",
+    "MEHA",
     "PZOBO",
     "PenaltyGradient",
     "RMSprop",

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.strategies.base import HypergradientStrategy, every_strategy
+from lightning_bilevel.strategies.bome import BOME
 from lightning_bilevel.strategies.first_order import FirstOrder
 from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
 from lightning_bilevel.strategies.fsla import FSLA
 from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.meha import MEHA
 from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
@@ -59,6 +61,8 @@ def one_of_each() -> list[HypergradientStrategy]:
         PenaltyGradient(),
         GammaGreedy(),
         FSLA(),
+        BOME(),
+        MEHA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized
         ZerothOrder(2),
     ]

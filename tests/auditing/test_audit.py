@@ -256,7 +256,7 @@ def test_a_fit_whose_strategy_does_not_work_stops() -> None:
     flags = [p.requires_grad for p in module.parameters()]
     message = (
         r"^`ReverseUnroll\(\)` does not work on `Net`\. This is because `cdist` has no second derivative "
-        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PenaltyGradient\(\), PZOBO\(num_directions=2\), Z"
+        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PenaltyGradient\(\), PZOBO\("
     )
     with pytest.raises(MisconfigurationError, match=message):
         trainer(ReverseUnroll(), StrategyAudit(), steps).fit(module, listed([EPISODE]))

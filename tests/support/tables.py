@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from lightning_bilevel import (
+    BOME,
     FSLA,
+    MEHA,
     PZOBO,
     BilevelModule,
     FirstOrder,
@@ -82,6 +84,8 @@ ROWS: dict[str, Row] = {
     # λ magnifies the rounding of one path against another.
     "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
     "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
+    "BOME": Row(lambda T, N: BOME(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "MEHA": Row(lambda T, N: MEHA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     "FSLA": Row(lambda T, N: FSLA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),
