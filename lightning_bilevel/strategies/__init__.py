@@ -13,6 +13,7 @@ from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
 from lightning_bilevel.strategies.schedule import HypergradientSchedule
+from lightning_bilevel.strategies.soba import SOBA
 from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
 from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
@@ -30,6 +31,7 @@ __all__ = [
     "PZOBO",
     "PenaltyGradient",
     "ReverseUnroll",
+    "SOBA",
     "TruncatedReverse",
     "ZerothOrder",
 ]

@@ -17,6 +17,7 @@ from lightning_bilevel.strategies.meha import MEHA
 from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
+from lightning_bilevel.strategies.soba import SOBA
 from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
 from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
@@ -61,6 +62,7 @@ def one_of_each() -> list[HypergradientStrategy]:
         PenaltyGradient(),
         GammaGreedy(),
         FSLA(),
+        SOBA(),
         BOME(),
         MEHA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized

@@ -12,6 +12,7 @@ from lightning_bilevel import (
     FSLA,
     MEHA,
     PZOBO,
+    SOBA,
     BilevelModule,
     FirstOrder,
     ForwardGradient,
@@ -86,6 +87,10 @@ ROWS: dict[str, Row] = {
     "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
     "BOME": Row(lambda T, N: BOME(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     "MEHA": Row(lambda T, N: MEHA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "SOBA": Row(lambda T, N: SOBA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "SOBA-corrected": Row(
+        lambda T, N: SOBA(momentum="corrected"), needs={"inner_start": "warm", "inner_steps": 1}, single=True
+    ),
     "FSLA": Row(lambda T, N: FSLA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),
