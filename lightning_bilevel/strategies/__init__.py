@@ -2,6 +2,8 @@
 
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.bome import BOME
+from lightning_bilevel.strategies.darts import DARTS
+from lightning_bilevel.strategies.evograd import EvoGrad
 from lightning_bilevel.strategies.first_order import FirstOrder
 from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
@@ -19,6 +21,8 @@ from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
 __all__ = [
     "BOME",
+    "DARTS",
+    "EvoGrad",
     "FSLA",
     "FirstOrder",
     "ForwardGradient",

@@ -37,8 +37,8 @@ class BOME(HypergradientStrategy):
 
     Biased for ∇h at every step, since θ is no minimum of g: what moves is (θ, φ), towards points where f cannot fall
     without g rising, fixed points of :class:`PenaltyGradient` at that λ. Where f and g agree λ is 0, and φ that acts
-    through g only stays as it is. Memory: O(M + N). Cost: T steps, one gradient of f, two of g for each batch; no second
-    derivatives. The value is f at the new θ.
+    through g only stays as it is. Memory: O(M + N). Cost: T steps, one gradient of f, two of g for each batch; no
+    second derivatives. The value is f at the new θ.
 
     Needs ``inner_start="warm"``, no shared parameters, one episode a batch.
 

@@ -36,10 +36,10 @@ class SOBA(HypergradientStrategy):
     (STORM; SUSTAIN and MRBO do this for θ and φ). g is the inner loss with the weight decay of the inner optimizer, and
     with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not used.
 
-    Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes the
-    new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
-    three samples, one Hessian and one mixed product, one outer gradient; twice that with ``"corrected"``. The value is f
-    at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
+    Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes
+    the new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
+    three samples, one Hessian and one mixed product, one outer gradient; twice that with ``"corrected"``. The value is
+    f at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
 
     ξ₁, ξ₂, ξ₃ are the first three inner batches of the episode (cycled). Needs ``inner_start="warm"``,
     ``inner_steps=1``, no shared parameters, one episode a batch.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.strategies.base import HypergradientStrategy, every_strategy
 from lightning_bilevel.strategies.bome import BOME
+from lightning_bilevel.strategies.darts import DARTS
+from lightning_bilevel.strategies.evograd import EvoGrad
 from lightning_bilevel.strategies.first_order import FirstOrder
 from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
@@ -64,6 +66,8 @@ def one_of_each() -> list[HypergradientStrategy]:
         FSLA(),
         SOBA(),
         BOME(),
+        DARTS(),
+        EvoGrad(),
         MEHA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized
         ZerothOrder(2),

@@ -9,11 +9,13 @@ import pytest
 
 from lightning_bilevel import (
     BOME,
+    DARTS,
     FSLA,
     MEHA,
     PZOBO,
     SOBA,
     BilevelModule,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
@@ -85,6 +87,8 @@ ROWS: dict[str, Row] = {
     # λ magnifies the rounding of one path against another.
     "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
     "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
+    "EvoGrad": Row(lambda T, N: EvoGrad(3, sigma=0.1, temperature=0.1), tolerance=1e-8),
+    "DARTS": Row(lambda T, N: DARTS(), tolerance=1e-8),
     "BOME": Row(lambda T, N: BOME(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     "MEHA": Row(lambda T, N: MEHA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     "SOBA": Row(lambda T, N: SOBA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
