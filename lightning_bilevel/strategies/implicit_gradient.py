@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, cycle
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from lightning_bilevel.calculus.runs import run, vector_jacobian
 from lightning_bilevel.calculus.step import Condition, inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
-from lightning_bilevel.linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
+from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, LinearSolver, LinearSystem, Neumann
 from lightning_bilevel.linear_solvers.base import MatVec
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
@@ -21,6 +22,7 @@ from lightning_bilevel.strategies.stationarity import distance, unseen_by_the_mi
 from lightning_bilevel.tree import Params
 
 Form = Literal["gradient", "fixed_point"]
+Batches = Literal["one", "fresh"]
 
 
 class ImplicitGradient(HypergradientStrategy):
@@ -47,7 +49,15 @@ class ImplicitGradient(HypergradientStrategy):
     Memory: O(M + N) and one graph of the inner gradient, or of one step; no graph of the run. Cost: T inner steps, one
     product per solver iteration, one mixed product. ∂r/∂s is taken on the first spare inner batch of the episode (one
     beyond the T that are used), else on the last one used; the mixed product on the second spare one, else on the
-    same.
+    same. A mini-batch for all products makes the inverse of a noisy matrix, which is biased by the noise.
+    ``batches="fresh"`` takes the spare batches in turn, one for each product, and the last of them for the mixed
+    product; without spare ones, those of the run. The sum of the series is then unbiased (stocBiO), at the cost of one
+    graph of the inner gradient for each product.
+
+    With ``warm_start=True`` the solver starts from the x of the last estimate, which is carried on and saved with a
+    checkpoint; processes and episodes average it. φ moves little from step to step, so that a few products follow the
+    solution: with ``Neumann(K, step_size=β)`` they are K steps x ← x − β(Hx − d) (AmIGO). Solvers that do not iterate
+    make no use of it.
 
     Needs a θ_T near a fixed point and, for Neumann and CG on gradients, H positive definite; on fixed points an Ω that
     contracts. Parameters shared by both levels need ``proximal > 0`` (iMAML): else nothing ties the minimum to φ. A
@@ -61,10 +71,13 @@ class ImplicitGradient(HypergradientStrategy):
             negative curvature, as a network has it. ``Neumann(terms=10, step_size=lr)`` with the inner learning rate
             takes no step further than the inner run did.
         form: what holds at θ_T.
+        warm_start: whether the solver goes on from the last solution.
+        batches: ``"one"`` for all products of an estimate, or a ``"fresh"`` one for each, for ``Neumann`` only.
 
     Raises:
-        ValueError: ``solver`` is not a linear solver, or ``form`` none of the two.
-        MisconfigurationError: ``form="fixed_point"`` with a solver that needs a symmetric system or a preconditioner.
+        ValueError: ``solver`` is not a linear solver, or ``form`` or ``batches`` none of the two.
+        MisconfigurationError: ``form="fixed_point"`` with a solver that needs a symmetric system or a preconditioner,
+            or ``batches="fresh"`` with one that takes all products for those of one matrix.
 
     >>> from lightning_bilevel.linear_solvers import Identity, Neumann
     >>> ImplicitGradient(solver=Identity(scale=0.1)).form
@@ -79,7 +92,13 @@ class ImplicitGradient(HypergradientStrategy):
     memory = "O(M + N)"
     cost = "T steps + K Hessian products + 1 mixed product"
 
-    def __init__(self, solver: LinearSolver | Literal["safe"] = "safe", form: Form = "gradient") -> None:
+    def __init__(
+        self,
+        solver: LinearSolver | Literal["safe"] = "safe",
+        form: Form = "gradient",
+        warm_start: bool = False,
+        batches: Batches = "one",
+    ) -> None:
         if isinstance(solver, str) and solver == "safe":  # a name, which a saved configuration can have
             solver = ConjugateGradient(max_iter=10, damping=1e-2)
         if not isinstance(solver, LinearSolver):
@@ -88,7 +107,11 @@ class ImplicitGradient(HypergradientStrategy):
             )
         self.solver = solver
         self.form: Form = one_of("ImplicitGradient(form=...)", Form, form)
-        self.supports_stacking = solver.supports_stacking
+        self.warm_start = one_of("ImplicitGradient(warm_start=...)", Literal[True, False], warm_start)
+        self.batches: Batches = one_of("ImplicitGradient(batches=...)", Batches, batches)
+        self.supports_stacking = solver.supports_stacking and not warm_start  # x is carried as a mean over episodes
+        if batches == "fresh":
+            _check_of_fresh_batches(solver)
         if form == "fixed_point":
             self.differentiates = frozenset({"run"})  # of it, one step
             _check_of_fixed_points(solver)
@@ -99,13 +122,20 @@ class ImplicitGradient(HypergradientStrategy):
         """Return the implicit hypergradient; see :meth:`HypergradientStrategy.estimate`."""
         state, metrics = run(problem, problem.start(carry.inner, phi), phi, problem.batches(episode))
         value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
-        first, second = self._batches(problem, episode)
+        (first, *others), last = self._batches(problem, episode)
         condition = self._condition(problem, state, phi, first)
-        mixed = condition.mixed if second is first else self._condition(problem, state, phi, second).mixed
+        mixed = condition.mixed if last is first else self._condition(problem, state, phi, last).mixed
         right = {**tree.zeros_like(condition.residual), **d}
         precondition = _preconditioner(self.solver, problem, state, phi, first)
         symmetric = self.form == "gradient"
-        system = LinearSystem(condition.transposed, right, precondition=precondition, symmetric=symmetric)
+        product = condition.transposed
+        if others:
+            rest = cycle([*others, first])
+            products = chain([product], (self._condition(problem, state, phi, batch).transposed for batch in rest))
+            product = lambda v: next(products)(v)  # noqa: E731
+        guess = carry.strategy.get("x")
+        x0 = guess if guess is not None and guess.keys() == right.keys() else None
+        system = LinearSystem(product, right, x0, precondition, symmetric=symmetric and not others)
         x, _, _, left = self.solver.solve(system)
         at = {name: value for name, value in state.flat().items() if name in right}
         metrics = {**metrics, "inner_residual": distance(condition.residual, x, right, at)}
@@ -113,7 +143,8 @@ class ImplicitGradient(HypergradientStrategy):
             metrics["linear_residual"] = left
         if symmetric and problem.solver is None:
             warn_of_another_map(problem, state, phi, condition.residual, "ImplicitGradient")
-        return Hypergradient(value, tree.sub(c, mixed(x)), state, metrics, observed=observed)
+        kept = {"x": tree.map(torch.clone, x)} if self.warm_start else {}
+        return Hypergradient(value, tree.sub(c, mixed(x)), state, metrics, kept, observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the implicit function theorem cannot see in ``problem``."""
@@ -146,12 +177,18 @@ class ImplicitGradient(HypergradientStrategy):
             return inner_step(problem.stationary()).stationarity(state, phi, batch)
         return inner_step(problem).fixed_point(state, phi, batch)
 
-    def _batches(self, problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
-        """Return the batches for the system and for the mixed product; a user's solver is one step with all of them."""
-        if self.form == "fixed_point" and problem.solver is not None:
+    def _batches(self, problem: BilevelProblem, episode: Episode) -> tuple[list[Batch], Batch]:
+        """Return the batches for the system, and that for the mixed product."""
+        if self.form == "fixed_point" and problem.solver is not None:  # one step, with all of them
             (batch,) = problem.batches(episode)
-            return batch, batch
-        return _spare(problem, episode)
+            return [batch], batch
+        taken = len(episode.inner) if problem.solver is not None else problem.inner_steps
+        spare = list(episode.inner[taken:])
+        if self.batches == "one":
+            spare = spare or [episode.inner[(taken - 1) % len(episode.inner)]]
+            return spare[:1], spare[min(1, len(spare) - 1)]
+        spare = spare or list(episode.inner)
+        return spare[:-1] or spare, spare[-1]
 
 
 def _check_of_fixed_points(solver: LinearSolver) -> None:
@@ -165,11 +202,16 @@ def _check_of_fixed_points(solver: LinearSolver) -> None:
         )
 
 
-def _spare(problem: BilevelProblem, episode: Episode) -> tuple[Batch, Batch]:
-    """Return the batches for the system and for the mixed product."""
-    taken = len(episode.inner) if problem.solver is not None else problem.inner_steps
-    spare = list(episode.inner[taken:]) or [episode.inner[(taken - 1) % len(episode.inner)]]
-    return spare[0], spare[min(1, len(spare) - 1)]
+def _check_of_fresh_batches(solver: LinearSolver) -> None:
+    """Refuse a solver whose recurrence holds for the products of one matrix only."""
+    if isinstance(solver, (Neumann, Identity)):
+        return
+    name = type(solver).__name__
+    raise combination_error(
+        f'`{name}` with `ImplicitGradient(batches="fresh")`',
+        f"each product would be that of another matrix, and `{name}` takes them for one",
+        'Use `Neumann(terms=K, step_size=lr)`, or `batches="one"` and a larger batch',
+    )
 
 
 def _preconditioner(

@@ -6,15 +6,20 @@ from typing import NamedTuple
 
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.strategies.base import HypergradientStrategy, every_strategy
+from lightning_bilevel.strategies.bome import BOME
+from lightning_bilevel.strategies.darts import DARTS
+from lightning_bilevel.strategies.evograd import EvoGrad
 from lightning_bilevel.strategies.first_order import FirstOrder
 from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.forward_unroll import ForwardUnroll
 from lightning_bilevel.strategies.fsla import FSLA
 from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
+from lightning_bilevel.strategies.meha import MEHA
 from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
+from lightning_bilevel.strategies.soba import SOBA
 from lightning_bilevel.strategies.truncated_reverse import TruncatedReverse
 from lightning_bilevel.strategies.zeroth_order import ZerothOrder
 
@@ -59,6 +64,11 @@ def one_of_each() -> list[HypergradientStrategy]:
         PenaltyGradient(),
         GammaGreedy(),
         FSLA(),
+        SOBA(),
+        BOME(),
+        DARTS(),
+        EvoGrad(),
+        MEHA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized
         ZerothOrder(2),
     ]

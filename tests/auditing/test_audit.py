@@ -69,7 +69,7 @@ def test_a_module_on_which_everything_works(capsys: pytest.CaptureFixture[str]) 
     assert verdicts == {
         **dict.fromkeys([*SECOND_ORDER, "GammaGreedy", *PERTURBED], "yes"),
         "FirstOrder": "zero",
-        "ImplicitGradient": "refused",  # the learning rate is learned
+        **dict.fromkeys(["ImplicitGradient", "PenaltyGradient"], "refused"),  # the learning rate is learned
         "FSLA": "refused",
     }
     assert report[FORWARD].works
@@ -81,7 +81,7 @@ def test_a_module_on_which_everything_works(capsys: pytest.CaptureFixture[str]) 
     assert "can be vectorized over episodes." in printed
     assert "look" not in report["ReverseUnroll"].advice
     assert "`HypergradientMonitor` shows the cosine at 100" in printed.replace("\n", " ")
-    assert repr(report) == "<Audit of Cleaning: 8 of 11 strategies work>"
+    assert repr(report) == "<Audit of Cleaning: 8 of 12 strategies work>"
     assert max(map(len, printed.splitlines())) <= 124
 
 
@@ -240,7 +240,7 @@ def test_its_place_among_the_callbacks_does_not_matter(first: bool, capsys: pyte
     names = [row.strategy for row in spy.report.rows]
     assert names[0] == "TruncatedReverse(steps=2)"
     assert "TruncatedReverse()" not in names
-    assert len(names) == 11
+    assert len(names) == 12
 
 
 def test_a_second_fit_is_audited_anew(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +256,7 @@ def test_a_fit_whose_strategy_does_not_work_stops() -> None:
     flags = [p.requires_grad for p in module.parameters()]
     message = (
         r"^`ReverseUnroll\(\)` does not work on `Net`\. This is because `cdist` has no second derivative "
-        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PZOBO\(num_directions=2\), ZerothOrder\("
+        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PenaltyGradient\(\), PZOBO\("
     )
     with pytest.raises(MisconfigurationError, match=message):
         trainer(ReverseUnroll(), StrategyAudit(), steps).fit(module, listed([EPISODE]))

@@ -36,6 +36,7 @@ from lightning_bilevel import (
     Lion,
     NAdam,
     RAdam,
+    PenaltyGradient,
     ReverseUnroll,
     RMSprop,
     TruncatedReverse,
@@ -196,7 +197,9 @@ OBJECTS: list[tuple[type, Any]] = [
     (HypergradientStrategy, PZOBO(num_directions=3, mu=0.5, directions=Sphere(), chunk_size=2)),
     (HypergradientStrategy, ZerothOrder(3, 0.5, "central", Coordinate(), 2)),
     (HypergradientStrategy, ImplicitGradient(solver=ConjugateGradient(max_iter=5, tol=1e-3, damping=0.1))),
-    (HypergradientStrategy, ImplicitGradient(solver=Dense(), form="fixed_point")),
+    (HypergradientStrategy, ImplicitGradient(solver=Dense(), form="fixed_point", warm_start=True)),
+    (HypergradientStrategy, ImplicitGradient(Neumann(4, step_size=0.1), batches="fresh")),
+    (HypergradientStrategy, PenaltyGradient(penalty=30.0, scheme="central")),
     (
         HypergradientStrategy,
         HypergradientSchedule(

@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from lightning_bilevel import (
+    BOME,
+    DARTS,
     FSLA,
+    MEHA,
     PZOBO,
+    SOBA,
     BilevelModule,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
@@ -81,9 +86,19 @@ ROWS: dict[str, Row] = {
     "FirstOrder": Row(lambda T, N: FirstOrder()),
     "GammaGreedy": Row(lambda T, N: GammaGreedy(gamma=0.9)),
     "ImplicitGradient": Row(lambda T, N: ImplicitGradient(Neumann(terms=3, step_size=0.1))),
+    "ImplicitGradient-warm": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), warm_start=True)),
+    "ImplicitGradient-fresh": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), batches="fresh")),
     # λ magnifies the rounding of one path against another.
     "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
     "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
+    "EvoGrad": Row(lambda T, N: EvoGrad(3, sigma=0.1, temperature=0.1), tolerance=1e-8),
+    "DARTS": Row(lambda T, N: DARTS(), tolerance=1e-8),
+    "BOME": Row(lambda T, N: BOME(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "MEHA": Row(lambda T, N: MEHA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "SOBA": Row(lambda T, N: SOBA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "SOBA-corrected": Row(
+        lambda T, N: SOBA(momentum="corrected"), needs={"inner_start": "warm", "inner_steps": 1}, single=True
+    ),
     "FSLA": Row(lambda T, N: FSLA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),

@@ -1,0 +1,153 @@
+"""One step of the inner parameters, of the linear system and of the hypergradient, all at the same old point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
+from lightning_bilevel.calculus.runs import last_loss
+from lightning_bilevel.calculus.step import Condition, inner_step
+from lightning_bilevel.errors import MisconfigurationError, combination_error, number, one_of
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
+from lightning_bilevel.randomness import Call, RngState
+from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.stationarity import distance
+from lightning_bilevel.strategies.value_gap import refusals_of_joint_steps
+from lightning_bilevel.tree import Params
+
+Momentum = Literal["none", "average", "corrected"]
+
+
+class SOBA(HypergradientStrategy):
+    r"""Three directions at one point (θ, v, φ), and a step along each: the outer optimizer takes that of φ.
+
+    With samples ξ₁, ξ₂, ξ₃ of the inner level and the outer batch::
+
+        D_θ = ∂_θ g(θ, φ; ξ₁)                       θ ← θ − τ D_θ
+        D_v = ∂²_θ g(θ, φ; ξ₂) v − ∂_θ f(θ, φ)      v ← v − β D_v
+        D_φ = ∂_φ f(θ, φ) − ∂_φ∂_θ g(θ, φ; ξ₃) v    ĝ = D_φ
+
+    ``momentum="average"`` returns r ← (1 − η) r + η D_φ (MA-SOBA). ``"corrected"`` replaces all three by
+    D ← D(now; ξ) + (1 − η)(D_last − D(before; ξ)), whose noise falls where points change little from step to step
+    (STORM; SUSTAIN and MRBO do this for θ and φ). g is the inner loss with the weight decay of the inner optimizer, and
+    with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not used.
+
+    Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes
+    the new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
+    three samples, one Hessian and one mixed product, one outer gradient; twice that with ``"corrected"``. The value is
+    f at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
+
+    ξ₁, ξ₂, ξ₃ are the first three inner batches of the episode (cycled). Needs ``inner_start="warm"``,
+    ``inner_steps=1``, no shared parameters, one episode a batch.
+
+    Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1 and eq. 5–7; MA-SOBA: Chen et al., 2023,
+    arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367. Without its table of past gradients
+    (SABA) and its full batches (SRBA), which need to know which batch is which.
+
+    Args:
+        tau: τ, the step of θ.
+        beta: β, the step of v.
+        eta: η in (0, 1], weight of the new sample.
+        momentum: ``"none"``, ``"average"`` or ``"corrected"``.
+
+    Raises:
+        ValueError: a bad argument.
+
+    >>> SOBA(tau=0.1, beta=0.1, eta=0.5, momentum="average").eta
+    0.5
+    """
+
+    exact = False
+    unbiased = False
+    differentiates = frozenset({"inner_gradient"})
+    needs_steps = True
+    memory = "O(M + N)"
+    cost = "1 step + 1 Hessian product + 1 mixed product"
+    supports_stacking = False
+
+    def __init__(self, tau: float = 0.01, beta: float = 0.01, eta: float = 0.9, momentum: Momentum = "none") -> None:
+        self.tau = number("SOBA(tau=...)", tau, above=0)
+        self.beta = number("SOBA(beta=...)", beta, above=0)
+        self.eta = number("SOBA(eta=...)", eta, above=0, at_most=1)
+        self.momentum: Momentum = one_of("SOBA(momentum=...)", Momentum, momentum)
+
+    def estimate(
+        self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
+    ) -> Hypergradient:
+        """Return D_φ, and take both other steps; see :meth:`HypergradientStrategy.estimate`.
+
+        Carried: v, and with momentum the directions and the point of the last step.
+        """
+        last, start = carry.strategy, problem.start(carry.inner, phi)
+        v = last.get("v", tree.zeros_like(start.params))
+        masks = RngState(next(iter(phi.values())).device)
+        loss, after = _inner_loss(problem, start, phi, episode)
+        masks.restore()
+        now = _directions(problem, start, phi, v, episode)
+        used = now
+        if self.momentum == "average" and last:
+            used = now._replace(phi=tree.add(tree.scale(now.phi, self.eta), last["d phi"], alpha=1 - self.eta))
+        if self.momentum == "corrected" and last:
+            masks.restore()
+            before = replace(start, params=last["theta"])
+            past = _directions(problem, before, last["phi"], last["last v"], episode)
+            used = now._replace(
+                theta=self._corrected(now.theta, last["d theta"], past.theta),
+                v=self._corrected(now.v, last["d v"], past.v),
+                phi=self._corrected(now.phi, last["d phi"], past.phi),
+            )
+        moved = tree.add(start.params, used.theta, alpha=-self.tau)
+        state = InnerState(moved, after, start.opt_state, start.steps + 1)
+        value, observed = outer_value(problem, state, phi, episode)
+        metrics = {**loss, "inner_residual": distance(now.theta, v, now.d, start.params)}
+        kept = {"v": tree.add(v, used.v, alpha=-self.beta)}
+        if self.momentum != "none":
+            kept["d phi"] = used.phi
+        if self.momentum == "corrected":
+            kept |= {"d theta": used.theta, "d v": used.v, "theta": start.params, "phi": phi, "last v": v}
+        # φ is stepped in place after this, and what is kept is averaged over processes, so all is copied.
+        kept = {name: tree.map(torch.clone, values) for name, values in kept.items()}
+        return Hypergradient(value, used.phi, state, metrics, kept, observed)
+
+    def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
+        """Return what the single loop cannot work with in ``problem``."""
+        found = refusals_of_joint_steps(problem, "SOBA")
+        if problem.inner_steps != 1:
+            what = f"`SOBA` with `inner_steps={problem.inner_steps}`"
+            found.append(combination_error(what, "it takes one inner step per outer step", "Use `inner_steps=1`"))
+        return found
+
+    def _corrected(self, now: Params, last: Params, past: Params) -> Params:
+        return tree.add(now, tree.sub(last, past), alpha=1 - self.eta)
+
+
+class _Directions(NamedTuple):
+    """D_θ, D_v and D_φ at a point, and d = ∂f/∂θ there."""
+
+    theta: Params
+    v: Params
+    phi: Params
+    d: Params
+
+
+def _directions(problem: BilevelProblem, state: InnerState, phi: Params, v: Params, episode: Episode) -> _Directions:
+    conditions: dict[int, Condition] = {}
+    for batch in episode.inner[:3]:
+        if id(batch) not in conditions:
+            conditions[id(batch)] = inner_step(problem.stationary()).stationarity(state, phi, batch)
+    first, second, third = (conditions[id(episode.inner[i % len(episode.inner)])] for i in range(3))
+    _, d, c, _ = outer_value_and_grads(problem, state, phi, episode)
+    return _Directions(first.residual, tree.sub(second.transposed(v), d), tree.sub(c, third.mixed(v)), d)
+
+
+def _inner_loss(
+    problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode
+) -> tuple[dict[str, torch.Tensor], Params]:
+    """Return g as a metric, and the buffers that a step leaves behind."""
+    with torch.no_grad():
+        loss, after = problem.inner_loss(state.params, phi, episode.inner[0], state.buffers)
+    return last_loss(problem, [loss]), after
