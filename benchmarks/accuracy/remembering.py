@@ -1,7 +1,7 @@
 """What are guides and a memory worth in outer optimization, at equal directions and at equal seconds?
 
 Each estimator drives an outer optimization of its own, from the same start. Problems: `cleaning` (a weight for each of
-900 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
+300 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
 `penalties` (a log penalty for each of 128 features, half of them noise, T = 10), `condensation` (ten images of 64
 pixels, a new net at every step, T = 20). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
 mode.
@@ -167,9 +167,9 @@ class Problem(NamedTuple):
 
 
 def cleaning(seed: int) -> Any:
-    data = CleaningData(seed=seed)
+    data = CleaningData(num_train=300, num_validation=200, seed=seed)
     data.setup()
-    module = DataCleaning()
+    module = DataCleaning(num_examples=300)
     episode = Episode([data.train.tensors], data.validation.tensors)
     return module, lambda step: episode, lambda: {"auroc": binary_auroc(-module.logits, data.is_wrong.long()).item()}
 
@@ -177,7 +177,7 @@ def cleaning(seed: int) -> Any:
 def rates(seed: int) -> Any:
     split = data_condensation.load_digits(seed)
     x, y = split.train_x, split.train_y
-    episode = Episode([(x[:300], y[:300])], (x[300:900], y[300:900]))
+    episode = Episode([(x[:200], y[:200])], (x[200:500], y[200:500]))
     return Rates(), lambda step: episode, dict
 
 
@@ -203,9 +203,9 @@ def condensation(seed: int) -> Any:
 
 
 PROBLEMS = {
-    "cleaning": Problem(cleaning, 32, 60, {"Adam": (0.2,), "SGD": (300, 1000), "momentum": (100,)}),
+    "cleaning": Problem(cleaning, 10, 60, {"Adam": (0.2,), "SGD": (100, 300), "momentum": (30,)}),
     "rates": Problem(rates, 8, 40, {"Adam": (0.15,), "SGD": (100,), "momentum": (10,)}, "GammaGreedy(0.99)"),
-    "penalties": Problem(penalties, 8, 60, {"Adam": (0.3,), "SGD": (300, 1000), "momentum": (100,)}),
+    "penalties": Problem(penalties, 8, 40, {"Adam": (0.3,), "SGD": (300, 1000), "momentum": (100,)}),
     "condensation": Problem(condensation, 16, 40, {"Adam": (0.05,), "SGD": (3,), "momentum": (0.3,)}),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
