@@ -1,7 +1,7 @@
 """What are guides and a memory worth in outer optimization, at equal directions and at equal seconds?
 
 Each estimator drives an outer optimization of its own, from the same start. Problems: `cleaning` (a weight for each of
-900 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
+300 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
 `penalties` (a log penalty for each of 128 features, half of them noise, T = 10), `condensation` (ten images of 64
 pixels, a new net at every step, T = 20). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
 mode.
@@ -24,11 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_bilevel import (
@@ -45,12 +43,13 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.problem import BilevelProblem, Carry, InnerState
-from lightning_bilevel.randomness import Call
+from lightning_bilevel.randomness import Call, Key
 from lightning_bilevel.strategies.slopes import Slopes
+from lightning_bilevel.training.estimating import estimated
 from lightning_bilevel.tree import Params
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import fits, script
+from support import script
 from support.intervals import interval
 from support.measure import cpu_seconds
 from support.results import keep
@@ -167,9 +166,9 @@ class Problem(NamedTuple):
 
 
 def cleaning(seed: int) -> Any:
-    data = CleaningData(seed=seed)
+    data = CleaningData(num_train=300, num_validation=200, seed=seed)
     data.setup()
-    module = DataCleaning()
+    module = DataCleaning(num_examples=300)
     episode = Episode([data.train.tensors], data.validation.tensors)
     return module, lambda step: episode, lambda: {"auroc": binary_auroc(-module.logits, data.is_wrong.long()).item()}
 
@@ -177,7 +176,7 @@ def cleaning(seed: int) -> Any:
 def rates(seed: int) -> Any:
     split = data_condensation.load_digits(seed)
     x, y = split.train_x, split.train_y
-    episode = Episode([(x[:300], y[:300])], (x[300:900], y[300:900]))
+    episode = Episode([(x[:200], y[:200])], (x[200:500], y[200:500]))
     return Rates(), lambda step: episode, dict
 
 
@@ -203,9 +202,9 @@ def condensation(seed: int) -> Any:
 
 
 PROBLEMS = {
-    "cleaning": Problem(cleaning, 32, 60, {"Adam": (0.2,), "SGD": (300, 1000), "momentum": (100,)}),
-    "rates": Problem(rates, 8, 40, {"Adam": (0.15,), "SGD": (100,), "momentum": (10,)}, "GammaGreedy(0.99)"),
-    "penalties": Problem(penalties, 8, 60, {"Adam": (0.3,), "SGD": (300, 1000), "momentum": (100,)}),
+    "cleaning": Problem(cleaning, 10, 100, {"Adam": (0.2,), "SGD": (300,), "momentum": (30,)}),
+    "rates": Problem(rates, 8, 30, {"Adam": (0.15,), "SGD": (100,), "momentum": (10,)}, "GammaGreedy(0.99)"),
+    "penalties": Problem(penalties, 8, 40, {"Adam": (0.3,), "SGD": (1000,), "momentum": (100,)}),
     "condensation": Problem(condensation, 16, 40, {"Adam": (0.05,), "SGD": (3,), "momentum": (0.3,)}),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -215,37 +214,35 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimize
 }
 
 
-class Losses(pl.Callback):
-    """Keeps the outer loss of every step."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append(trainer.callback_metrics["outer_loss"].item())
-
-
 def run(
     problem: Problem, options: dict[str, Any] | None, optimizer: str, lr: float, steps: int, seed: int
 ) -> dict[str, Any]:
     """Return the outer losses and the cosine of one run, and the score at its end; without options, of reverse mode."""
-    pl.seed_everything(seed, verbose=False)
+    torch.manual_seed(seed)
     module, episode, score = problem.make(seed)
-    module.configure_optimizers = lambda: OPTIMIZERS[optimizer](module.outer_parameters(), lr)
-    losses = Losses()
     strategy = ReverseUnroll() if options is None else Reckoned(problem.directions, **options)
-    episodes: Any = [episode(step) for step in range(steps)]
+    functional, memory, phi = module.functional(), module.fit_context.memory, module.outer_parameters()
+    memory.begin(functional, seed)
+    outer = OPTIMIZERS[optimizer](phi, lr)
+    losses: list[float] = []
+    carry: Carry | None = None
     try:
-        fits.fit(module, DataLoader(episodes, batch_size=None), strategy, losses, max_epochs=1)
+        for step in range(steps):
+            result = estimated(functional, memory, strategy, [episode(step)], Call(Key((seed, step))), carry=carry)
+            losses.append(result.value.item())
+            for parameter, grad in zip(phi, result.grads.values(), strict=True):
+                parameter.grad = grad.clone()
+            outer.step()
+            carry, memory.estimates = result.carry, step + 1
     except FloatingPointError:  # a rate that is too high
-        losses.seen += [math.inf] * (steps - len(losses.seen))
+        losses += [math.inf] * (steps - len(losses))
     cosines = strategy.cosines[steps // 2 :] if isinstance(strategy, Reckoned) else [1.0]
-    return {"losses": losses.seen, "cosine": statistics.fmean(cosines or [math.nan]), **score()}
+    return {"losses": losses, "cosine": statistics.fmean(cosines or [math.nan]), **score()}
 
 
 def seconds_of(problem: Problem, contenders: dict[str, dict[str, Any]], repeats: int) -> dict[str, float]:
     """Return the CPU seconds of one estimate of each, with tangents: the least of several, in turns."""
-    pl.seed_everything(0, verbose=False)
+    torch.manual_seed(0)
     module, episode, _ = problem.make(0)
     first = episode(0)
     made: dict[str, HypergradientStrategy] = {

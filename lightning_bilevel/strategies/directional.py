@@ -84,13 +84,14 @@ class DirectionalStrategy(HypergradientStrategy):
     ) -> Hypergradient:
         """Return the estimate by random directions; see :meth:`HypergradientStrategy.estimate`."""
         members = self.members()
-        rng = RngState(next(iter(phi.values())).device)
+        rng = RngState(next(iter(phi.values())).device) if members else None
         slopes = self.slopes(problem, carry.inner, phi, episode)
         span, kept = Span(phi, min(self.num_directions - 1, len(members) + self.remember)), dict[str, Params]()
         for name, guide in members.items():
             # Every process needs the same q, so the guide's own directions are not sharded. They are none of ours.
             own = Call(call.key.fold_in(name), step=call.step)
-            rng.restore()  # a guide sees the dropout masks of the run at φ
+            if rng is not None:
+                rng.restore()  # a guide sees the dropout masks of the run at φ
             guess = guide.estimate(problem, carry.of(name), phi, episode, own)
             kept |= kept_of(name, guess)
             length = span.add(name, _without(guess.grads, slopes.explicit)).item()

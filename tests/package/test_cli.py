@@ -35,8 +35,8 @@ from lightning_bilevel import (
     ImplicitGradient,
     Lion,
     NAdam,
-    RAdam,
     PenaltyGradient,
+    RAdam,
     ReverseUnroll,
     RMSprop,
     TruncatedReverse,
@@ -46,7 +46,7 @@ from lightning_bilevel import (
     linear_solvers,
     strategies,
 )
-from lightning_bilevel.directions import Coordinate, DirectionSampler, Gaussian, Orthogonal, Rademacher, Sphere
+from lightning_bilevel.directions import Blocks, Coordinate, DirectionSampler, Gaussian, Orthogonal, Rademacher, Sphere
 from lightning_bilevel.host import Callback
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.linear_solvers import (
@@ -192,10 +192,13 @@ OBJECTS: list[tuple[type, Any]] = [
     (HypergradientStrategy, ForwardUnroll(chunk_size=2, mode="forward")),
     (HypergradientStrategy, ForwardGradient()),
     (HypergradientStrategy, ForwardGradient(8, Orthogonal(), 4, TruncatedReverse(steps=2), "double_backward")),
+    (HypergradientStrategy, ForwardGradient(8, guide=[TruncatedReverse(steps=2), FirstOrder()], remember=True)),
     (HypergradientStrategy, GammaGreedy(gamma=0.5)),
     (HypergradientStrategy, FSLA(beta=0.2, eta=0.5, tau=0.01, schedule="inverse_sqrt")),
     (HypergradientStrategy, PZOBO(num_directions=3, mu=0.5, directions=Sphere(), chunk_size=2)),
     (HypergradientStrategy, ZerothOrder(3, 0.5, "central", Coordinate(), 2)),
+    (HypergradientStrategy, PZOBO(3, guide=[FirstOrder()], remember=True)),
+    (HypergradientStrategy, ZerothOrder(3, guide=FirstOrder(), remember=True)),
     (HypergradientStrategy, ImplicitGradient(solver=ConjugateGradient(max_iter=5, tol=1e-3, damping=0.1))),
     (HypergradientStrategy, ImplicitGradient(solver=Dense(), form="fixed_point", warm_start=True)),
     (HypergradientStrategy, ImplicitGradient(Neumann(4, step_size=0.1), batches="fresh")),
@@ -212,6 +215,7 @@ OBJECTS: list[tuple[type, Any]] = [
     ),
     (HypergradientStrategy, HypergradientSchedule([(HypergradientSchedule([(FirstOrder(), None)]), None)])),
     (Callback, HypergradientMonitor(reference=ForwardUnroll(), every_n_steps=3, samples=2)),
+    (Callback, HypergradientMonitor(reference=False, cosine=0.9)),
     (LinearSolver, Neumann(terms=3, step_size=0.5)),
     (LinearSolver, ConjugateGradient(max_iter=3, tol=0.5, damping=0.25)),
     (LinearSolver, Nystrom(rank=3, rho=0.5, seed=7)),
@@ -224,6 +228,7 @@ OBJECTS: list[tuple[type, Any]] = [
     (DirectionSampler, Sphere()),
     (DirectionSampler, Coordinate()),
     (DirectionSampler, Orthogonal()),
+    (DirectionSampler, Blocks(blocks=3)),
     (InnerOptimizer, SGD(0.5, 0.9, 0, 0.25, True, maximize=True)),
     (InnerOptimizer, SGD(BY_PATTERN, momentum=BY_PATTERN, dampening=0.5)),
     (InnerOptimizer, Adam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, True, maximize=True)),

@@ -98,6 +98,12 @@ COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
         ForwardGradient(5, guide=TruncatedReverse(3)),
         expected(2 * T, 2, gradients=1 + T - 3 + 1, graphs=T + 3, products=5 * T + 1),
     ),
+    # What is known are some of the b directions; a guide costs what it costs alone.
+    "guided and remembering": (
+        ForwardGradient(5, guide=TruncatedReverse(1), remember=True),
+        expected(2 * T, 2, gradients=1 + T - 1 + 1, graphs=T + 1, products=5 * T + 1),
+    ),
+    "zeroth order, remembering": (ZerothOrder(4, chunk_size=1, remember=True), expected(5 * T, 5, gradients=5 * T)),
     "zeroth order": (ZerothOrder(4, chunk_size=1), expected(5 * T, 5, gradients=5 * T)),
     "central": (ZerothOrder(4, scheme="central", chunk_size=1), expected(9 * T, 9, gradients=9 * T)),
     # The base run, all others at once, and at the first estimate one of them alone to compare with.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -271,6 +273,32 @@ def test_the_first_estimate_is_the_plain_one() -> None:
         first = estimated(Along(B, remember=True), GRADIENT, memory)
         torch.testing.assert_close(first.grads, estimated(Along(B), GRADIENT).grads, rtol=0, atol=0)
         assert torch.isfinite(memory_of(first)).all()
+
+
+class OneByOne(Along):
+    """Directions one at a time, so that memory is that of what is known."""
+
+    def slopes(self, *args: Any) -> Slopes:
+        found = Known(self.gradient)
+        found.chunk_size = lambda: 1
+        return found
+
+
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_memory_is_one_vector_for_each_that_is_known(known: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one more, while a guide's estimate is made orthogonal."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    tensor_peak = importlib.import_module("support.measure").tensor_peak
+    size = 100_000
+    gradient, *others = (torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+
+    def copies(strategy: Along, memory: Tensor | None = None) -> float:
+        result, peak = tensor_peak(lambda: estimated(strategy, gradient, memory))
+        assert len(result.known) == (0 if memory is None else known)
+        return peak / (size * 4 / 2**20)
+
+    remembering = OneByOne(8, guide=[Vector(each) for each in others[1:known]], remember=True)
+    assert copies(remembering, others[0]) < copies(OneByOne(8)) + known + 1.1
 
 
 def test_no_more_is_known_than_directions_allow() -> None:

@@ -40,6 +40,7 @@ FAST = {
     "FSLA": FSLA(),
     "ZerothOrder": ZerothOrder(3),
     "PZOBO": PZOBO(3),
+    "PZOBO-remembering": PZOBO(3, guide=FirstOrder(), remember=True),
     "HypergradientSchedule": HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)]),
 }
 SLOW = {
@@ -47,6 +48,8 @@ SLOW = {
     "ForwardGradient": ForwardGradient(3),
     "ForwardGradient-forward": ForwardGradient(3, mode="forward"),
     "ForwardGradient-guided": ForwardGradient(3, guide=TruncatedReverse(1)),
+    "ForwardGradient-remembering": ForwardGradient(3, remember=True),
+    "ForwardGradient-guided twice": ForwardGradient(4, guide=[TruncatedReverse(1), GammaGreedy()], remember=True),
     "ForwardGradient-guided by FSLA": ForwardGradient(3, guide=FSLA()),
     "HypergradientSchedule-FSLA": HypergradientSchedule([(FSLA(), 2), (ForwardGradient(3), None)]),
 }
