@@ -1,0 +1,1 @@
+"""What `data_cleaning.py` compares with, and the weights it learns: `baselines` needs no outer level, `weights` does."""
