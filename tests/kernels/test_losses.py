@@ -1,7 +1,7 @@
 """Losses, activations and reductions of PyTorch under forward mode: what reverse mode gives, or an error by name.
 
-Three problems for each: only a learned rate is outer, so that the loss itself has no tangent at first; a scale and a shift of
-the outputs; and a scale of the targets, where there is a derivative in them.
+Three problems for each: only a learned rate is outer, so that the loss itself has no tangent at first; a scale and a
+shift of the outputs; and a scale of the targets, where there is a derivative in them.
 """
 
 from __future__ import annotations
