@@ -87,7 +87,7 @@ def bilevel(
         MisconfigurationError: a ``training_step`` that optimizes manually as a loss, a module that is bilevel already,
             no ``training_step`` where one is needed; at fit, several optimizers, or one without any outer parameter.
 
-    >>> from lightning_bilevel import SGD, ReverseUnroll, hypergradient
+    >>> from lightning_bilevel import SGD, Episode, ReverseUnroll, hypergradient
     >>> class Ridge(LightningModule):
     ...     def __init__(self):
     ...         super().__init__()
