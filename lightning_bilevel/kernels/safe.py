@@ -25,6 +25,8 @@ from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renorm
 from lightning_bilevel.kernels.linear import linear
 from lightning_bilevel.kernels.linear_cross_entropy import NATIVE as CHUNKED
 from lightning_bilevel.kernels.linear_cross_entropy import linear_cross_entropy
+from lightning_bilevel.kernels.losses import OWNER as LOSSES
+from lightning_bilevel.kernels.losses import hardsigmoid, huber_loss, mse_loss, soft_margin_loss
 from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -55,9 +57,15 @@ _TWICE: list[tuple[Any, str, Any]] = [
     (F, "conv1d", conv1d),
     (F, "conv2d", conv2d),
     (F, "conv3d", conv3d),
+    (LOSSES, "hardsigmoid", hardsigmoid),
     *([] if CHUNKED is None else [(F, "linear_cross_entropy", linear_cross_entropy)]),
 ]
-"""Owner, name, and what takes the place of its function: always, and where losses are differentiated twice."""
+_FORWARD: list[tuple[Any, str, Any]] = [
+    (LOSSES, "mse_loss", mse_loss),
+    (LOSSES, "huber_loss", huber_loss),
+    (LOSSES, "soft_margin_loss", soft_margin_loss),
+]
+"""Owner, name, and what takes the place of its function: always, where losses are differentiated twice, and forward."""
 
 
 @contextmanager
@@ -75,9 +83,7 @@ def differentiable_kernels(module: nn.Module | None, twice: bool = True) -> Iter
         recurrent = module is not None and any(isinstance(child, nn.RNNBase) for child in module.modules())
         if torch.backends.cudnn.enabled and recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        for owner, name, ours in (*_ALWAYS, *(_TWICE if twice else ())):
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, ours)
+        _replace(stack, [*_ALWAYS, *(_TWICE if twice else ())])
         yield
 
 
@@ -111,11 +117,19 @@ def recomputing_within(surroundings: Callable[[], Callable[[], AbstractContextMa
 
 @contextmanager
 def forward_mode_kernels() -> Iterator[None]:
-    """Use kernels with forward AD: mkldnn's and cuDNN's RNNs have none."""
+    """Use kernels with forward AD: mkldnn's and cuDNN's RNNs have none, nor have some losses."""
     mkldnn = torch.backends.mkldnn.enabled
-    with torch.backends.cudnn.flags(enabled=False):
+    with torch.backends.cudnn.flags(enabled=False), ExitStack() as stack:
         try:
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # its ``flags`` context warns about TF32
+            _replace(stack, _FORWARD)
             yield
         finally:
             torch.backends.mkldnn.enabled = mkldnn
+
+
+def _replace(stack: ExitStack, replacements: list[tuple[Any, str, Any]]) -> None:
+    """Put functions in their places until the stack is left."""
+    for owner, name, ours in replacements:
+        stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, ours)

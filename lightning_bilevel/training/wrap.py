@@ -96,7 +96,7 @@ def bilevel(
         MisconfigurationError: a ``training_step`` that optimizes manually as a loss, a module that is bilevel already,
             no ``training_step`` where one is needed; at fit, no optimizer with outer parameters, or several.
 
-    >>> from lightning_bilevel import SGD, ReverseUnroll, hypergradient
+    >>> from lightning_bilevel import SGD, Episode, ReverseUnroll, hypergradient
     >>> class Ridge(LightningModule):
     ...     def __init__(self):
     ...         super().__init__()

@@ -30,11 +30,11 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def huber(x: Tensor) -> Tensor:
-    return F.huber_loss(x, torch.ones_like(x), reduction="none")  # here: huber
+    return torch.ops.aten.huber_loss(x, torch.ones_like(x), 0)  # here: huber
 
 
 def mean_squared(x: Tensor) -> Tensor:
-    return x + F.mse_loss(x, torch.ones_like(x))  # here: mean_squared
+    return x + torch.ops.aten.mse_loss(x, torch.ones_like(x))  # here: mean_squared
 
 
 def overwritten(x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def by_hand(module: Weighed, data: Episode, held: int = 0) -> dict[str, Tensor]:
     return {name: torch.zeros_like(phi[name]) if g is None else g for name, g in zip(names, grads, strict=True)}
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @every_exact
 def test_is_the_gradient_of_the_weighed_sum(strategy: HypergradientStrategy, shared: bool) -> None:
     module = Weighed(shared)
@@ -168,7 +168,7 @@ def test_stack_is_the_mean_of_the_loop(strategy: HypergradientStrategy) -> None:
     assert_close(result.state.params, expected.state.params, 1e-12)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_truncated_holds_the_first_steps(last: int, shared: bool) -> None:
     strategy = TruncatedReverse(last) if last else FirstOrder()

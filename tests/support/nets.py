@@ -125,10 +125,8 @@ CASES: dict[str, Case] = {
     "Embedding": Case(
         lambda: nn.Sequential(nn.Embedding(VOCABULARY, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)), (3,), tokens=True
     ),
-    "mse_loss": Case(dense, loss=lambda out, y, weights: F.mse_loss(weights[:, None] * out, y), forward=False),
-    "huber_loss": Case(
-        dense, loss=lambda out, y, weights: F.huber_loss(weights[:, None] * out, y, delta=0.7), forward=False
-    ),
+    "mse_loss": Case(dense, loss=lambda out, y, weights: F.mse_loss(weights[:, None] * out, y)),
+    "huber_loss": Case(dense, loss=lambda out, y, weights: F.huber_loss(weights[:, None] * out, y, delta=0.7)),
     "checkpoint": Case(lambda: Checkpointed(*dense()), forward=False),
 }
 FORWARD = {name: case for name, case in CASES.items() if case.forward}
