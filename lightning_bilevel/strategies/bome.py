@@ -16,7 +16,7 @@ from lightning_bilevel.errors import MisconfigurationError, number, one_of
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.value_gap import refusals_of_joint_steps
+from lightning_bilevel.strategies.value_gap import checked_outer_loss, refusals_of_joint_steps
 from lightning_bilevel.tree import Params
 
 Barrier = Literal["gradient", "gap"]
@@ -83,7 +83,8 @@ class BOME(HypergradientStrategy):
         fresh = replace(start, opt_state=problem.init_opt_state(start.params, phi), steps=0)
         trained, metrics = run(problem, fresh, phi, batches)
         at_theta, at_end = inner(start, True), inner(trained, False)
-        _, d, c, _ = outer_value_and_grads(problem, start, phi, episode)
+        before, d, c, _ = outer_value_and_grads(problem, start, phi, episode)
+        checked_outer_loss(before)
         gap, by_phi = at_theta.value - at_end.value, tree.sub(at_theta.c, at_end.c)
         weight = self._weight(gap, tree.dot(d, at_theta.d) + tree.dot(c, by_phi), at_theta.d, by_phi)
         moved = tree.add(start.params, tree.add(d, tree.scale(at_theta.d, weight)), alpha=-self.lr)

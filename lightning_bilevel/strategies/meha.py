@@ -17,7 +17,7 @@ from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hyp
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.penalty_gradient import with_outer_loss
-from lightning_bilevel.strategies.value_gap import refusals_of_joint_steps
+from lightning_bilevel.strategies.value_gap import checked_outer_loss, refusals_of_joint_steps
 from lightning_bilevel.tree import Params
 
 
@@ -90,7 +90,8 @@ class MEHA(HypergradientStrategy):
             return inner_value_and_grads(problem.stationary(), state, phi, [batch], by_theta=False)
 
         omega = step(omega, _pulled(problem, theta.params, 1 / self.gamma))
-        _, _, c, _ = outer_value_and_grads(problem, theta, phi, episode)
+        before, _, c, _ = outer_value_and_grads(problem, theta, phi, episode)
+        checked_outer_loss(before)
         at_theta, at_omega = inner(theta), inner(omega)
         grads = tree.add(c, tree.sub(at_theta.c, at_omega.c), alpha=weight)
         both = with_outer_loss(problem, episode, 1 / weight)

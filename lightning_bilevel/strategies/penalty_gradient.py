@@ -14,12 +14,13 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import run
-from lightning_bilevel.errors import MisconfigurationError, number, one_of
+from lightning_bilevel.errors import MisconfigurationError, NonfiniteError, number, one_of
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.rounding import coarser, coarsest_in, first_look, rounding_error
 from lightning_bilevel.strategies.stationarity import unseen_by_the_minimum
+from lightning_bilevel.strategies.value_gap import checked_outer_loss
 from lightning_bilevel.tree import Params
 
 Scheme = Literal["forward", "central"]
@@ -92,6 +93,7 @@ class PenaltyGradient(HypergradientStrategy):
         masks = RngState(device)
         z = run(problem, start, phi, batches)
         value, observed = outer_value(problem, z.state, phi, episode)
+        checked_outer_loss(value)
         with RngState(device).fork():  # what follows repeats the draws of that run
             y = self._end(problem, start, phi, episode, 1.0, masks)
             c, other, distance = y.c, _End(z.state, {}, {}), self.penalty
@@ -116,7 +118,10 @@ class PenaltyGradient(HypergradientStrategy):
         """Return the end of the run on g ± f/λ, with the gradients of f there."""
         masks.restore()
         penalized = with_outer_loss(problem, episode, sign / self.penalty)
-        state, _ = run(penalized, start, phi, problem.batches(episode))
+        try:
+            state, _ = run(penalized, start, phi, problem.batches(episode))
+        except NonfiniteError as error:
+            raise error.with_note("(In the run that also goes down the outer loss: raise `penalty`.)") from error
         _, d, c, _ = outer_value_and_grads(problem, state, phi, episode)
         return _End(state, d, c)
 

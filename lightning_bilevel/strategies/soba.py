@@ -16,7 +16,7 @@ from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradi
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.stationarity import distance
-from lightning_bilevel.strategies.value_gap import refusals_of_joint_steps
+from lightning_bilevel.strategies.value_gap import checked_outer_loss, refusals_of_joint_steps
 from lightning_bilevel.tree import Params
 
 Momentum = Literal["none", "average", "corrected"]
@@ -140,7 +140,8 @@ def _directions(problem: BilevelProblem, state: InnerState, phi: Params, v: Para
         if id(batch) not in conditions:
             conditions[id(batch)] = inner_step(problem.stationary()).stationarity(state, phi, batch)
     first, second, third = (conditions[id(episode.inner[i % len(episode.inner)])] for i in range(3))
-    _, d, c, _ = outer_value_and_grads(problem, state, phi, episode)
+    value, d, c, _ = outer_value_and_grads(problem, state, phi, episode)
+    checked_outer_loss(value)
     return _Directions(first.residual, tree.sub(second.transposed(v), d), tree.sub(c, third.mixed(v)), d)
 
 

@@ -1,8 +1,11 @@
-"""What the strategies share that move θ and φ together along f and the value gap g(θ) − min g."""
+"""What the strategies share that take steps of θ down the outer loss, too."""
 
 from __future__ import annotations
 
-from lightning_bilevel.errors import MisconfigurationError, combination_error
+import torch
+from torch import Tensor
+
+from lightning_bilevel.errors import MisconfigurationError, combination_error, nonfinite_error
 from lightning_bilevel.problem import BilevelProblem
 from lightning_bilevel.strategies.stationarity import unseen_by_the_minimum
 
@@ -22,3 +25,17 @@ def refusals_of_joint_steps(problem: BilevelProblem, strategy: str) -> list[Misc
         what = f"`{strategy}` with an inner level that starts anew"
         found.append(combination_error(what, "it moves θ by one step for each of φ", "Use `inner_start='warm'`"))
     return found
+
+
+def checked_outer_loss(value: Tensor) -> Tensor:
+    """Return f, or raise before a step down it makes θ nan as well; one synchronization.
+
+    Raises:
+        FloatingPointError: it is nan or infinite.
+
+    >>> checked_outer_loss(torch.tensor(2.0))
+    tensor(2.)
+    """
+    if not torch.isfinite(value):
+        raise nonfinite_error("outer loss", value.item(), "Look at the outer loss; lower the inner learning rate.")
+    return value

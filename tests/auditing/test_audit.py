@@ -67,9 +67,10 @@ def test_a_module_on_which_everything_works(capsys: pytest.CaptureFixture[str]) 
     assert printed.startswith("Audit of `Cleaning`: every strategy took 2 of 100 inner steps.")
     verdicts = {row.strategy.partition("(")[0]: row.verdict for row in report.rows}
     assert verdicts == {
-        **dict.fromkeys([*SECOND_ORDER, "GammaGreedy", *PERTURBED], "yes"),
+        **dict.fromkeys([*SECOND_ORDER, "GammaGreedy", "DARTS", *PERTURBED], "yes"),
         "FirstOrder": "zero",
-        **dict.fromkeys(["ImplicitGradient", "PenaltyGradient"], "refused"),  # the learning rate is learned
+        **dict.fromkeys(["ImplicitGradient", "PenaltyGradient", "EvoGrad"], "refused"),  # the learning rate is learned
+        **dict.fromkeys(["SOBA", "BOME", "MEHA"], "refused"),  # θ does not go on
         "FSLA": "refused",
     }
     assert report[FORWARD].works
@@ -81,7 +82,7 @@ def test_a_module_on_which_everything_works(capsys: pytest.CaptureFixture[str]) 
     assert "can be vectorized over episodes." in printed
     assert "look" not in report["ReverseUnroll"].advice
     assert "`HypergradientMonitor` shows the cosine at 100" in printed.replace("\n", " ")
-    assert repr(report) == "<Audit of Cleaning: 8 of 12 strategies work>"
+    assert repr(report) == "<Audit of Cleaning: 9 of 17 strategies work>"
     assert max(map(len, printed.splitlines())) <= 124
 
 
@@ -240,7 +241,7 @@ def test_its_place_among_the_callbacks_does_not_matter(first: bool, capsys: pyte
     names = [row.strategy for row in spy.report.rows]
     assert names[0] == "TruncatedReverse(steps=2)"
     assert "TruncatedReverse()" not in names
-    assert len(names) == 12
+    assert len(names) == 17
 
 
 def test_a_second_fit_is_audited_anew(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +257,7 @@ def test_a_fit_whose_strategy_does_not_work_stops() -> None:
     flags = [p.requires_grad for p in module.parameters()]
     message = (
         r"^`ReverseUnroll\(\)` does not work on `Net`\. This is because `cdist` has no second derivative "
-        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PenaltyGradient\(\), PZOBO\("
+        rf"\({line(distances)}\)\. Write `cdist` with .*\nWhat works here: PenaltyGradient\(\), DARTS\(\), EvoGrad\("
     )
     with pytest.raises(MisconfigurationError, match=message):
         trainer(ReverseUnroll(), StrategyAudit(), steps).fit(module, listed([EPISODE]))

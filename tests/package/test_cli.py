@@ -17,14 +17,19 @@ from torch import Tensor
 
 import data_cleaning_cli
 from lightning_bilevel import (
+    BOME,
+    DARTS,
     FSLA,
+    MEHA,
     PZOBO,
     SGD,
+    SOBA,
     Adadelta,
     Adagrad,
     Adam,
     Adamax,
     AdamW,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
@@ -202,6 +207,11 @@ OBJECTS: list[tuple[type, Any]] = [
     (HypergradientStrategy, ImplicitGradient(solver=ConjugateGradient(max_iter=5, tol=1e-3, damping=0.1))),
     (HypergradientStrategy, ImplicitGradient(solver=Dense(), form="fixed_point", warm_start=True)),
     (HypergradientStrategy, ImplicitGradient(Neumann(4, step_size=0.1), batches="fresh")),
+    (HypergradientStrategy, SOBA(tau=0.1, beta=0.2, eta=0.5, momentum="average")),
+    (HypergradientStrategy, BOME(lr=0.1, eta=0.2, barrier="gap")),
+    (HypergradientStrategy, MEHA(gamma=2.0, penalty=5.0, power=0.1)),
+    (HypergradientStrategy, DARTS(radius=0.1)),
+    (HypergradientStrategy, EvoGrad(num_copies=4, sigma=0.1, temperature=1.0, directions=Gaussian())),
     (HypergradientStrategy, PenaltyGradient(penalty=30.0, scheme="central")),
     (
         HypergradientStrategy,

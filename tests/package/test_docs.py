@@ -29,7 +29,7 @@ BLOCK = re.compile(
     r"(?:\n\nIt prints:\n\n```text\n(?P<prints>.*?)^```$)?",
     re.M | re.S,
 )
-ALONE = {"recipes.md", "extending.md"}
+ALONE = {"recipes.md", "extending.md", "methods.md"}
 """Pages whose programs are complete: each runs in a namespace of its own. Elsewhere a page is one program."""
 LONGEST = 30
 """Lines of a program on such a page, without empty ones."""

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 
 from lightning_bilevel import (
+    BOME,
+    DARTS,
     FSLA,
+    MEHA,
     PZOBO,
+    SOBA,
     BilevelModule,
+    EvoGrad,
     ForwardGradient,
     ForwardUnroll,
     GammaGreedy,
@@ -24,6 +29,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.linear_solvers import Identity
 from tests.support.spoilt import EPISODE, X, Y, net, without_levels, zeros
 
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -140,6 +146,22 @@ ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     (ImplicitGradient, {"solver": "cg"}, "solver", "a linear solver such as `Neumann(10, step_size=lr)`"),
     (PenaltyGradient, {"penalty": 0.0}, "penalty", "a positive number"),
     (PenaltyGradient, {"scheme": "backward"}, "scheme", "'forward' or 'central'"),
+    (ImplicitGradient, {"solver": Identity(), "batches": "all"}, "batches", "'one' or 'fresh'"),
+    (ImplicitGradient, {"solver": Identity(), "warm_start": "yes"}, "warm_start", "True or False"),
+    (SOBA, {"tau": 0.0}, "tau", "a positive number"),
+    (SOBA, {"beta": -1.0}, "beta", "a positive number"),
+    (SOBA, {"eta": 1.5}, "eta", "a number in (0, 1]"),
+    (SOBA, {"momentum": "nesterov"}, "momentum", "'none' or 'average' or 'corrected'"),
+    (BOME, {"lr": 0.0}, "lr", "a positive number"),
+    (BOME, {"eta": 0.0}, "eta", "a positive number"),
+    (BOME, {"barrier": "log"}, "barrier", "'gradient' or 'gap'"),
+    (MEHA, {"gamma": 0.0}, "gamma", "a positive number"),
+    (MEHA, {"penalty": 0.0}, "penalty", "a positive number"),
+    (MEHA, {"power": 0.6}, "power", "a number in [0, 0.5]"),
+    (DARTS, {"radius": 0.0}, "radius", "a positive number"),
+    (EvoGrad, {"num_copies": 1}, "num_copies", "an integer of at least 2"),
+    (EvoGrad, {"sigma": 0.0}, "sigma", "a positive number"),
+    (EvoGrad, {"temperature": 0.0}, "temperature", "a positive number"),
     (GammaGreedy, {"gamma": 1.5}, "gamma", "a number in [0, 1]"),
     (FSLA, {"beta": 0}, "beta", "a positive number"),
     (FSLA, {"tau": -1.0}, "tau", "a positive number"),

@@ -15,8 +15,13 @@ import pytest
 import torch
 
 from lightning_bilevel import (
+    BOME,
+    DARTS,
     FSLA,
+    MEHA,
     PZOBO,
+    SOBA,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
@@ -117,6 +122,12 @@ COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
     ),
     "Hessian-free": (ImplicitGradient(Identity(scale=0.1)), expected(T + 1, 1, gradients=T + 1, graphs=1, products=1)),
     "gamma-greedy": (GammaGreedy(), expected(T, T, gradients=T, graphs=T, products=T)),
+    # g and its gradient by φ at both sides of the last step's beginning; a product with the rule alone.
+    "DARTS": (DARTS(), expected(T + 2, 1, gradients=T + 1 + 2, products=1)),
+    # A gradient by φ for each copy; the value, and f at the mean.
+    "EvoGrad": (EvoGrad(3), expected(T + 3, 2, gradients=T + 3 + 1)),
+    # Both gradients of g at θ, that by φ at the end, for each of two batches; f before and after.
+    "BOME": (BOME(), expected(T + 4, 2, gradients=T + 4 + 1)),
     "first order": (FirstOrder(), expected(T, 1, gradients=T + 1)),
 }
 
@@ -149,6 +160,15 @@ def test_the_single_loop_costs_one_step_one_hessian_product_and_two_mixed_ones(m
     """Its second step; the first has nothing to correct yet."""
     # f at two places and once more for v; one gradient of the step, three of f, three graphs of inner gradients.
     assert costs(FSLA(), monkeypatch, steps=1, number=2) == expected(1 + 3, 3, gradients=1 + 3, graphs=3, products=3)
+
+
+def test_single_loops_of_first_order_and_at_one_point(monkeypatch):
+    # Two steps, of which one has f in it, and the gradient by φ of g at both ends; f there, and at the new θ.
+    assert costs(MEHA(), monkeypatch, steps=1) == expected(2 + 2, 3, gradients=2 + 2 + 1)
+    # Of two batches, each has a graph, which serves both products; the loss of the step is evaluated once more.
+    assert costs(SOBA(), monkeypatch, steps=1) == expected(1 + 2, 2, gradients=1, graphs=2, products=2)
+    second = costs(SOBA(momentum="corrected"), monkeypatch, steps=1, number=2)
+    assert second == expected(1 + 4, 3, gradients=2, graphs=4, products=4)
 
 
 def test_the_number_of_outer_parameters():

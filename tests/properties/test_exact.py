@@ -54,7 +54,14 @@ from tests.support.problems import (
     train,
 )
 from tests.support.seeds import call_of, forked
-from tests.support.tables import EXACT, Row, every_exact_strategy, every_strategy, every_strategy_of_several_episodes
+from tests.support.tables import (
+    EXACT,
+    Row,
+    every_exact_strategy,
+    every_strategy,
+    every_strategy_of_several_episodes,
+    every_strategy_with_an_inner_run,
+)
 
 both_ways = pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 
@@ -626,7 +633,7 @@ def test_grads_are_named_and_shaped_as_the_outer_parameters(row: Row) -> None:
     assert all(value.shape == () for value in result.metrics.values())
 
 
-@every_strategy
+@every_strategy_with_an_inner_run
 def test_state_and_value_are_those_of_a_plain_loop(row: Row) -> None:
     module, (episode,) = Counting(**row.needs), episodes(1)
     result, trained = estimate(row, module, episode), train(module, episode)

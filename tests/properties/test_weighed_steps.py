@@ -157,7 +157,7 @@ def test_draws_of_the_outer_losses_leave_no_trace(strategy: HypergradientStrateg
         GammaGreedy(0.9),
         FirstOrder(),
     ],
-    ids=repr,
+    ids=["reverse", "checkpointed", "truncated", "forward", "gamma", "first"],
 )
 def test_stack_is_the_mean_of_the_loop(strategy: HypergradientStrategy) -> None:
     data = [episode(), episode(20), episode(30)]

@@ -42,6 +42,8 @@ class Row(NamedTuple):
         tolerance: of an exact one, and of equal estimates along two paths; relative, in float64.
         needs: options of the ``BilevelModule`` without which it refuses.
         single: whether it takes one episode only.
+        joint: whether it takes steps of θ that are no inner run.
+        differences: whether it takes differences of gradients, which low precision spoils.
     """
 
     make: Callable[[int, int], HypergradientStrategy]
@@ -49,6 +51,8 @@ class Row(NamedTuple):
     tolerance: float = 1e-9
     needs: dict[str, Any] = {}  # noqa: RUF012
     single: bool = False
+    joint: bool = False
+    differences: bool = False
 
     def build(self, module: BilevelModule) -> HypergradientStrategy:
         """Return the strategy for ``module``."""
@@ -63,6 +67,8 @@ class Row(NamedTuple):
     def is_exact(self) -> bool:
         return self.strategy.exact if self.exact is None else self.exact
 
+
+SINGLE_LOOP: dict[str, Any] = {"inner_start": "warm", "inner_steps": 1}
 
 ROWS: dict[str, Row] = {
     "ReverseUnroll": Row(lambda T, N: ReverseUnroll()),
@@ -89,17 +95,15 @@ ROWS: dict[str, Row] = {
     "ImplicitGradient-warm": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), warm_start=True)),
     "ImplicitGradient-fresh": Row(lambda T, N: ImplicitGradient(Neumann(3, step_size=0.1), batches="fresh")),
     # λ magnifies the rounding of one path against another.
-    "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8),
-    "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8),
-    "EvoGrad": Row(lambda T, N: EvoGrad(3, sigma=0.1, temperature=0.1), tolerance=1e-8),
-    "DARTS": Row(lambda T, N: DARTS(), tolerance=1e-8),
-    "BOME": Row(lambda T, N: BOME(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
-    "MEHA": Row(lambda T, N: MEHA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
-    "SOBA": Row(lambda T, N: SOBA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
-    "SOBA-corrected": Row(
-        lambda T, N: SOBA(momentum="corrected"), needs={"inner_start": "warm", "inner_steps": 1}, single=True
-    ),
-    "FSLA": Row(lambda T, N: FSLA(), needs={"inner_start": "warm", "inner_steps": 1}, single=True),
+    "PenaltyGradient": Row(lambda T, N: PenaltyGradient(), tolerance=1e-8, differences=True),
+    "PenaltyGradient-central": Row(lambda T, N: PenaltyGradient(30.0, "central"), tolerance=1e-8, differences=True),
+    "EvoGrad": Row(lambda T, N: EvoGrad(3, sigma=0.1, temperature=0.1), tolerance=1e-8, differences=True),
+    "DARTS": Row(lambda T, N: DARTS(), tolerance=1e-8, differences=True),
+    "BOME": Row(lambda T, N: BOME(), needs=SINGLE_LOOP, single=True, joint=True, differences=True),
+    "MEHA": Row(lambda T, N: MEHA(), needs=SINGLE_LOOP, single=True, joint=True, differences=True),
+    "SOBA": Row(lambda T, N: SOBA(), needs=SINGLE_LOOP, single=True, joint=True),
+    "SOBA-corrected": Row(lambda T, N: SOBA(momentum="corrected"), needs=SINGLE_LOOP, single=True, joint=True),
+    "FSLA": Row(lambda T, N: FSLA(), needs=SINGLE_LOOP, single=True),
     # Differences over μ magnify the rounding of one path against another.
     "ZerothOrder": Row(lambda T, N: ZerothOrder(num_directions=3, mu=1e-3), tolerance=1e-7),
     "ZerothOrder-central": Row(lambda T, N: ZerothOrder(3, mu=1e-3, scheme="central"), tolerance=1e-7),
@@ -114,7 +118,10 @@ ROWS: dict[str, Row] = {
 EXACT = {name: row for name, row in ROWS.items() if row.is_exact}
 SEVERAL = {name: row for name, row in ROWS.items() if not row.single}
 
+RUNS = {name: row for name, row in ROWS.items() if not row.joint}
+
 every_strategy = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+every_strategy_with_an_inner_run = pytest.mark.parametrize("row", RUNS.values(), ids=RUNS)
 every_exact_strategy = pytest.mark.parametrize("row", EXACT.values(), ids=EXACT)
 every_strategy_of_several_episodes = pytest.mark.parametrize("row", SEVERAL.values(), ids=SEVERAL)
 
