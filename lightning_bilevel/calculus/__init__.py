@@ -6,9 +6,11 @@ Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer a
 
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import (
+    PushedRun,
     Run,
     directional_derivatives,
     last_loss,
+    pushed_run,
     run,
     run_checkpointed,
     vector_jacobian,
@@ -22,6 +24,7 @@ __all__ = [
     "OuterEvaluation",
     "Pullback",
     "Pulled",
+    "PushedRun",
     "Run",
     "directional_derivatives",
     "inner_step",
@@ -29,6 +32,7 @@ __all__ = [
     "outer_graph",
     "outer_value",
     "outer_value_and_grads",
+    "pushed_run",
     "run",
     "run_checkpointed",
     "vector_jacobian",

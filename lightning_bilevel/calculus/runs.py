@@ -193,31 +193,83 @@ def directional_derivatives(
     >>> torch.allclose(slopes, module.solution(episode).grads["target"])
     True
     """
+    derivatives, result, _ = pushed_run(problem, carried, phi, episode, directions, mode)
+    return derivatives, result
+
+
+class PushedRun(NamedTuple):
+    """The end of an inner run with tangents.
+
+    Attributes:
+        derivatives: D_i = d Z_T v_i + c v_i, shape ``(n,)``.
+        result: the run, with c = ∂f/∂φ for ``grads``.
+        tangents: Z_T v_i, stacked: ``(n, *shape)`` for every tensor of ``result.state.flat()``.
+
+    >>> PushedRun(torch.ones(1), None, {"w": torch.ones(1, 2)}).tangents["w"].shape
+    torch.Size([1, 2])
+    """
+
+    derivatives: Tensor
+    result: Hypergradient
+    tangents: Params
+
+
+def pushed_run(
+    problem: BilevelProblem,
+    carried: InnerState,
+    phi: Params,
+    episode: Episode,
+    directions: Params,
+    mode: Mode = "auto",
+    tangents: Params | None = None,
+) -> PushedRun:
+    """Return :func:`directional_derivatives` and the tangents at the end.
+
+    Args:
+        problem: the problem.
+        carried: the inner state to start from.
+        phi: outer parameters.
+        episode: inner and outer batches.
+        directions: v, stacked: ``(n, *shape)`` per outer parameter.
+        mode: how tangents are pushed.
+        tangents: those of ``carried``, from earlier steps, ``(n, *shape)`` for tensors of ``carried.flat()``; what is
+            missing is zero.
+    """
     step = inner_step(problem, mode)
     with forward_mode_kernels() if mode == "forward" else nullcontext():
-        state, tangents = _start_tangents(problem, carried, phi, directions)
+        state, pushed = _start_tangents(problem, carried, phi, directions, tangents or {})
         losses: list[Tensor] = []
         for batch in problem.batches(episode):
-            state, loss, tangents = step.jvp(state, phi, batch, tangents, directions)
+            state, loss, pushed = step.jvp(state, phi, batch, pushed, directions)
             append_loss(losses, loss)
     end = outer_value_and_grads(problem, state, phi, episode)
-    derivatives = tree.rows_dot(tangents, end.d) + tree.rows_dot(directions, end.c)
-    return derivatives, Hypergradient(end.value, end.c, state, last_loss(problem, losses), observed=end.observed)
+    derivatives = tree.rows_dot(pushed, end.d) + tree.rows_dot(directions, end.c)
+    result = Hypergradient(end.value, end.c, state, last_loss(problem, losses), observed=end.observed)
+    return PushedRun(derivatives, result, pushed)
 
 
 def _start_tangents(
-    problem: BilevelProblem, carried: InnerState, phi: Params, directions: Params
+    problem: BilevelProblem, carried: InnerState, phi: Params, directions: Params, before_it: Params
 ) -> tuple[InnerState, Params]:
-    """Push every direction through Ω_0: the tangent of a shared parameter is its part of v."""
+    """Push every direction through Ω_0: the tangent of a shared parameter is its part of v.
+
+    What is carried over has the tangents ``before_it``, or none.
+    """
     before = RngState(next(iter(phi.values())).device)
     state = problem.start(carried, phi)
     after = RngState(next(iter(phi.values())).device)
 
-    def start(outer: Params) -> Params:
-        return problem.start(carried, outer).flat()
+    moving = {name: value for name, value in carried.flat().items() if name in before_it}
+
+    def start(outer: Params, own: Params) -> Params:
+        return problem.start(carried.unflat({**carried.flat(), **own}), outer).flat()
+
+    def push(v: Params, own: Params) -> Params:
+        pushed: Params = jvp(start, (phi, moving), (v, own))[1]
+        return pushed
 
     before.restore()  # a start that draws is pushed through as it was drawn
     with no_grad_stops_tangents():
-        tangents = vmap(lambda v: jvp(start, (phi,), (v,))[1], randomness="same")(directions)
+        tangents = vmap(push, randomness="same")(directions, {name: before_it[name] for name in moving})
     after.restore()
     return state.detach(), tree.detach(tangents)

@@ -25,6 +25,7 @@ from lightning_bilevel import (
     EpisodeLoader,
     FirstOrder,
     ForwardGradient,
+    ForwardUnroll,
     HypergradientMonitor,
     HypergradientSchedule,
     HypergradientStrategy,
@@ -59,6 +60,7 @@ PLAIN = {"plain": True, "inner_steps": 1}
 CASES = {name: of_row(name) for name in ROWS} | {
     "reset": Case(lambda: ForwardGradient(2), {"inner_start": "reset"}),
     "reinit": Case(lambda: ForwardGradient(2), {"inner_start": "reinit"}),
+    "carried tangents": Case(lambda: ForwardUnroll(warm_start=True)),
     "rollback": Case(lambda: ForwardGradient(2), {"inner_start": "rollback"}),
     "monitored": Case(lambda: ForwardGradient(2), monitor=True),
     "guided by FSLA": Case(lambda: ForwardGradient(2, guide=FSLA()), PLAIN),
