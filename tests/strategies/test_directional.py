@@ -481,7 +481,7 @@ def test_bad_arguments(kind: type[DirectionalStrategy]) -> None:
         ({"remember": True}, r"num_directions=\.\.\.\)` to be at least 2 with a memory, got 1\. `remember=True`: one"),
         (
             {"guide": [FirstOrder()], "remember": True},
-            r"num_directions=\.\.\.\)` to be at least 2 with a guide and a memory, got 1\. `guide=\.\.\.` and `remember=True`: o",
+            r"num_directions=\.\.\.\)` to be at least 2 with a guide and a memory, got 1\. `guide=\.\.\.` and `r",
         ),
         (
             {"guide": "FirstOrder"},
