@@ -74,6 +74,7 @@ SETTINGS = {
     "first-order": Setting(lambda: FirstOrder()),
     "forward": Setting(lambda: ForwardGradient(num_directions=32)),
     "guided": Setting(lambda: ForwardGradient(num_directions=8, guide=TruncatedReverse(steps=5))),
+    "remembering": Setting(lambda: ForwardGradient(num_directions=32, guide=TruncatedReverse(steps=1), remember=True)),
     "neumann": Setting(lambda: ImplicitGradient(Neumann(terms=20, step_size=0.5))),
     "cg": Setting(lambda: ImplicitGradient(ConjugateGradient(max_iter=10, damping=0.1))),
     "nystrom": Setting(lambda: ImplicitGradient(Nystrom(rank=10, rho=0.1))),

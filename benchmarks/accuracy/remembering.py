@@ -1,7 +1,7 @@
 """What are guides and a memory worth in outer optimization, at equal directions and at equal seconds?
 
 Each estimator drives an outer optimization of its own, from the same start. Problems: `cleaning` (a weight for each of
-300 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
+900 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
 `penalties` (a log penalty for each of 128 features, half of them noise, T = 10), `condensation` (ten images of 64
 pixels, a new net at every step, T = 20). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
 mode.
@@ -166,9 +166,9 @@ class Problem(NamedTuple):
 
 
 def cleaning(seed: int) -> Any:
-    data = CleaningData(num_train=300, num_validation=200, seed=seed)
+    data = CleaningData(seed=seed)
     data.setup()
-    module = DataCleaning(num_examples=300)
+    module = DataCleaning()
     episode = Episode([data.train.tensors], data.validation.tensors)
     return module, lambda step: episode, lambda: {"auroc": binary_auroc(-module.logits, data.is_wrong.long()).item()}
 
@@ -202,7 +202,7 @@ def condensation(seed: int) -> Any:
 
 
 PROBLEMS = {
-    "cleaning": Problem(cleaning, 10, 100, {"Adam": (0.2,), "SGD": (300,), "momentum": (30,)}),
+    "cleaning": Problem(cleaning, 32, 100, {"Adam": (0.1,), "SGD": (1000,), "momentum": (100,)}),
     "rates": Problem(rates, 8, 30, {"Adam": (0.15,), "SGD": (100,), "momentum": (10,)}, "GammaGreedy(0.99)"),
     "penalties": Problem(penalties, 8, 40, {"Adam": (0.3,), "SGD": (1000,), "momentum": (100,)}),
     "condensation": Problem(condensation, 16, 40, {"Adam": (0.05,), "SGD": (3,), "momentum": (0.3,)}),
@@ -304,9 +304,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     at[estimator] = summary(runs, share)
                     loss, cosine = at[estimator]["outer loss"]["mean"], at[estimator]["cosine"]["mean"]
                     print(f"{name:13s} {optimizer:9s} {lr:<6g} {estimator:30s} {loss:9.4f} {cosine:6.3f}", flush=True)
+                if not args.quick:  # so that what was found is not lost
+                    keep(NAME, {"seeds": seeds}, found, name, order=PROBLEMS)
         results[name] = found
-        if not args.quick:
-            keep(NAME, {"seeds": seeds}, found, name, order=PROBLEMS)
     return results
 
 

@@ -1,4 +1,4 @@
-"""What estimates cost and how good they are, from `data_cleaning.py --strategy all` and `guided_error.py`."""
+"""What estimates cost and how good they are: `data_cleaning.py --strategy all`, `guided_error.py`, `remembering.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIRECTIONS = 16
 
 
 def tables() -> dict[str, str]:
-    """Return the table of costs, and that of guides."""
+    """Return the tables of costs, of guides, and of what guides and memories are worth."""
     rows = {row["strategy"]: row for row in results("data_cleaning_all")["results"]}
     costs = [
         [
@@ -48,4 +48,20 @@ def tables() -> dict[str, str]:
     return {
         "choosing_costs": markdown(["strategy", "time", "cosine", "AUROC"], costs),
         "choosing_guides": markdown(["guide", "its cosine", "squared error"], guides),
+        "choosing_memory": memories(),
     }
+
+
+def memories() -> str:
+    """Return the table of outer losses by problem and outer optimizer, with cosines, at equal directions."""
+    rows = []
+    for problem, found in results("remembering")["results"].items():
+        guide = next(name.removesuffix(" and memory") for name in found["seconds"] if name.endswith(" and memory"))
+        names = ("exact", "plain", "memory", guide, f"{guide} and memory")
+        for optimizer in ("Adam", "SGD", "momentum"):
+            for rate, each in found[optimizer].items():
+                cells = [
+                    f"{each[name]['outer loss']['mean']:.3f} ({each[name]['cosine']['mean']:.2f})" for name in names
+                ]
+                rows.append([problem, f"{optimizer} {rate}", *cells, f"`{guide}`"])
+    return markdown(["problem", "outer optimizer", "exact", "plain", "memory", "guide", "both", "the guide"], rows)

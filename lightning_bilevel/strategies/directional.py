@@ -62,9 +62,13 @@ class DirectionalStrategy(HypergradientStrategy):
             )
         if not isinstance(remember, bool):
             raise value_error(f"{name}(remember=...)", "True or False", remember)
-        known = ["a guide (`guide=...`)"] * bool(guides) + ["a memory (`remember=True`)"] * remember
+        known = {"a guide": "`guide=...`"} if guides else {}
+        known |= {"a memory": "`remember=True`"} if remember else {}
         if known and num_directions < 2:
-            raise value_error(f"{name}(num_directions=...)", f"at least 2 with {' and '.join(known)}", num_directions)
+            hint = f"{' and '.join(known.values())}: one direction is for that, and at least one is drawn."
+            raise value_error(
+                f"{name}(num_directions=...)", f"at least 2 with {' and '.join(known)}", num_directions, hint
+            )
         # A stack would have one q, that of the mean, where a loop has one per episode.
         self.supports_stacking = not guides
 

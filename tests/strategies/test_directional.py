@@ -476,12 +476,12 @@ def test_bad_arguments(kind: type[DirectionalStrategy]) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         (
             {"guide": FirstOrder()},
-            r"num_directions=\.\.\.\)` to be at least 2 with a guide \(`guide=\.\.\.`\), got 1\.",
+            r"num_directions=\.\.\.\)` to be at least 2 with a guide, got 1\. `guide=\.\.\.`: one",
         ),
-        ({"remember": True}, r"num_directions=\.\.\.\)` to be at least 2 with a memory \(`remember=True`\), got 1\."),
+        ({"remember": True}, r"num_directions=\.\.\.\)` to be at least 2 with a memory, got 1\. `remember=True`: one"),
         (
             {"guide": [FirstOrder()], "remember": True},
-            r"num_directions=\.\.\.\)` to be at least 2 with a guide \(`guide=\.\.\.`\) and a memory \(`remember=T",
+            r"num_directions=\.\.\.\)` to be at least 2 with a guide and a memory, got 1\. `guide=\.\.\.` and `r",
         ),
         (
             {"guide": "FirstOrder"},

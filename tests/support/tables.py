@@ -110,7 +110,7 @@ ROWS: dict[str, Row] = {
     "ZerothOrder-remembering": Row(lambda T, N: ZerothOrder(3, mu=1e-3, remember=True), tolerance=1e-7),
     "PZOBO": Row(lambda T, N: PZOBO(num_directions=3, mu=1e-3), tolerance=1e-7),
     "PZOBO-guided-remembering": Row(
-        lambda T, N: PZOBO(4, mu=1e-3, guide=TruncatedReverse(1), remember=True), tolerance=1e-7
+        lambda T, N: PZOBO(4, mu=1e-3, guide=ZerothOrder(1, mu=1e-3), remember=True), tolerance=1e-7
     ),
     "HypergradientSchedule": Row(lambda T, N: HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)])),
 }
