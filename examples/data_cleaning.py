@@ -38,6 +38,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import binary_auroc
 
 import report
+from cleaning import baselines
+from cleaning.baselines import Examples, Task
+from cleaning.weights import WeightNet
 from image_data import load_digits, load_mnist
 from lightning_bilevel import (
     FSLA,
@@ -96,6 +99,8 @@ class DataCleaning(BilevelModule):
         inner_steps: steps of the net for each step of the weights.
         inner_lr: learning rate of the net.
         outer_lr: learning rate of the logits of the weights.
+        trusted_share: what trusted examples among the training examples count together, if the data put them there:
+            as much as this share of the noisy ones at weight 1.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class DataCleaning(BilevelModule):
         inner_steps: int = 10,
         inner_lr: float = 1.0,
         outer_lr: float = 0.1,
+        trusted_share: float = 0.3,
     ) -> None:
         super().__init__(inner_steps=inner_steps, inner_start="warm")
         self.save_hyperparameters()
@@ -118,9 +124,20 @@ class DataCleaning(BilevelModule):
     def outer_parameters(self):
         return [self.logits]
 
+    def logits_of(self, losses: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """Return the logits (n,) of the weights of examples with these losses and labels."""
+        return self.logits[index]
+
     def inner_loss(self, batch):
         x, y, index = batch
-        return (self.logits[index].sigmoid() * F.cross_entropy(self.net(x), y, reduction="none")).mean()
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        return self.shared_out(self.logits_of(losses, y, index).sigmoid() * losses, losses, index)
+
+    def shared_out(self, noisy: Tensor, trusted: Tensor, index: Tensor) -> Tensor:
+        """Return the mean of the losses of noisy examples, and a share of that of trusted ones, whose index is -1."""
+        is_trusted = index < 0
+        scale = torch.where(is_trusted, self.hparams.trusted_share / is_trusted.sum(), 1 / (~is_trusted).sum())
+        return (scale * torch.where(is_trusted, trusted, noisy)).sum()
 
     def outer_loss(self, batch):
         x, y = batch
@@ -130,12 +147,80 @@ class DataCleaning(BilevelModule):
         return SGD(lr=self.hparams.inner_lr)
 
     def configure_optimizers(self):
-        return torch.optim.Adam([self.logits], lr=self.hparams.outer_lr)
+        return torch.optim.Adam(self.outer_parameters(), lr=self.hparams.outer_lr)
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
         self.accuracy(self.net(x), y)
         self.log("test_accuracy", self.accuracy, prog_bar=True)
+
+    @torch.no_grad()
+    def learned_logits(self, noisy: Examples) -> Tensor:
+        """Return the logits (n,) of what the run has come to think of each training example."""
+        losses = F.cross_entropy(self.net(noisy.x), noisy.y, reduction="none")
+        return self.logits_of(losses, noisy.y, torch.arange(len(losses)))
+
+    def retrained(self, task: Task) -> nn.Module:
+        """Return a net trained from the start with what was learned, and with the trusted examples."""
+        weights = self.learned_logits(task.noisy).sigmoid()
+        return baselines.train(task, task.noisy.weighted(weights) + task.trusted)
+
+
+class NetCleaning(DataCleaning):
+    """The weight of an example is a function of its loss and label: a small net is the outer level."""
+
+    def __init__(self, *args: Any, outer_lr: float = 0.01, **options: Any) -> None:
+        super().__init__(*args, outer_lr=outer_lr, **options)
+        del self.logits
+        self.weight_net = WeightNet(num_classes=10)
+
+    def outer_parameters(self):
+        return list(self.weight_net.parameters())
+
+    def logits_of(self, losses: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return self.weight_net(losses, y)
+
+
+class MatrixCleaning(DataCleaning):
+    """How labels go wrong is the outer level: the probability that class i is labelled j, 100 numbers in all.
+
+    Noisy labels are explained through it, as in `baselines.loss_correction`, from whose estimate it starts.
+    """
+
+    def __init__(self, *args: Any, outer_lr: float = 0.05, **options: Any) -> None:
+        super().__init__(*args, outer_lr=outer_lr, **options)
+        del self.logits
+        self.matrix = nn.Parameter(torch.eye(10))
+
+    def start_from(self, task: Task) -> None:
+        """Set the matrix to the estimate, each row mixed with a tenth of all labels alike."""
+        net = baselines.train(task._replace(steps=max(1, task.steps // 3)), task.noisy)
+        estimate = baselines.corruption_of(net, task.trusted)
+        with torch.no_grad():
+            self.matrix.copy_((0.9 * estimate + 0.1 / len(estimate)).log())
+
+    def outer_parameters(self):
+        return [self.matrix]
+
+    def inner_loss(self, batch):
+        x, y, index = batch
+        logits = self.net(x)
+        said = (logits.softmax(-1) @ self.matrix.softmax(-1)).gather(1, y.unsqueeze(1)).squeeze(1)
+        return self.shared_out(-said.log(), F.cross_entropy(logits, y, reduction="none"), index)
+
+    @torch.no_grad()
+    def learned_logits(self, noisy: Examples) -> Tensor:
+        """Return the logits (n,) of the probability, given image and label, that the label is right."""
+        joint = self.net(noisy.x).softmax(-1) * self.matrix.softmax(-1)[:, noisy.y].T
+        right = joint.gather(1, noisy.y.unsqueeze(1)).squeeze(1)
+        return right.log() - (joint.sum(-1) - right).clamp_min(1e-12).log()
+
+    def retrained(self, task: Task) -> nn.Module:
+        loss = baselines.through(self.matrix.softmax(-1).detach(), task.noisy, task.trusted)
+        return next(baselines.descent(task.start, loss, task.steps, task.lr))
+
+
+WEIGHTS = {"table": DataCleaning, "net": NetCleaning, "matrix": MatrixCleaning}
 
 
 class CleaningData(pl.LightningDataModule):
@@ -146,10 +231,12 @@ class CleaningData(pl.LightningDataModule):
     Args:
         data_dir: folder with the four MNIST files; by default the digits of scikit-learn are taken.
         corruption: share of the training labels that is replaced by another digit.
+        moved: to the next digit, rather than to any other one.
         num_train: examples for the inner level; by default 900 digits, or 5,000 of MNIST.
         num_validation: examples with right labels for the outer level; by default 400, or 5,000.
         batch_size: examples in a batch; with at least all of them, a batch is the whole set.
         steps_per_epoch: outer batches in what Lightning calls an epoch.
+        inside: whether the inner level is trained on the examples with right labels, too. Their index is -1.
         seed: fixes the split and the wrong labels.
     """
 
@@ -157,10 +244,12 @@ class CleaningData(pl.LightningDataModule):
         self,
         data_dir: str | Path | None = None,
         corruption: float = 0.5,
+        moved: bool = False,
         num_train: int | None = None,
         num_validation: int | None = None,
         batch_size: int = 5000,
         steps_per_epoch: int = 20,
+        inside: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -176,13 +265,23 @@ class CleaningData(pl.LightningDataModule):
         train, validation = order[:num_train], order[num_train : num_train + num_validation]
         y = split.train_y[train]
         self.is_wrong = torch.randperm(len(y), generator=generator) < round(args.corruption * len(y))
-        other = (y + torch.randint(1, 10, y.shape, generator=generator)) % 10
+        offset = torch.ones_like(y) if args.moved else torch.randint(1, 10, y.shape, generator=generator)
+        other = (y + offset) % 10
         self.train = TensorDataset(split.train_x[train], torch.where(self.is_wrong, other, y), torch.arange(len(y)))
         self.validation = TensorDataset(split.train_x[validation], split.train_y[validation])
         self.test = TensorDataset(split.test_x, split.test_y)
 
+    def task(self, start: nn.Module, steps: int, lr: float = 1.0) -> Task:
+        """Return what every method may see: a start, noisy and trusted examples, and a number of steps."""
+        return Task(start, Examples(*self.train.tensors[:2]), Examples(*self.validation.tensors), steps, lr)
+
     def train_dataloader(self) -> EpisodeLoader:
-        return EpisodeLoader(self._batches(self.train), self._batches(self.validation), inner_batches=1)
+        inner = self.train
+        if self.hparams.inside:
+            x, y = self.validation.tensors
+            both = zip(inner.tensors, (x, y, torch.full_like(y, -1)), strict=True)
+            inner = TensorDataset(*map(torch.cat, both))
+        return EpisodeLoader(self._batches(inner), self._batches(self.validation), inner_batches=1)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.test, sampler=BatchSampler(SequentialSampler(self.test), 10_000, False), batch_size=None)
