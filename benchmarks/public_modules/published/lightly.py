@@ -107,12 +107,12 @@ def vicreg() -> Row:
 
 def simsiam() -> Row:
     module = SimSiam()
-    return Row(module, views(), inner="prediction_head", outer="backbone")
+    return Row(module, views(), inner="prediction_head", outer="backbone", detaches=True)
 
 
 def byol() -> Row:
     module = BYOL()
-    return Row(module, views(), inner="prediction_head", outer="backbone")
+    return Row(module, views(), inner="prediction_head", outer="backbone", detaches=True)
 
 
 ROWS = {"SimCLR": simclr, "Barlow Twins": barlow_twins, "VICReg": vicreg, "SimSiam": simsiam, "BYOL": byol}

@@ -21,7 +21,9 @@ def series() -> list[Any]:
     """Return two batches of two series of thirty days."""
     days = np.arange(30)
     frames = [
-        pd.DataFrame({"unique_id": str(i), "ds": days, "y": np.sin(days / (2 + i)) + 0.1 * np.cos(3.7 * days * (i + 1))})
+        pd.DataFrame(
+            {"unique_id": str(i), "ds": days, "y": np.sin(days / (2 + i)) + 0.1 * np.cos(3.7 * days * (i + 1))}
+        )
         for i in range(4)
     ]
     return [

@@ -23,7 +23,9 @@ DISTRIBUTION = "pytorch-tabular"
 def prepared(config: object) -> tuple:
     """Return the module and two batches of eight rows."""
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"x": rng.normal(size=16), "z": rng.normal(size=16), "c": [*"ab"] * 8, "y": rng.normal(size=16)})
+    table = pd.DataFrame(
+        {"x": rng.normal(size=16), "z": rng.normal(size=16), "c": [*"ab"] * 8, "y": rng.normal(size=16)}
+    )
     data = DataConfig(target=["y"], continuous_cols=["x", "z"], categorical_cols=["c"])
     trainer = TrainerConfig(batch_size=8, accelerator="cpu", progress_bar="none")
     model = TabularModel(
