@@ -1,15 +1,15 @@
 """Can published LightningModules be wrapped by `bilevel` as they are?
 
-Rows of a dozen packages, each with tiny data made here (nothing is fetched but the packages): what makes the module, which
-of its parameters are inner and which outer. Each row is
+Rows of a dozen packages, each with tiny data made here (nothing is fetched but the packages): what makes the module,
+and which of its parameters are inner and outer. Each row is
 
 - fitted for three outer steps by a Trainer with each of four strategies: ok, refused or failed, and why;
-- compared: the gradients that the optimizer gets from `ReverseUnroll` in float64 (float32 where the module allows no other),
-  along a random direction, with central differences of a loop in plain PyTorch. Without dropout, and with reparameterized
-  samples fixed. A row whose loss stops gradients on purpose is compared with a plain backward pass through that loop.
+- compared: the gradients that the optimizer gets from `ReverseUnroll` in float64 (float32 where the module allows no
+  other), along a random direction, with central differences of a loop in plain PyTorch, without dropout and with
+  reparameterized samples fixed. A loss that stops gradients is compared with a plain backward pass through that loop.
 
-The packages are installed into virtual environments of their own, with the versions in `requirements/`: a few minutes, and
-7 GB, once. `--only` takes patterns of packages or of rows, and keeps what was found for the others.
+The packages are installed into virtual environments of their own, with the versions in `requirements/`: a few minutes
+and 7 GB, once. `--only` takes patterns of packages or of rows, or `recipes`, and keeps what was found for the others.
 
     python benchmarks/public_modules/public_modules.py --only chemprop "darts: *NBEATS*"
 """
@@ -25,7 +25,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 from published.environments import DEFAULT, python_of
 from support import script
 from support.results import earlier, save
@@ -52,17 +53,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if any(fnmatchcase("recipes", only) for only in args.only):
         for name, environment in RECIPES.items():
             found["recipes"][name] = printed(python_of(environment, args.environments), name)
-    rows = found["rows"]
+    order = [package for packages in ENVIRONMENTS.values() for package in packages]
     for environment, packages in ENVIRONMENTS.items():
         for package in packages:
-            patterns = [
-                only.partition(": ")[2] or "*" for only in args.only if fnmatchcase(package, only.split(": ")[0])
-            ]
-            for pattern in patterns:
-                rows.update(examined(python_of(environment, args.environments), package, pattern))
-    order = [package for packages in ENVIRONMENTS.values() for package in packages]
-    found["rows"] = dict(sorted(rows.items(), key=lambda item: order.index(item[0].split(": ")[0])))
-    save(NAME, {"inner steps": 3, "outer steps": 3}, found)
+            chosen = (only.split(": ") for only in args.only if fnmatchcase(package, only.split(": ")[0]))
+            for _, *pattern in chosen:
+                python = python_of(environment, args.environments)
+                found["rows"].update(examined(python, package, *pattern or ["*"]))
+            found["rows"] = dict(sorted(found["rows"].items(), key=lambda item: order.index(item[0].split(": ")[0])))
+            save(NAME, {"inner steps": 3, "outer steps": 3}, found)
     return found
 
 

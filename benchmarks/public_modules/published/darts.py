@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytorch_lightning  # noqa: F401: the package's namespace
+import pytorch_lightning  # noqa: F401 - the package's namespace
 import torch
 from darts import TimeSeries
 from darts.models import BlockRNNModel, DLinearModel, NBEATSModel, NHiTSModel, TCNModel, TiDEModel, TransformerModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-import lightning.pytorch  # noqa: F401: the package's namespace
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import numpy as np
 from gluonts.dataset.common import ListDataset
 from gluonts.torch import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytorch_lightning  # noqa: F401: the package's namespace
+import pytorch_lightning  # noqa: F401 - the package's namespace
 from neuralforecast.losses.pytorch import MSE, DistributionLoss
 from neuralforecast.models import GRU, MLP, NBEATS, NHITS, DLinear, PatchTST, TSMixer
 from neuralforecast.tsdataset import TimeSeriesDataset, TimeSeriesLoader

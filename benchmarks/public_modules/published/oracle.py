@@ -1,5 +1,7 @@
-"""The derivative of h along a direction by central differences of a loop in plain PyTorch, which shares no code with the
-library: levels are found by name, inner steps are gradient descent, the training step is called as Lightning would."""
+"""The derivative of h along a direction, by a loop in plain PyTorch that shares no code with the library.
+
+Levels are found by name, inner steps are gradient descent, the training step is called as Lightning would.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ class Problem:
 
 @contextmanager
 def deterministic_and_precise() -> Iterator[None]:
-    """Let reparameterized samples be the same numbers in every call, by their shape, and nothing round float64 to float32."""
+    """Let reparameterized samples be the same numbers in every call, by shape, and nothing round float64 to float32."""
     family = torch.distributions.normal
     before, as_float, to = family._standard_normal, Tensor.float, Tensor.to
 

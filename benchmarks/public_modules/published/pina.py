@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch  # noqa: F401: the package's namespace
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import torch
 from pina import Condition, LabelTensor
 from pina.model import FeedForward
 from pina.problem.zoo import Poisson2DSquareProblem, SupervisedProblem
 from pina.solver import (
-    CompetitivePhysicsInformedSolver,
-    GradientPhysicsInformedSingleModelSolver,
     PhysicsInformedSingleModelSolver,
-    SelfAdaptivePhysicsInformedSolver,
     SupervisedSingleModelSolver,
 )
 

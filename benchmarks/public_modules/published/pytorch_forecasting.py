@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch  # noqa: F401: the package's namespace
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import numpy as np
 import pandas as pd
 from pytorch_forecasting import DeepAR, NBeats, NHiTS, RecurrentNetwork, TemporalFusionTransformer

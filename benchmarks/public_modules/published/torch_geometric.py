@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch_geometric.data import Batch, Data
-import torch_geometric.graphgym  # noqa: F401: it registers its heads and layers
 from torch_geometric.graphgym.config import cfg, set_cfg
 from torch_geometric.graphgym.model_builder import GraphGymModule
 from torch_geometric.nn import GAT, GCN, GIN, GraphSAGE, global_mean_pool

@@ -102,8 +102,8 @@ def fit(
 def agreement(make: Callable[[], Row], dtype: torch.dtype) -> dict[str, Any]:
     """Compare ReverseUnroll's hypergradient with central differences along a random direction, without dropout.
 
-    Of several step sizes the one counts that agrees best: a small one is of no use where h depends weakly on φ, a large one
-    where it is curved or has kinks, and none makes a wrong derivative right.
+    Of several step sizes the one counts that agrees best: a small one is of no use where h depends weakly on φ, a large
+    one where it is curved or has kinks, and none makes a wrong derivative right.
     """
     with oracle.deterministic_and_precise():
         watch, direct = (
@@ -181,7 +181,7 @@ def said(run: Callable[[], Any]) -> str:
     except (MisconfigurationError, ValueError, FloatingPointError) as error:
         ours = any("lightning_bilevel" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:])
         return f"{'refused' if ours else 'failed'}: {_first(error)}"
-    except Exception as error:  # noqa: BLE001: of any package
+    except Exception as error:  # noqa: BLE001 - of any package
         if "--traceback" in sys.argv:
             traceback.print_exc()
         return f"failed: {_first(error)}"
