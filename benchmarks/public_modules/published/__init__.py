@@ -23,6 +23,8 @@ class Row(NamedTuple):
         outer: likewise.
         lr: of the inner steps.
         losses: ``inner_loss`` and ``outer_loss`` where they are not the training step.
+        detaches: whether a loss stops gradients on purpose, so that finite differences see more than there is to find.
+        validates: whether its own validation step runs under Lightning's Trainer.
     """
 
     module: Any
@@ -31,6 +33,8 @@ class Row(NamedTuple):
     outer: Any
     lr: float = 0.05
     losses: Mapping[str, Any] = {}
+    detaches: bool = False
+    validates: bool = True
 
 
 Rows = Mapping[str, Callable[[], Row]]

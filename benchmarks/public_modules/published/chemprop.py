@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch  # noqa: F401 - chemprop's namespace
 import torch
 from chemprop.data import MoleculeDatapoint, MoleculeDataset, MulticomponentDataset, build_dataloader
 from chemprop.models import MPNN, MulticomponentMPNN

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytorch_lightning  # noqa: F401 - the package's namespace
 import torch
 from darts import TimeSeries
 from darts.models import BlockRNNModel, DLinearModel, NBEATSModel, NHiTSModel, TCNModel, TiDEModel, TransformerModel
@@ -28,10 +29,10 @@ def made(model: Any) -> Any:
     return model.fit(series).model
 
 
-def windows() -> list[Any]:
-    """Return two batches of four windows of sine waves: the past, no covariates, the future."""
+def windows(first: int = 8) -> list[Any]:
+    """Return two batches of four windows of sine waves: the past, no covariates, and the target from a time on."""
     times = torch.arange(12.0) / 2 + torch.rand(2, 4, 1)
-    return [(x[:, :8], None, None, None, None, None, x[:, 8:]) for x in times.sin()[..., None]]
+    return [(x[:, :8], None, None, None, None, None, x[:, first:]) for x in times.sin()[..., None]]
 
 
 def nbeats() -> Row:
@@ -51,7 +52,7 @@ def dlinear() -> Row:
 
 def tcn() -> Row:
     module = made(TCNModel(**SIZE, num_filters=4, kernel_size=2))
-    return Row(module, windows(), inner="res_blocks.2", outer=["res_blocks.0", "res_blocks.1"])
+    return Row(module, windows(4), inner="res_blocks.2", outer=["res_blocks.0", "res_blocks.1"])
 
 
 def tide() -> Row:

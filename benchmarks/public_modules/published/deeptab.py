@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning  # noqa: F401 - the package's namespace
 import numpy as np
 import pandas as pd
 from deeptab.models import (

@@ -13,10 +13,15 @@ from torch import nn
 
 sys.modules.update({name: MagicMock() for name in ("torchvision", "torchvision.ops")})  # imported, and not used here
 
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
-from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimCLRProjectionHead, SimSiamPredictionHead
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss  # noqa: E402
+from lightly.models.modules import (  # noqa: E402
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    SimCLRProjectionHead,
+    SimSiamPredictionHead,
+)
 
-from published import Row
+from published import Row  # noqa: E402
 
 DISTRIBUTION = "lightly"
 
@@ -107,12 +112,12 @@ def vicreg() -> Row:
 
 def simsiam() -> Row:
     module = SimSiam()
-    return Row(module, views(), inner="prediction_head", outer="backbone")
+    return Row(module, views(), inner="prediction_head", outer="backbone", detaches=True)
 
 
 def byol() -> Row:
     module = BYOL()
-    return Row(module, views(), inner="prediction_head", outer="backbone")
+    return Row(module, views(), inner="prediction_head", outer="backbone", detaches=True)
 
 
 ROWS = {"SimCLR": simclr, "Barlow Twins": barlow_twins, "VICReg": vicreg, "SimSiam": simsiam, "BYOL": byol}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytorch_lightning  # noqa: F401 - the package's namespace
 from neuralforecast.losses.pytorch import MSE, DistributionLoss
 from neuralforecast.models import GRU, MLP, NBEATS, NHITS, DLinear, PatchTST, TSMixer
 from neuralforecast.tsdataset import TimeSeriesDataset, TimeSeriesLoader
@@ -20,7 +21,9 @@ def series() -> list[Any]:
     """Return two batches of two series of thirty days."""
     days = np.arange(30)
     frames = [
-        pd.DataFrame({"unique_id": str(i), "ds": days, "y": np.sin(days / (2 + i)) + 0.1 * np.cos(3.7 * days * (i + 1))})
+        pd.DataFrame(
+            {"unique_id": str(i), "ds": days, "y": np.sin(days / (2 + i)) + 0.1 * np.cos(3.7 * days * (i + 1))}
+        )
         for i in range(4)
     ]
     return [

@@ -1,11 +1,13 @@
-"""The derivative of h along a direction by central differences of a loop in plain PyTorch, which shares no code with the
-library: levels are found by name, inner steps are gradient descent, the training step is called as Lightning would."""
+"""The derivative of h along a direction, by a loop in plain PyTorch that shares no code with the library.
+
+Levels are found by name, inner steps are gradient descent, the training step is called as Lightning would.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,59 +35,81 @@ def training_step(module: Any, batch: Any) -> Tensor:
     return result["loss"] if isinstance(result, dict) else result
 
 
-def slope(
-    module: Any,
-    batches: Sequence[Any],
-    inner: Any,
-    outer: Any,
-    direction: dict[str, Tensor],
-    *,
-    lr: float,
-    steps: int,
-    step_size: float,
-    inner_loss: Loss = training_step,
-    outer_loss: Loss = training_step,
-) -> float:
-    """Return (h(φ + εv) - h(φ - εv)) / 2ε.
+@dataclass
+class Problem:
+    """h(φ), a loop in plain PyTorch.
 
-    Args:
-        module: at φ and the start of θ, with a Trainer; it is left there.
+    Attributes:
+        make: makes a module.
+        state: its parameters and buffers, at φ and the start of θ.
         batches: the inner one and the outer one.
         inner: patterns of θ's names.
         outer: patterns of φ's names.
         direction: v, by name.
         lr: of an inner step.
         steps: T.
-        step_size: ε.
         inner_loss: of a module and a batch.
         outer_loss: likewise.
     """
 
-    def value(shift: float) -> float:
-        copied = copy.deepcopy(module)  # what a module keeps in plain attributes, such as a hidden state, starts anew
-        copied.trainer, copied.log, copied.log_dict = module.trainer, _silent, _silent
+    make: Callable[[], Any]
+    state: dict[str, Tensor]
+    batches: Sequence[Any]
+    inner: Any
+    outer: Any
+    direction: dict[str, Tensor]
+    lr: float
+    steps: int
+    inner_loss: Loss = training_step
+    outer_loss: Loss = training_step
+
+    def difference(self, step_size: float) -> float:
+        """Return (h(φ + εv) - h(φ - εv)) / 2ε."""
+        return (self._value(step_size) - self._value(-step_size)) / (2 * step_size)
+
+    def backward(self) -> float:
+        """Return ⟨∇h, v⟩ by backpropagation through the loop, where finite differences would see what is detached."""
+        module = self._made()
+        phi, theta = named(module, self.outer), named(module, self.inner)
+        for _ in range(self.steps):
+            loss = self._at(module, theta, self.inner_loss, self.batches[0])
+            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            theta = {name: each - self.lr * g for (name, each), g in zip(theta.items(), gradients, strict=True)}
+        outer = self._at(module, theta, self.outer_loss, self.batches[1])
+        gradients = torch.autograd.grad(outer, list(phi.values()))
+        return sum((g * self.direction[name]).sum().item() for name, g in zip(phi, gradients, strict=True))
+
+    def _value(self, shift: float) -> float:
+        module = self._made()
         with torch.no_grad():
-            for name, parameter in named(copied, outer).items():
-                parameter += shift * direction[name]
-        theta = list(named(copied, inner).values())
-        for _ in range(steps):
-            gradients = torch.autograd.grad(inner_loss(copied, batches[0]), theta, allow_unused=True)
+            for name, parameter in named(module, self.outer).items():
+                parameter += shift * self.direction[name]
+        theta = list(named(module, self.inner).values())
+        for _ in range(self.steps):
+            gradients = torch.autograd.grad(self.inner_loss(module, self.batches[0]), theta, allow_unused=True)
             with torch.no_grad():
                 for parameter, gradient in zip(theta, gradients, strict=True):
                     if gradient is not None:
-                        parameter -= lr * gradient
-        return outer_loss(copied, batches[1]).item()
+                        parameter -= self.lr * gradient
+        return self.outer_loss(module, self.batches[1]).item()
 
-    return (value(step_size) - value(-step_size)) / (2 * step_size)
+    def _made(self) -> Any:
+        """Return a new module: a hidden state, say, that another one keeps in a plain attribute is not carried on."""
+        made = self.make().train()
+        made.load_state_dict(self.state)
+        made.log = made.log_dict = lambda *_, **__: None
+        return made
 
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Log nothing."""
+    @staticmethod
+    def _at(module: Any, theta: dict[str, Tensor], loss: Loss, batch: Any) -> Tensor:
+        holder = torch.nn.Module()
+        holder.module, holder.forward = module, lambda: loss(module, batch)
+        return torch.func.functional_call(holder, {f"module.{name}": each for name, each in theta.items()}, ())
 
 
 @contextmanager
 def deterministic_and_precise() -> Iterator[None]:
-    """Let reparameterized samples be the same numbers in every call, by their shape, and nothing round float64 to float32."""
+    """Let reparameterized samples be the same numbers in every call, by shape, and nothing round float64 to float32."""
     family = torch.distributions.normal
     before, as_float, to = family._standard_normal, Tensor.float, Tensor.to
 

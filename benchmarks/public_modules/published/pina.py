@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import torch
-from pina import LabelTensor
+from pina import Condition, LabelTensor
 from pina.model import FeedForward
 from pina.problem.zoo import Poisson2DSquareProblem, SupervisedProblem
 from pina.solver import (
@@ -26,10 +27,11 @@ def points() -> list[Any]:
 
 
 def poisson() -> tuple[Any, Any]:
-    """Return the problem and a net."""
+    """Return the problem, its conditions on points as the package's Trainer would put them, and a net."""
     problem = Poisson2DSquareProblem()
-    problem.discretise_domain(4)
-    return problem, FeedForward(2, 1, inner_size=8, n_layers=2)
+    for name, data in points()[0]:
+        problem.conditions[name] = Condition(input=data["input"], equation=problem.conditions[name].equation)
+    return problem, FeedForward(2, 1, inner_size=8, n_layers=2, func=torch.nn.Tanh)
 
 
 def loss(solver: Any, batch: Any) -> torch.Tensor:
@@ -44,14 +46,18 @@ LOSSES = {"inner_loss": loss, "outer_loss": loss}
 def physics() -> Row:
     problem, net = poisson()
     module = PhysicsInformedSingleModelSolver(problem, net)
-    return Row(module, points(), inner="_pina_models.0.model.4", outer="_pina_models.0.model.0", losses=LOSSES)
+    return Row(
+        module, points(), inner="_pina_models.0.model.4", outer="_pina_models.0.model.0", losses=LOSSES, validates=False
+    )
 
 
 def supervised() -> Row:
     problem = SupervisedProblem(torch.rand(6, 2), torch.rand(6, 1))
-    module = SupervisedSingleModelSolver(problem, FeedForward(2, 1, inner_size=8), use_lt=False)
+    module = SupervisedSingleModelSolver(problem, FeedForward(2, 1, inner_size=8, func=torch.nn.Tanh), use_lt=False)
     batches = [[("data", {"input": torch.rand(6, 2), "target": torch.rand(6, 1)})] for _ in range(2)]
-    return Row(module, batches, inner="_pina_models.0.model.4", outer="_pina_models.0.model.0", losses=LOSSES)
+    return Row(
+        module, batches, inner="_pina_models.0.model.4", outer="_pina_models.0.model.0", losses=LOSSES, validates=False
+    )
 
 
 ROWS = {"PhysicsInformedSingleModelSolver": physics, "SupervisedSingleModelSolver": supervised}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import numpy as np
 import pandas as pd
-from pytorch_forecasting import DecoderMLP, DeepAR, NBeats, NHiTS, RecurrentNetwork, TemporalFusionTransformer
+from pytorch_forecasting import DeepAR, NBeats, NHiTS, RecurrentNetwork, TemporalFusionTransformer
 from pytorch_forecasting.data import EncoderNormalizer, TimeSeriesDataSet
 
 from published import Row
@@ -17,9 +18,7 @@ DISTRIBUTION = "pytorch-forecasting"
 def series() -> TimeSeriesDataSet:
     """Return four series of thirty days, cut into windows."""
     days = np.arange(30)
-    table = pd.concat(
-        pd.DataFrame({"day": days, "series": str(i), "y": np.sin(days / (2 + i)) + 2}) for i in range(4)
-    )
+    table = pd.concat(pd.DataFrame({"day": days, "series": str(i), "y": np.sin(days / (2 + i)) + 2}) for i in range(4))
     return TimeSeriesDataSet(
         table.reset_index(drop=True),
         time_idx="day",
@@ -69,17 +68,10 @@ def recurrent() -> Row:
     return Row(module, batches(data), inner="output_projector", outer="rnn")
 
 
-def mlp() -> Row:
-    data = series()
-    module = DecoderMLP.from_dataset(data, hidden_size=8, optimizer="adam")
-    return Row(module, batches(data), inner="mlp.sequential.16", outer="mlp.sequential.0")
-
-
 ROWS = {
     "NBeats": nbeats,
     "NHiTS": nhits,
     "TemporalFusionTransformer": temporal_fusion,
     "DeepAR": deepar,
     "RecurrentNetwork": recurrent,
-    "DecoderMLP": mlp,
 }

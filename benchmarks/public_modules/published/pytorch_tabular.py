@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytorch_lightning  # noqa: F401 - the package's namespace
 from pytorch_tabular import TabularModel
 from pytorch_tabular.config import DataConfig, OptimizerConfig, TrainerConfig
 from pytorch_tabular.models import (
@@ -22,7 +23,9 @@ DISTRIBUTION = "pytorch-tabular"
 def prepared(config: object) -> tuple:
     """Return the module and two batches of eight rows."""
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"x": rng.normal(size=16), "z": rng.normal(size=16), "c": [*"ab"] * 8, "y": rng.normal(size=16)})
+    table = pd.DataFrame(
+        {"x": rng.normal(size=16), "z": rng.normal(size=16), "c": [*"ab"] * 8, "y": rng.normal(size=16)}
+    )
     data = DataConfig(target=["y"], continuous_cols=["x", "z"], categorical_cols=["c"])
     trainer = TrainerConfig(batch_size=8, accelerator="cpu", progress_bar="none")
     model = TabularModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch  # noqa: F401 - the package's namespace
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import PEAKVAE, SCANVAE, VAE

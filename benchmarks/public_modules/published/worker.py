@@ -16,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from fnmatch import fnmatch
-from functools import partial
 from importlib import import_module, metadata
 from typing import Any
 
@@ -55,15 +54,15 @@ QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_
 
 
 class Watch(Callback):
-    """The module as it was before the first outer step, and the gradients that its optimizer got there."""
+    """The module's state before the first outer step, and the gradients that its optimizer got there."""
 
     def __init__(self) -> None:
-        self.module: Any = None
+        self.state: dict[str, torch.Tensor] = {}
         self.grads: dict[str, torch.Tensor] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if self.module is None:
-            self.module = copy.deepcopy(pl_module.module)
+        if not self.state:
+            self.state = copy.deepcopy(pl_module.module.state_dict())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not self.grads:
@@ -71,7 +70,9 @@ class Watch(Callback):
             self.grads = {name: each.grad.clone() for name, each in named if each.grad is not None}
 
 
-def fit(make: Callable[[], Row], strategy: Callable[[float], HypergradientStrategy], dtype: torch.dtype, steps: int) -> Watch:
+def fit(
+    make: Callable[[], Row], strategy: Callable[[float], HypergradientStrategy], dtype: torch.dtype, steps: int
+) -> Watch:
     """Train a new module of a row for some outer steps."""
     seed_everything(0, verbose=False)
     row, watch = make(), Watch()
@@ -88,13 +89,12 @@ def fit(make: Callable[[], Row], strategy: Callable[[float], HypergradientStrate
         num_sanity_val_steps=0,
         **dict.fromkeys(QUIET, False),
     )
-    own = DataLoader([outer], batch_size=None, collate_fn=_same) if is_overridden("validation_step", row.module) else None
+    validates = row.validates and is_overridden("validation_step", row.module)
+    own = DataLoader([outer], batch_size=None, collate_fn=copy.deepcopy) if validates else None
     trainer.fit(wrapped, EpisodeLoader([inner], [outer]), own)
     if trainer.global_step < steps:
         raise RuntimeError(f"The fit ended after {trainer.global_step} steps.")
-    changed = oracle.named(row.module, row.outer)
-    start = oracle.named(watch.module, row.outer)
-    if all(torch.equal(changed[name], start[name].to(changed[name])) for name in start):
+    if all(torch.equal(each, watch.state[name]) for name, each in oracle.named(row.module, row.outer).items()):
         raise RuntimeError("No outer parameter has changed.")
     return watch
 
@@ -102,8 +102,8 @@ def fit(make: Callable[[], Row], strategy: Callable[[float], HypergradientStrate
 def agreement(make: Callable[[], Row], dtype: torch.dtype) -> dict[str, Any]:
     """Compare ReverseUnroll's hypergradient with central differences along a random direction, without dropout.
 
-    Of several step sizes the one counts that agrees best: a small one is of no use where h depends weakly on φ, a large one
-    where it is curved or has kinks, and none makes a wrong derivative right.
+    Of several step sizes the one counts that agrees best: a small one is of no use where h depends weakly on φ, a large
+    one where it is curved or has kinks, and none makes a wrong derivative right.
     """
     with oracle.deterministic_and_precise():
         watch, direct = (
@@ -111,32 +111,32 @@ def agreement(make: Callable[[], Row], dtype: torch.dtype) -> dict[str, Any]:
             for kind in (ReverseUnroll, FirstOrder)
         )
         seed_everything(0, verbose=False)
-        row, module = make(), watch.module
-        for each, fresh in zip(module.parameters(), row.module.parameters(), strict=True):
-            each.requires_grad_(fresh.requires_grad)  # a fit freezes the inner ones
-        module.trainer = Trainer(logger=False, accelerator="cpu")
+        row, trainer = make(), Trainer(logger=False, accelerator="cpu")
+        trainer.training = True
+
+        def new() -> Any:
+            module = oracle.without_dropout(make()).module.to(dtype)
+            module.trainer = trainer
+            return module
+
         generator = torch.Generator().manual_seed(1)
         drawn = {
             name: torch.randn(each.shape, generator=generator, dtype=torch.float64)
-            for name, each in oracle.named(module, row.outer).items()
+            for name, each in oracle.named(row.module, row.outer).items()
         }
         norm = sum(each.square().sum() for each in drawn.values()) ** 0.5
         direction = {name: (each / norm).to(dtype) for name, each in drawn.items()}
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            slope = partial(
-                oracle.slope,
-                module,
-                cast(row.batches, dtype),
-                row.inner,
-                row.outer,
-                direction,
-                lr=row.lr,
-                steps=STEPS,
-                **{name: loss if callable(loss) else _method(loss) for name, loss in row.losses.items()},
+            losses = {name: loss if callable(loss) else _method(loss) for name, loss in row.losses.items()}
+            problem = oracle.Problem(
+                new, watch.state, cast(row.batches, dtype), row.inner, row.outer, direction, row.lr, STEPS, **losses
             )
-            differences = [slope(step_size=each) for each in STEP_SIZES[dtype]]
+            if row.detaches:
+                differences = [problem.backward()]
+            else:
+                differences = [problem.difference(each) for each in STEP_SIZES[dtype]]
         finally:
             torch.set_default_dtype(default)
     found, short = (
@@ -147,13 +147,10 @@ def agreement(make: Callable[[], Row], dtype: torch.dtype) -> dict[str, Any]:
         print(found, short, differences, file=sys.stderr)
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "with": "a plain backward pass" if row.detaches else "central differences",
         "error": min(abs(found - each) / abs(each) for each in differences),
         "through the inner run": abs(found - short) / abs(found),
     }
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def _method(name: str) -> Callable[[Any, Any], Any]:
@@ -184,7 +181,7 @@ def said(run: Callable[[], Any]) -> str:
     except (MisconfigurationError, ValueError, FloatingPointError) as error:
         ours = any("lightning_bilevel" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:])
         return f"{'refused' if ours else 'failed'}: {_first(error)}"
-    except Exception as error:  # noqa: BLE001: of any package
+    except Exception as error:  # noqa: BLE001 - of any package
         if "--traceback" in sys.argv:
             traceback.print_exc()
         return f"failed: {_first(error)}"
