@@ -234,6 +234,16 @@ def pushed_run(
         mode: how tangents are pushed.
         tangents: those of ``carried``, from earlier steps, ``(n, *shape)`` for tensors of ``carried.flat()``; what is
             missing is zero.
+
+    Of θ = (I − 0.2 A)³ θ_0 + …, from tangents of θ_0 along a direction that does nothing:
+
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> nowhere, before = {"target": torch.zeros(4, 3).double()}, {"theta": torch.eye(4).double()}
+    >>> pushed = pushed_run(problem, carry.inner, phi, episode, nowhere, tangents=before).tangents["theta"]
+    >>> torch.allclose(pushed, torch.linalg.matrix_power(torch.eye(4) - 0.2 * module.A, 3))
+    True
     """
     step = inner_step(problem, mode)
     with forward_mode_kernels() if mode == "forward" else nullcontext():

@@ -5,7 +5,7 @@ from lightning_bilevel.inner_optimizers.adagrad import Adagrad
 from lightning_bilevel.inner_optimizers.adam import Adam
 from lightning_bilevel.inner_optimizers.adamax import Adamax
 from lightning_bilevel.inner_optimizers.adamw import AdamW
-from lightning_bilevel.inner_optimizers.base import InnerOptimizer
+from lightning_bilevel.inner_optimizers.base import InnerOptimizer, PerStep
 from lightning_bilevel.inner_optimizers.from_torch import from_torch
 from lightning_bilevel.inner_optimizers.hyper import safe_sqrt
 from lightning_bilevel.inner_optimizers.lion import Lion
@@ -24,6 +24,7 @@ __all__ = [
     "InnerOptimizer",
     "Lion",
     "NAdam",
+    "PerStep",
     "RAdam",
     "RMSprop",
     "from_torch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_scaled, average, check, safe_sqrt
 
@@ -28,6 +28,8 @@ class Adadelta(ElementwiseOptimizer):
         eps: added under the roots.
         weight_decay: factor of an ℓ2 penalty's gradient.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -54,9 +56,13 @@ class Adadelta(ElementwiseOptimizer):
         weight_decay: Hyperparameter = 0,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         check(type(self).__name__, "rho", rho, below=1)
-        super().__init__(maximize, {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            maximize, {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}, max_norm, projection
+        )
 
     def initial(self, values: Values) -> dict[str, Value]:
         """Return the opt_state of one parameter: the squares of gradients and of steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, root_plus
 
@@ -30,6 +30,8 @@ class Adagrad(ElementwiseOptimizer):
         initial_accumulator_value: s_0.
         eps: added to the root.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is negative, infinite or nan; at the first use, also if a mapping
@@ -55,6 +57,8 @@ class Adagrad(ElementwiseOptimizer):
         eps: Hyperparameter = 1e-10,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         values = {
             "lr": lr,
@@ -63,7 +67,7 @@ class Adagrad(ElementwiseOptimizer):
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
 
     def initial(self, values: Values) -> dict[str, Value]:
         """Return the slot of one parameter: the sum of squares."""

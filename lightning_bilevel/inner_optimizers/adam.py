@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import (
     Value,
@@ -32,11 +32,13 @@ class AdamFamily(ElementwiseOptimizer):
         weight_decay: Hyperparameter,
         amsgrad: bool,
         maximize: bool,
+        max_norm: float | Tensor | None,
+        projection: Projection | None,
     ) -> None:
         owner = type(self).__name__
         beta1, beta2 = check_betas(owner, betas)
         values = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
         self.amsgrad = amsgrad
 
     @abstractmethod
@@ -94,6 +96,8 @@ class Adam(AdamFamily):
         weight_decay: factor of an ℓ2 penalty's gradient.
         amsgrad: never let the second moment shrink.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -120,8 +124,10 @@ class Adam(AdamFamily):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
+        super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize, max_norm, projection)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:
         """Return a decay that is part of the gradient."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, check_betas
 
@@ -30,6 +30,8 @@ class Adamax(ElementwiseOptimizer):
         eps: added to the gradient's size.
         weight_decay: factor of an ℓ2 penalty's gradient.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -54,10 +56,12 @@ class Adamax(ElementwiseOptimizer):
         weight_decay: Hyperparameter = 0,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         beta1, beta2 = check_betas(type(self).__name__, betas)
         values = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
 
     def initial(self, values: Values) -> dict[str, Value]:
         """Return the opt_state of one parameter: the mean and the maximum."""

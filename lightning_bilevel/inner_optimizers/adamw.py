@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_bilevel.inner_optimizers.adam import AdamFamily
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.hyper import Value, without_decay
 
 
@@ -26,6 +28,8 @@ class AdamW(AdamFamily):
         weight_decay: the decay; a step shrinks θ by 1 - ``lr * weight_decay``.
         amsgrad: never let the second moment shrink.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -50,8 +54,10 @@ class AdamW(AdamFamily):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize)
+        super().__init__(lr, betas, eps, weight_decay, amsgrad, maximize, max_norm, projection)
         self.stationary = without_decay(weight_decay)
 
     def decays(self, lr: Value, weight_decay: Value) -> tuple[Value, Value]:

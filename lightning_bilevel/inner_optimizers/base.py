@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from lightning_bilevel.errors import value_error
 from lightning_bilevel.tree import Params
 
 OptState = dict[str, Params]
 """Optimizer state: slot name (such as ``"momentum"``) to tensors keyed by parameter name."""
 
-Hyperparameter = float | Tensor | Mapping[str, float | Tensor]
-"""A number, a tensor, or a mapping from parameter-name patterns (``fnmatch``) to either."""
+
+class PerStep:
+    """A hyperparameter with one value for each inner step, as MAML++ learns its rates.
+
+    The step's number is taken modulo T, so that where the inner level goes on from outer step to outer step each run
+    of T steps has the same values.
+
+    Args:
+        values: T numbers or tensors, or a tensor whose first dimension is T.
+
+    >>> import torch
+    >>> rates = PerStep(torch.tensor([0.1, 0.2]))
+    >>> rates.at(1), rates.at(2), rates.at(3)
+    (tensor(0.1000), tensor(0.2000), tensor(0.1000))
+    """
+
+    def __init__(self, values: Sequence[float | Tensor] | Tensor) -> None:
+        if len(values) == 0:
+            raise value_error("PerStep(values)", "at least one value", values)
+        self.values = values
+
+    def at(self, step: int) -> float | Tensor:
+        """Return the value of the update with this number, from 1."""
+        return self.values[(step - 1) % len(self.values)]
+
+
+Hyperparameter = float | Tensor | PerStep | Mapping[str, float | Tensor | PerStep]
+"""A number, a tensor, one of these per step, or a mapping from parameter-name patterns (``fnmatch``) to any of them."""
+
+Projection = Callable[[Params], Mapping[str, Tensor]]
+"""θ after a step to the θ that is kept, by name: a projection onto a set, or any proximal map."""
 
 
 class InnerOptimizer(ABC):
@@ -24,6 +54,15 @@ class InnerOptimizer(ABC):
 
     What the implicit gradient differentiates is said by ``stationary``, ``maximize`` and :meth:`penalty`; everything
     else takes :meth:`update` as it is.
+
+    This package's own take two more arguments:
+
+    - ``max_norm`` clips the gradient to a norm, over all parameters, as ``torch.nn.utils.clip_grad_norm_`` does: by the
+      factor ``max_norm`` / (‖∇g‖ + 1e-6) where that is below 1. The factor is differentiated, and each of several
+      stacked episodes has its own.
+    - ``projection`` is called with θ after each step, by name, and returns the θ that is kept: a projection onto a set,
+      or the proximal map of a penalty that has no gradient. It is differentiated too, and may use outer parameters.
+      ``ImplicitGradient`` sees it with ``form="fixed_point"`` only.
 
     Attributes:
         elementwise: whether entry i of the new parameters depends on entry i of parameters, gradients and state only.

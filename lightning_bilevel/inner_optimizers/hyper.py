@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.errors import value_error
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, PerStep
 from lightning_bilevel.tree import Params
 
 Value = float | Tensor
@@ -37,6 +37,11 @@ def check(owner: str, argument: str, value: Any, below: float = math.inf) -> Non
         if 0 <= value < below:
             return
     elif isinstance(value, Tensor):
+        return
+    elif isinstance(value, PerStep):
+        if not isinstance(value.values, Tensor):
+            for position, item in enumerate(value.values):
+                check(owner, f"{argument} at step {position + 1}", item, below)
         return
     elif isinstance(value, Mapping):
         for pattern, item in value.items():
@@ -99,6 +104,7 @@ def resolve(owner: str, argument: str, value: Hyperparameter, params: Params) ->
         return [value] * len(params)
     if isinstance(value, Tensor):
         return [_fit(owner, argument, name, value, param) for name, param in params.items()]
+    assert not isinstance(value, PerStep), "an update takes the value of its step before"
     patterns = tuple(value)
     values = []
     for (name, param), pattern in zip(params.items(), _first_matches(patterns, tuple(params)), strict=True):
@@ -106,7 +112,9 @@ def resolve(owner: str, argument: str, value: Hyperparameter, params: Params) ->
             expected = f"a mapping with a pattern for the inner parameter {name!r}"
             hint = 'A last pattern "*" matches the rest.'
             raise value_error(f"{owner}({argument}=...)", expected, list(patterns), hint)
-        values.append(_fit(owner, argument, name, value[pattern], param))
+        matched = value[pattern]
+        assert not isinstance(matched, PerStep)
+        values.append(_fit(owner, argument, name, matched, param))
     return values
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_scaled, average, check_betas, without_decay
 
@@ -30,6 +30,8 @@ class Lion(ElementwiseOptimizer):
         betas: the pair (β1, β2); each in [0, 1).
         weight_decay: the decay; a step shrinks θ by 1 - ``lr * weight_decay``.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -52,10 +54,12 @@ class Lion(ElementwiseOptimizer):
         weight_decay: Hyperparameter = 0,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         beta1, beta2 = check_betas(type(self).__name__, betas)
         values = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "weight_decay": weight_decay}
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
         self.stationary = without_decay(weight_decay)
 
     def initial(self, values: Values) -> dict[str, Value]:

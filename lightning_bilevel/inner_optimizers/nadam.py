@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import (
     Value,
@@ -41,6 +41,8 @@ class NAdam(ElementwiseOptimizer):
         momentum_decay: ψ.
         decoupled_weight_decay: shrink θ by 1 - ``lr * weight_decay``, as AdamW does, and leave the gradient alone.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is out of range; at the first use, also if a mapping has no pattern
@@ -66,10 +68,12 @@ class NAdam(ElementwiseOptimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         beta1, beta2 = check_betas(type(self).__name__, betas)
         values = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(maximize, {**values, "momentum_decay": momentum_decay})
+        super().__init__(maximize, {**values, "momentum_decay": momentum_decay}, max_norm, projection)
         self.decoupled_weight_decay = decoupled_weight_decay
         self.stationary = not decoupled_weight_decay or without_decay(weight_decay)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_ratio, add_scaled, average, is_number, root_plus
 
@@ -34,6 +34,8 @@ class RMSprop(ElementwiseOptimizer):
         momentum: μ.
         centered: divide by the standard deviation.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is negative, infinite or nan; at the first use, also if a mapping
@@ -61,9 +63,11 @@ class RMSprop(ElementwiseOptimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         values = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
         self.centered = centered
 
     def initial(self, values: Values) -> dict[str, Value]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_bilevel.errors import combination_error
-from lightning_bilevel.inner_optimizers.base import Hyperparameter
+from lightning_bilevel.inner_optimizers.base import Hyperparameter, Projection
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer, Rule, State, Values
 from lightning_bilevel.inner_optimizers.hyper import Value, add_scaled, is_number
 
@@ -29,6 +29,8 @@ class SGD(ElementwiseOptimizer):
         weight_decay: factor of an ℓ2 penalty's gradient.
         nesterov: look ahead along the momentum.
         maximize: ascend.
+        max_norm: clip ∇g to this norm, see :class:`InnerOptimizer`.
+        projection: what becomes of θ after each step, see :class:`InnerOptimizer`.
 
     Raises:
         ValueError: a number is negative, infinite or nan; at the first use, also if a mapping
@@ -57,9 +59,11 @@ class SGD(ElementwiseOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | Tensor | None = None,
+        projection: Projection | None = None,
     ) -> None:
         values = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        super().__init__(maximize, values)
+        super().__init__(maximize, values, max_norm, projection)
         self.nesterov = nesterov
         if nesterov and is_number(momentum, 0):
             raise combination_error(

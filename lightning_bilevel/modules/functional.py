@@ -212,7 +212,10 @@ class FunctionalModule:
 
     def _unstationary(self) -> str:
         optimizer = None if self._solves else self._configured()
-        return type(optimizer).__name__ if optimizer is not None and optimizer.stationary is False else ""
+        if optimizer is None:
+            return ""
+        moved = isinstance(optimizer, ElementwiseOptimizer) and optimizer.moves_fixed_points
+        return type(optimizer).__name__ if moved or optimizer.stationary is False else ""
 
     def mixes_entries(self) -> bool:
         """Return whether an optimizer that says it is elementwise treats two copies of θ otherwise than one by one."""

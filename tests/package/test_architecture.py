@@ -41,7 +41,6 @@ TESTS = Path(__file__).parents[1]
 CONTRIBUTING = TESTS.parent / "CONTRIBUTING.md"
 WITHOUT_TESTS_OF_ITS_NAME = {
     "kernels.inner_gradient": "by the kernels that need it: kernels/test_spectral_norm, test_lookups",
-    "strategies.forward_unroll": "exact, and without a part of its own: the properties of the table say all there is",
 }
 """Files that are tested elsewhere, and why."""
 

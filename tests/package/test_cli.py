@@ -50,6 +50,7 @@ from lightning_bilevel import (
     inner_optimizers,
     linear_solvers,
     strategies,
+    tree,
 )
 from lightning_bilevel.directions import Blocks, Coordinate, DirectionSampler, Gaussian, Orthogonal, Rademacher, Sphere
 from lightning_bilevel.host import Callback
@@ -245,6 +246,10 @@ OBJECTS: list[tuple[type, Any]] = [
     (InnerOptimizer, Adam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, True, maximize=True)),
     (InnerOptimizer, AdamW(BY_PATTERN, (0.5, 0.25), 0.25, 0.5, True, maximize=True)),
     (InnerOptimizer, RMSprop(0.5, 0.25, 0.125, BY_PATTERN, 0.75, True, maximize=True)),
+    *(
+        (InnerOptimizer, kind(max_norm=0.5, projection=tree.detach))
+        for kind in (SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta, Lion)
+    ),
     (InnerOptimizer, NAdam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, 0.125, True, maximize=True)),
     (InnerOptimizer, RAdam(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, True, maximize=True)),
     (InnerOptimizer, Adamax(0.5, (0.5, BY_PATTERN), 0.25, BY_PATTERN, maximize=True)),
@@ -279,6 +284,8 @@ def written(value: Any) -> Any:
         return [written(entry) for entry in value]
     if isinstance(value, Mapping) or value is None or isinstance(value, (str, int, float)):
         return value
+    if inspect.isfunction(value):
+        return f"{value.__module__}.{value.__name__}"
     given = {name: written(each) for name, each in arguments(value).items()}
     return {"class_path": f"lightning_bilevel.{_room(value)}{type(value).__name__}", "init_args": given}
 
@@ -294,7 +301,7 @@ def told(value: Any) -> Any:
         return [told(entry) for entry in value]
     if isinstance(value, Mapping):
         return [(name, told(entry)) for name, entry in value.items()]
-    if value is None or isinstance(value, (str, int, float, Tensor)):
+    if value is None or isinstance(value, (str, int, float, Tensor)) or inspect.isfunction(value):
         return value
     return type(value).__name__, told(arguments(value))
 
