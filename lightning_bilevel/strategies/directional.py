@@ -31,8 +31,8 @@ class DirectionalStrategy(HypergradientStrategy):
     the memory h of the estimates before, in this order; what has no direction of its own is left out. The b − k
     directions v are random. E[p pᵀ] = I − Σ_j q_j q_jᵀ, so that ĝ is unbiased whatever the q_j are, given that none of
     them depends on the v: guides draw directions of their own, and the memory is of the past. With P = Σ_j q_j q_jᵀ and
-    w = (1 − P) ∇h, E‖ĝ − ∇h‖² = e ‖w‖², with e the
-    :meth:`~lightning_bilevel.directions.DirectionSampler.error` of b − k directions in N − k dimensions, up to k/N of it.
+    w = (1 − P) ∇h, E‖ĝ − ∇h‖² = e ‖w‖², with e the :meth:`~lightning_bilevel.directions.DirectionSampler.error` of
+    b − k directions in N − k dimensions, up to k/N of it.
 
     After the estimate the memory becomes h = P ĝ + α (1 − P) ĝ, where P ĝ = P ∇h. α = 1/(1 + e) is the step that
     minimises E‖∇h − h‖². What the memory knew is measured anew, so that h has today's length and sign.
