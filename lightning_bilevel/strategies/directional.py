@@ -40,6 +40,10 @@ class DirectionalStrategy(HypergradientStrategy):
     correlation time of τ estimates, it comes to about 1/(1 + bτ/2N).
 
     A subclass says how slopes are found.
+
+    >>> from lightning_bilevel import TruncatedReverse, ZerothOrder
+    >>> list(ZerothOrder(8, guide=[TruncatedReverse(1), TruncatedReverse(5)], remember=True).members())
+    ['guide 0', 'guide 1']
     """
 
     direction_parallel = True
@@ -103,10 +107,12 @@ class DirectionalStrategy(HypergradientStrategy):
             if not 0 < length < torch.inf:
                 self._say_that_it_has_no_direction(guide, length, problem)
         if self.remember:
-            span.add(MEMORY, _on(phi, carry.strategy.get(MEMORY, {})))
+            kept[MEMORY] = _on(phi, carry.strategy.get(MEMORY, {}))
+            span.add(MEMORY, kept[MEMORY])
         grads = projected_mean(slopes, self.directions, self.num_directions, phi, call, span.stacked())
         result = slopes.result(grads)._replace(kept=kept, known=span.named(), explicit=slopes.explicit)
-        return self.averaged(result)
+        # A part of the directions changes no memory: it has to stay the same on all processes.
+        return self.averaged(result) if call.shard[1] == 1 else result
 
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the guides."""
