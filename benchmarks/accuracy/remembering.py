@@ -1,7 +1,7 @@
 """What are guides and a memory worth in outer optimization, at equal directions and at equal seconds?
 
 Each estimator drives an outer optimization of its own, from the same start. Problems: `cleaning` (a weight for each of
-900 digits, half of them mislabelled, T = 10), `rates` (a learning rate for each of four tensors at each of 25 steps),
+900 digits, half of them mislabelled, T = 5), `rates` (a learning rate for each of four tensors at each of 25 steps),
 `penalties` (a log penalty for each of 128 features, half of them noise, T = 10), `condensation` (ten images of 64
 pixels, a new net at every step, T = 20). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
 mode.
@@ -168,7 +168,7 @@ class Problem(NamedTuple):
 def cleaning(seed: int) -> Any:
     data = CleaningData(seed=seed)
     data.setup()
-    module = DataCleaning()
+    module = DataCleaning(inner_steps=5)
     episode = Episode([data.train.tensors], data.validation.tensors)
     return module, lambda step: episode, lambda: {"auroc": binary_auroc(-module.logits, data.is_wrong.long()).item()}
 

@@ -20,6 +20,7 @@ NAMES = {
     "zeroth-order": "`ZerothOrder(32)`",
 }
 DIRECTIONS = 16
+IN_TIME = "outer loss, equal seconds"
 
 
 def tables() -> dict[str, str]:
@@ -53,15 +54,15 @@ def tables() -> dict[str, str]:
 
 
 def memories() -> str:
-    """Return the table of outer losses by problem and outer optimizer, with cosines, at equal directions."""
+    """Return outer losses by problem and outer optimizer, and cosines, at equal directions and in equal time."""
     rows = []
     for problem, found in results("remembering")["results"].items():
         guide = next(name.removesuffix(" and memory") for name in found["seconds"] if name.endswith(" and memory"))
-        names = ("exact", "plain", "memory", guide, f"{guide} and memory")
+        names = ("plain", "memory", guide, f"{guide} and memory")
         for optimizer in ("Adam", "SGD", "momentum"):
-            for rate, each in found[optimizer].items():
-                cells = [
-                    f"{each[name]['outer loss']['mean']:.3f} ({each[name]['cosine']['mean']:.2f})" for name in names
-                ]
-                rows.append([problem, f"{optimizer} {rate}", *cells, f"`{guide}`"])
-    return markdown(["problem", "outer optimizer", "exact", "plain", "memory", "guide", "both", "the guide"], rows)
+            for rate, each in found.get(optimizer, {}).items():
+                losses = {name: f"{each[name]['outer loss']['mean']:.3f}" for name in ("exact", *names)}
+                cells = [f"{losses[name]} ({each[name]['cosine']['mean']:.2f})" for name in names]
+                in_time = f"{each[names[-1]][IN_TIME]['mean']:.3f}"
+                rows.append([problem, f"{optimizer} {rate}", losses["exact"], *cells, in_time])
+    return markdown(["problem", "outer optimizer", "exact", "plain", "memory", "guide", "both", "both, in time"], rows)

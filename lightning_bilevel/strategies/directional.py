@@ -31,14 +31,19 @@ class DirectionalStrategy(HypergradientStrategy):
     the memory h of the estimates before, in this order; what has no direction of its own is left out. The b − k
     directions v are random. E[p pᵀ] = I − Σ_j q_j q_jᵀ, so that ĝ is unbiased whatever the q_j are, given that none of
     them depends on the v: guides draw directions of their own, and the memory is of the past. With P = Σ_j q_j q_jᵀ and
-    w = (1 − P) ∇h, E‖ĝ − ∇h‖² is ‖w‖² times :meth:`DirectionSampler.error` of b − k directions in N − k dimensions.
+    w = (1 − P) ∇h, E‖ĝ − ∇h‖² = e ‖w‖², with e the :meth:`~lightning_bilevel.directions.DirectionSampler.error` of
+    b − k directions in N − k dimensions, up to k/N of it.
 
-    After the estimate the memory becomes h = P ĝ + α (1 − P) ĝ, where P ĝ = P ∇h. α = 1/(1 + that error) is the step
-    that minimises E‖∇h − h‖². What the memory knew is measured anew, so that h has today's length and sign.
+    After the estimate the memory becomes h = P ĝ + α (1 − P) ĝ, where P ĝ = P ∇h. α = 1/(1 + e) is the step that
+    minimises E‖∇h − h‖². What the memory knew is measured anew, so that h has today's length and sign.
     For a gradient that stays, 1 − cos²(∇h, h) falls like ((N − b)/N)^t in t estimates; for one that drifts, with a
     correlation time of τ estimates, it comes to about 1/(1 + bτ/2N).
 
     A subclass says how slopes are found.
+
+    >>> from lightning_bilevel import TruncatedReverse, ZerothOrder
+    >>> list(ZerothOrder(8, guide=[TruncatedReverse(1), TruncatedReverse(5)], remember=True).members())
+    ['guide 0', 'guide 1']
     """
 
     direction_parallel = True
@@ -102,10 +107,12 @@ class DirectionalStrategy(HypergradientStrategy):
             if not 0 < length < torch.inf:
                 self._say_that_it_has_no_direction(guide, length, problem)
         if self.remember:
-            span.add(MEMORY, _on(phi, carry.strategy.get(MEMORY, {})))
+            kept[MEMORY] = _on(phi, carry.strategy.get(MEMORY, {}))
+            span.add(MEMORY, kept[MEMORY])
         grads = projected_mean(slopes, self.directions, self.num_directions, phi, call, span.stacked())
         result = slopes.result(grads)._replace(kept=kept, known=span.named(), explicit=slopes.explicit)
-        return self.averaged(result)
+        # A part of the directions changes no memory: it has to stay the same on all processes.
+        return self.averaged(result) if call.shard[1] == 1 else result
 
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the guides."""

@@ -82,7 +82,7 @@ def test_compares_every_so_many_steps() -> None:
     "strategy",
     [
         lambda: TruncatedReverse(1),
-        lambda: ForwardGradient(3, guide=TruncatedReverse(1)),
+        lambda: ForwardGradient(3, guide=TruncatedReverse(1), remember=True),
         lambda: PZOBO(2, mu=0.1),
         lambda: HypergradientSchedule([(ZerothOrder(2, mu=0.1), 2), (ForwardGradient(2), None)]),
     ],
