@@ -1,9 +1,9 @@
 """Data cleaning on digits: learned weights against the strongest simple baselines, given the same trusted examples.
 
-Every method sees the noisy and the trusted examples and the same start of the net, and trains no net for more than 300
-steps of gradient descent on all examples; the learned ones take 60 outer steps of 10 inner ones, and then train their net
-like the others. What the baselines choose, they choose on trusted examples (`examples/cleaning/baselines.py`); what was
-learned is used with settings that are the same everywhere. A seed draws split, wrong labels and start: methods are paired.
+Every method sees the noisy and the trusted examples and the same start of the net, and trains a net by 300 steps of
+gradient descent on all its examples. What is learned is learned in 60 outer steps of 10 inner ones, with settings that
+are the same everywhere; then a net is trained like the others. What baselines choose, they choose on trusted examples
+(`examples/cleaning/baselines.py`). A seed draws split, wrong labels and start for all: differences are paired.
 
     python benchmarks/papers/cleaning_baselines.py
     python benchmarks/papers/cleaning_baselines.py --settings "next 60%, 100" --seeds 0 1
@@ -83,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in args.seeds:
         for name in args.settings:
             found = compare(SETTINGS[name], seed, args.steps, args.outer_steps)
-            print(
-                name, seed, {method: round(100 * value, 1) for method, value in found["accuracy"].items()}, flush=True
-            )
+            print(name, seed, {method: f"{100 * value:.1f}" for method, value in found["accuracy"].items()}, flush=True)
             results = keep("cleaning_baselines", settings, found, name, str(seed), order=SETTINGS)
     return results
 

@@ -1,1 +1,1 @@
-"""What `data_cleaning.py` compares with, and the weights it learns: `baselines` needs no outer level, `weights` does."""
+"""What `data_cleaning.py` compares with, in `baselines`, and weights as a function of an example, in `weights`."""

@@ -1,8 +1,8 @@
 """What one would do about wrong labels without an outer level, given the same few trusted examples.
 
-Every baseline trains the same net from the same start, by gradient descent on all examples at once, as the run with
-learned weights does, and for no more steps at a time. What it chooses (when to stop, a rate, a share), it chooses by the
-accuracy on trusted examples that the net has not been trained on. The test examples are not among the arguments.
+Every baseline trains the same net from the same start, by as many steps of gradient descent on all its examples. What
+it chooses (when to stop, a rate, a share), it chooses by the accuracy on trusted examples that the net has not been
+trained on. The test examples are not among the arguments.
 
 >>> import torch
 >>> x, y = torch.randn(6, 2), torch.arange(6) % 2
@@ -130,7 +130,7 @@ def folds(examples: Examples, count: int) -> Iterator[tuple[Examples, Examples]]
 
 
 def stopped_early(task: Task) -> nn.Module:
-    """Train on the noisy examples; stop where the trusted ones, which the net is not trained on, are classified best."""
+    """Train on the noisy examples; stop where the trusted ones, unseen by the net, are classified best."""
     nets = descent(task.start, cross_entropy(task.noisy), task.steps, task.lr, MARKS)
     return max(map(copy.deepcopy, nets), key=lambda net: accuracy(net, task.trusted))
 
