@@ -228,7 +228,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         max_steps=args.steps,
         max_epochs=-1,
         callbacks=[STRATEGIES[args.strategy]()],
-        accelerator="cpu",
+        accelerator=args.accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -304,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--width", type=int, default=32, help="of the net's hidden layers (%(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="outer steps (%(default)s)")
+    parser.add_argument("--accelerator", default="cpu", help="for the Trainer (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="patterns of PACKAGE or PACKAGE: ROW")
     parser.add_argument("--environments", type=Path, default=DEFAULT, metavar="FOLDER", help="where they are kept")
     args = script.begin(parser, argv)
-    found = earlier(NAME) or {"rows": {}, "recipes": {}}
+    found = {"rows": {}, "recipes": {}, **earlier(NAME)}
     if any(fnmatchcase("recipes", only) for only in args.only):
         for name, environment in RECIPES.items():
             found["recipes"][name] = printed(python_of(environment, args.environments), name)

@@ -334,7 +334,7 @@ class WeighingStep(InnerStep):
                 ends.append(end)
 
         def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
-            through, of_total = tree.zeros_like(phi), cotangent[TOTAL]
+            through, of_total = tree.zeros_like(phi), cotangent.get(TOTAL, 0.0)
             for end in ends:
                 through = tree.add(through, end.c, alpha=of_total)
                 for name, d in end.d.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
     with torch.enable_grad(), rng.fork():
         start = functional.problem.on(episode).initial(carried, phi)
         theta = tree.leaves(start)
-        losses, buffers = evaluate(functional, theta, phi, episode)
+        try:
+            losses, buffers = evaluate(functional, theta, phi, episode)
+        except RuntimeError:  # the user's own comes again; some tensor subclasses cannot be made while writes are seen
+            rng.restore()
+            losses, buffers = evaluate(functional, theta, phi, episode, see_writes=False)
         functional.try_update(theta, phi)
         drawn = tuple(rng.drawn(of_process))
         if episode.outer is None:
@@ -100,7 +105,7 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
 
 
 def evaluate(
-    functional: FunctionalModule, theta: Params, phi: Params, episode: Episode
+    functional: FunctionalModule, theta: Params, phi: Params, episode: Episode, see_writes: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Evaluate both losses once, and put back what they write.
 
@@ -109,6 +114,7 @@ def evaluate(
         theta: inner parameters.
         phi: outer parameters.
         episode: its first inner batch and its outer batch; there is none where a module is only adapted.
+        see_writes: whether to look for parameters that are written to in place.
 
     Returns:
         The losses by hook, and the names of the buffers, and of the parameters of neither level, that they changed.
@@ -124,7 +130,12 @@ def evaluate(
     parameters = {**others, **levels}
     written = Written(parameters)
     try:
-        with torch.enable_grad(), functional.in_place({**parameters, **clones}), written:
+        with (
+            torch.enable_grad(),
+            functional.in_place({**parameters, **clones}),
+            _eagerly(),
+            written if see_writes else nullcontext(),
+        ):
             if not module.has_solver:
                 with functional.recorder.evaluation():
                     losses["inner_loss"] = scalar(module, "inner_loss", module.inner_loss(episode.inner[0]))
@@ -144,6 +155,12 @@ def evaluate(
     if moved := [name for name in names if name in levels]:
         raise written_to_level(type(module).__name__, abbreviate(moved))
     return losses, [*changed, *names]
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Let compiled parts run as they are written: compiled under a dispatch mode, they would stay eager for good."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:

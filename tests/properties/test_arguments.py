@@ -42,7 +42,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "inner_start": (
         lambda: net({"inner_start": "cold"}),
         ValueError,
-        r"Expected `BilevelModule\(inner_start=\.\.\.\)` to be 'warm' or 'reset' or 'reinit', got 'cold'\.",
+        r"Expected `BilevelModule\(inner_start=\.\.\.\)` to be 'warm' or 'reset' or 'reinit' or 'rollback', got 'cold'",
     ),
     "proximal": (
         lambda: net({"proximal": float("nan")}),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import _len_torch_function_stack
 
 from lightning_bilevel import (
     BOME,
@@ -67,6 +68,8 @@ def costs(
 
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         with_graph = kwargs.get("create_graph", False)
+        if _len_torch_function_stack():  # it comes again, as what the mode calls
+            return original(outputs, inputs, grad_outputs, *args, **kwargs)
         counted["graphs" if with_graph else "gradients" if grad_outputs is None else "products"] += 1
         return original(outputs, inputs, grad_outputs, *args, **kwargs)
 
@@ -89,8 +92,8 @@ def expected(inner: int, outer: int, gradients: int = 0, graphs: int = 0, produc
 
 S = ceil(sqrt(3 * T))  # stretches, the last of one step
 COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
-    # T steps with a graph each; d = ∂f/∂θ, and one backward pass through them all.
-    "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T, products=1)),
+    # T steps with a graph each, and one backward pass through them and the outer loss.
+    "reverse": (ReverseUnroll(), expected(T, 1, gradients=1, graphs=T)),
     # All but the last stretch twice, without and with a graph; d = ∂f/∂θ, one product for each stretch.
     "reverse, sqrt": (ReverseUnroll("sqrt"), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=S)),
     "reverse, 3": (ReverseUnroll(3), expected(2 * T - 1, 1, gradients=T - 1 + 1, graphs=T, products=3)),
@@ -177,8 +180,9 @@ def test_the_number_of_outer_parameters():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_too_short_for_checkpoints_has_no_empty_stretch(steps, monkeypatch):
-    """⌈√(3T)⌉ is more than T there; a step each, and only the last is not taken again."""
-    cost = expected(2 * steps - 1, 1, gradients=steps - 1 + 1, graphs=steps, products=steps)
+    """⌈√(3T)⌉ is more than T there; a step each, and only the last is not taken again. One alone is one graph."""
+    products = steps if steps > 1 else 0
+    cost = expected(2 * steps - 1, 1, gradients=steps - 1 + 1, graphs=steps, products=products)
     assert costs(ReverseUnroll("sqrt"), monkeypatch, steps) == cost
 
 

@@ -199,12 +199,6 @@ FITS: dict[str, Case] = {
         error=ValueError,
         first=True,
     ),
-    "outer loss without a return": Case(
-        lambda: net(outer_loss=lambda self, batch: None, inner_loss=lambda self, batch: Net.outer_loss(self, batch)),
-        r"Expected `Net\.outer_loss\(batch\)` to be a 0-dim tensor, got 'NoneType'\.",
-        error=ValueError,
-        first=True,
-    ),
     "inner optimizer": Case(
         lambda: net(configure_inner_optimizer=lambda self: "sgd"),
         r"Expected `Net\.configure_inner_optimizer\(\)` to be an `InnerOptimizer` or a `torch\.optim` instance, got",

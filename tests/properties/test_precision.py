@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_bilevel import SOBA, FirstOrder
+from lightning_bilevel import SOBA, FirstOrder, HypergradientStrategy
 from tests.support.precisions import by_hand, error, fitted, half, made
+from tests.support.problems import Problem
 from tests.support.tables import ROWS, Row
 
 DIFFERENCES = {name: row for name, row in ROWS.items() if hasattr(row.strategy, "mu")}
@@ -39,6 +40,13 @@ def test_bf16_mixed_is_close_to_float32(row: Row) -> None:
     assert torch.equal(found, expected) == isinstance(strategy, (FirstOrder, SOBA))  # float32 here: f by φ
 
 
+def with_larger_mu(row: Row) -> tuple[Problem, HypergradientStrategy]:
+    module, strategy = made(row)
+    for each in (strategy, *strategy.members().values()):
+        each.mu = 0.3
+    return module, strategy
+
+
 @every_difference
 def test_bf16_mixed_differences_want_a_larger_mu(row: Row) -> None:
     module, strategy = made(row)
@@ -46,11 +54,9 @@ def test_bf16_mixed_differences_want_a_larger_mu(row: Row) -> None:
         wrong = fitted(module, strategy, precision="bf16-mixed")
     expected = by_hand(*made(row), torch.float32)
     assert error(wrong, expected) > 0.1
-    module, strategy = made(row)
-    strategy.mu = 0.3
+    module, strategy = with_larger_mu(row)
     right = fitted(module, strategy, precision="bf16-mixed")
-    module, strategy = made(row)
-    strategy.mu = 0.3
+    module, strategy = with_larger_mu(row)
     assert error(right, by_hand(module, strategy, torch.float32)) < 0.1
 
 

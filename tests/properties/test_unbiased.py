@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import FirstOrder, ForwardGradient, Hypergradient, HypergradientStrategy, TruncatedReverse, tree
-from lightning_bilevel.directions import DirectionSampler, Gaussian, Orthogonal, Rademacher
+from lightning_bilevel.directions import Blocks, DirectionSampler, Gaussian, Orthogonal, Rademacher
 from lightning_bilevel.problem import Carry, InnerState
 from lightning_bilevel.strategies import forward_gradient
 from lightning_bilevel.strategies.slopes import Slopes
@@ -138,7 +138,7 @@ def test_forward_gradient_is_unbiased(sampler: DirectionSampler, directions: int
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=name)
 def test_error_is_the_documented_one(sampler: DirectionSampler) -> None:
-    documented = {Gaussian: N + 1, Orthogonal: N - 4}
+    documented = {Gaussian: N + 1, Orthogonal: N - 4, Blocks: N - (getattr(sampler, "blocks", None) or 4)}
     check_documented(ForwardGradient(4, sampler), documented.get(type(sampler), N - 1) / 4)
 
 

@@ -6,7 +6,8 @@ and no code of the package but the user's losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -78,10 +79,26 @@ def train(module: Problem, episode: Episode) -> Problem:
     return trained
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors of a dtype where none is given."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def descend(module: Problem, optimizer: Any, episode: Episode) -> None:
     """Take T inner steps in place."""
     theta = module.inner_named()
     anchors = {name: theta[name].detach().clone() for name in module.outer_named() if name in theta}
+    with default_dtype(torch.float64):  # in which torch's NAdam keeps its product of momenta
+        _descend(module, optimizer, episode, theta, anchors)
+
+
+def _descend(module: Problem, optimizer: Any, episode: Episode, theta: Params, anchors: Params) -> None:
     for step in range(module.inner_steps):
         loss = module.inner_loss(episode.inner[step % len(episode.inner)])
         for name, anchor in anchors.items():

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from lightning_bilevel import (
+    BOME,
+    DARTS,
     FSLA,
+    MEHA,
     PZOBO,
+    SOBA,
+    EvoGrad,
     FirstOrder,
     ForwardGradient,
     ForwardUnroll,
@@ -20,6 +25,7 @@ from lightning_bilevel import (
     HypergradientSchedule,
     HypergradientStrategy,
     ImplicitGradient,
+    PenaltyGradient,
     ReverseUnroll,
     TruncatedReverse,
     ZerothOrder,
@@ -38,11 +44,16 @@ FAST = {
     "GammaGreedy": GammaGreedy(0.9),
     "ImplicitGradient": ImplicitGradient(Neumann(3, step_size=0.1)),
     "FSLA": FSLA(),
+    "PenaltyGradient": PenaltyGradient(),
+    "DARTS": DARTS(),
+    "EvoGrad": EvoGrad(3),
     "ZerothOrder": ZerothOrder(3),
     "PZOBO": PZOBO(3),
     "PZOBO-remembering": PZOBO(3, guide=FirstOrder(), remember=True),
     "HypergradientSchedule": HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)]),
 }
+JOINT = {"BOME": BOME(), "MEHA": MEHA(), "SOBA": SOBA()}
+"""Their step of θ is not that of the inner run alone."""
 SLOW = {
     "ForwardUnroll-forward": ForwardUnroll(chunk_size=2, mode="forward"),
     "ForwardGradient": ForwardGradient(3),
@@ -64,8 +75,13 @@ def test_the_strategies_of_this_package(strategy: HypergradientStrategy) -> None
     check_strategy(strategy)
 
 
+@pytest.mark.parametrize("strategy", JOINT.values(), ids=JOINT)
+def test_joint_steps_of_both_levels(strategy: HypergradientStrategy) -> None:
+    check_strategy(strategy, properties=PROPERTIES.keys() - {"takes_the_inner_run"})
+
+
 def test_every_strategy_is_among_them() -> None:
-    assert {type(strategy) for strategy in (FAST | SLOW).values()} == set(every_strategy())
+    assert {type(strategy) for strategy in (FAST | JOINT | SLOW).values()} == set(every_strategy())
 
 
 def test_forward_gradients_in_short() -> None:
