@@ -75,7 +75,9 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
         theta = tree.leaves(start)
         try:
             losses, buffers = evaluate(functional, theta, phi, episode)
-        except RuntimeError:  # the user's own comes again; some tensor subclasses cannot be made while writes are seen
+        except RuntimeError as error:
+            if "new Tensor subclass" not in str(error):  # some cannot be made while writes are seen
+                raise
             rng.restore()
             losses, buffers = evaluate(functional, theta, phi, episode, see_writes=False)
         functional.try_update(theta, phi)

@@ -77,7 +77,10 @@ def test_the_strategies_of_this_package(strategy: HypergradientStrategy) -> None
 
 @pytest.mark.parametrize("strategy", JOINT.values(), ids=JOINT)
 def test_joint_steps_of_both_levels(strategy: HypergradientStrategy) -> None:
-    check_strategy(strategy, properties=PROPERTIES.keys() - {"takes_the_inner_run"})
+    still = (
+        {"draws_by_its_key"} if isinstance(strategy, BOME) else set()
+    )  # no masks reach it where its λ is 0, as there
+    check_strategy(strategy, properties=PROPERTIES.keys() - {"takes_the_inner_run"} - still)
 
 
 def test_every_strategy_is_among_them() -> None:

@@ -60,7 +60,9 @@ def resnet() -> Row:
 def node() -> Row:
     module, batches = built(NODERegressor())
     module(*batches[0][0])  # its thresholds are chosen at the first batch
-    return Row(module, batches, inner="estimator.tabular_head", outer="estimator.block", detaches=True)  # has kinks everywhere
+    return Row(
+        module, batches, inner="estimator.tabular_head", outer="estimator.block", detaches=True
+    )  # has kinks everywhere
 
 
 def recurrent() -> Row:
