@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -86,7 +87,7 @@ def printed_by(command: list[str]) -> str:
     """Return the last line that a process prints, with this checkout and the rows on its path."""
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     surroundings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False, cwd=gettempdir())
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return done.stdout.splitlines()[-1]

@@ -23,8 +23,8 @@ class Row(NamedTuple):
         outer: likewise.
         lr: of the inner steps.
         losses: ``inner_loss`` and ``outer_loss`` where they are not the training step.
-        detaches: whether a loss stops gradients on purpose, or has kinks everywhere, so that finite differences see
-            other things than there are to find.
+        detaches: whether a loss stops gradients on purpose, or has other ones than its differences, so that finite
+            differences see other things than there are to find.
         validates: whether its own validation step runs under Lightning's Trainer.
     """
 

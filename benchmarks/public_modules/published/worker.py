@@ -115,6 +115,7 @@ def agreement(make: Callable[[], Row], dtype: torch.dtype) -> dict[str, Any]:
         trainer.training = True
 
         def new() -> Any:
+            seed_everything(0, verbose=False)  # some keep what they have drawn in plain attributes
             module = oracle.without_dropout(make()).module.to(dtype)
             module.trainer = trainer
             return module
