@@ -212,7 +212,7 @@ def test_a_compiled_part(backend: str) -> None:
     for strategy in (PenaltyGradient(50.0), PenaltyGradient(50.0, "central"), PenaltyGradient(50.0)):
         found, expected = (hypergradient(each, strategy, each.episode()) for each in (module, plain))
         torch.testing.assert_close(found.grads, expected.grads, rtol=1e-7, atol=1e-9)
-    with pytest.raises(RuntimeError, match="double backward|donated buffers"):
+    with pytest.raises(RuntimeError, match="compiled with non-empty donated buffers which requires create_graph=False"):
         hypergradient(module, ReverseUnroll(), module.episode())
 
 
