@@ -23,7 +23,11 @@ DEPTH = 6
 WIDTH = 1_000
 """Entries of a container that are looked at: longer ones are data."""
 
+_TELLING = 9
+"""Numbers at the end of the state of a ``random.Random`` that tell it from others."""
+
 _LEAVES = (Tensor, str, bytes, bytearray, int, float, complex, type(None), range, types.ModuleType, type)
+_OF_CODE = (types.MethodType, types.BuiltinFunctionType, functools.partial, property, staticmethod, classmethod)
 _OTHERS_CODE = ("torch", "numpy", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "transformers")
 """Packages whose objects and functions hold no generator of a user's; those in containers of theirs are found."""
 
@@ -45,8 +49,33 @@ def generators_of(module: nn.Module) -> list[Any]:
     skipped = {id(generator) for generator in (*process_generators(), torch.default_generator)}
     for kind in ("cuda", "xpu"):
         skipped |= {id(generator) for generator in getattr(getattr(torch, kind, None), "default_generators", ())}
-    found: dict[int, Any] = {}
+    return [value for value in _reached(module) if _repeatable(value) and id(value) not in skipped]
+
+
+def names_read(module: nn.Module) -> tuple[list[type], list[tuple[Mapping[str, Any], str]]]:
+    """Return what :func:`generators_of` goes by besides attributes: where another thing may stand later.
+
+    Returns:
+        The user's classes that are met, and the globals that their methods and functions name, each with where it is
+        looked up.
+    """
+    classes: dict[type, None] = {}
+    names: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    for value in _reached(module):
+        if isinstance(value, types.FunctionType):
+            if not is_others(value.__module__ or ""):
+                namespace = value.__globals__
+                names |= {(id(namespace), name): (namespace, name) for name in _globals_of(value)}
+        elif not isinstance(value, _OF_CODE):
+            kind: Any = type(value)
+            classes |= dict.fromkeys(_users_classes(kind))
+    return list(classes), list(names.values())
+
+
+def _reached(module: nn.Module) -> list[Any]:
+    """Return what a module leads to, each object once; generators are not looked into."""
     seen: set[int] = set()
+    reached: list[Any] = []
     layer: list[Any] = list(module.modules())
     for _ in range(DEPTH):
         following: list[Any] = []
@@ -54,13 +83,11 @@ def generators_of(module: nn.Module) -> list[Any]:
             if id(value) in seen or isinstance(value, _LEAVES):
                 continue
             seen.add(id(value))
-            if _repeatable(value):
-                if id(value) not in skipped:
-                    found[id(value)] = value
-            else:
+            reached.append(value)
+            if not _repeatable(value):
                 following += _held(value)
         layer = following
-    return list(found.values())
+    return reached
 
 
 def state_of(generator: Any) -> Any:
@@ -69,8 +96,8 @@ def state_of(generator: Any) -> Any:
         return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    if hasattr(generator, "get_state"):  # numpy.random.RandomState
-        return generator.get_state(legacy=False)
+    if hasattr(generator, "get_state"):  # numpy.random.RandomState: a tuple of MT19937 in half the time of a dict
+        return generator.get_state(legacy=type(generator._bit_generator).__name__ == "MT19937")
     return _bits(generator).state
 
 
@@ -98,10 +125,26 @@ def seed(generator: Any, value: int) -> None:
         bits.state = type(bits)(value).state
 
 
-def same(a: Any, b: Any) -> bool:
-    """Return whether two states are equal."""
+def moved(generator: Any, state: Any) -> bool:
+    """Return whether a generator stands elsewhere than in a state that :func:`state_of` returned.
+
+    >>> generator = random.Random(0)
+    >>> before = state_of(generator)
+    >>> moved(generator, before), generator.random() < 1, moved(generator, before)
+    (False, True, True)
+    """
+    now = state_of(generator)
+    if isinstance(generator, random.Random):  # of its 624 words either all change, or where it stands in them: the last
+        (_, words, gauss), (_, words_now, gauss_now) = state, now
+        return bool(words[-_TELLING:] != words_now[-_TELLING:] or gauss != gauss_now)
+    return not _same(state, now)
+
+
+def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
-        return all(same(value, b[key]) for key, value in a.items())
+        return all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, tuple):
+        return all(map(_same, a, b))
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
@@ -152,15 +195,24 @@ def _slots(value: Any) -> Iterator[Any]:
 
 def _methods(kind: type) -> Iterator[Any]:
     """Yield the functions of a class, and what it holds itself, as far as the code is the user's."""
-    for owner in kind.__mro__:
-        if not is_others(owner.__module__) and owner.__module__ not in sys.stdlib_module_names:
-            for attribute in vars(owner).values():
-                if isinstance(attribute, (staticmethod, classmethod)):
-                    yield attribute.__func__
-                elif isinstance(attribute, property):
-                    yield attribute.fget
-                else:
-                    yield attribute
+    for owner in _users_classes(kind):
+        for attribute in vars(owner).values():
+            if isinstance(attribute, (staticmethod, classmethod)):
+                yield attribute.__func__
+            elif isinstance(attribute, property):
+                yield attribute.fget
+            else:
+                yield attribute
+
+
+@functools.lru_cache(maxsize=1_000)
+def _users_classes(kind: type) -> tuple[type, ...]:
+    """Return a class and its bases, as far as the code is the user's."""
+    return tuple(
+        owner
+        for owner in kind.__mro__
+        if not is_others(owner.__module__) and owner.__module__ not in sys.stdlib_module_names
+    )
 
 
 def _named(function: types.FunctionType) -> Iterator[Any]:
@@ -175,10 +227,15 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # empty yet
             continue
+    yield from (function.__globals__[name] for name in _globals_of(function))
+
+
+def _globals_of(function: types.FunctionType) -> Iterator[str]:
+    """Yield the names in the code of a function, and of those within it, that are global ones."""
     codes = [function.__code__]
     while codes:
         code = codes.pop()
-        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+        yield from (name for name in code.co_names if name in function.__globals__)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 

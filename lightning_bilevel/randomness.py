@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bilevel.generators import same, set_state, state_of
+from lightning_bilevel.generators import moved, set_state, state_of
 from lightning_bilevel.generators import seed as seed_generator
 
 
@@ -136,14 +136,20 @@ class RngState:
         """
         asked = None if among is None else {id(source) for source in among}
         others = [(source, state) for source, state in self._others if asked is None or id(source) in asked]
-        return [source for source, state in others if not same(state, state_of(source))]
+        return [source for source, state in others if moved(source, state)]
 
-    def restore(self) -> None:
-        """Put the generators back to where the snapshot was taken."""
+    def restore(self, among: Iterable[Any] | None = None) -> None:
+        """Put the generators back to where the snapshot was taken.
+
+        Args:
+            among: the sources that need it; default all.
+        """
         torch.set_rng_state(self._cpu)
         set_generator_state(self._device, self._there)
+        asked = None if among is None else {id(source) for source in among}
         for source, state in self._others:
-            set_state(source, state)
+            if asked is None or id(source) in asked:
+                set_state(source, state)
 
     @contextmanager
     def fork(self, seed: int | None = None) -> Iterator[None]:

@@ -20,7 +20,9 @@ def holds_episodes(batch: Any) -> bool:
     """
     if isinstance(batch, Episode) or (isinstance(batch, Mapping) and set(batch) == {"inner", "outer"}):
         return True
-    return isinstance(batch, (list, tuple)) and bool(batch) and all(isinstance(entry, Episode) for entry in batch)
+    if not isinstance(batch, (list, tuple)) or not batch:
+        return False
+    return all(issubclass(kind, Episode) for kind in set(map(type, batch)))
 
 
 def each_batch(episodes: Any, function: Callable[[Any], Any]) -> Any:

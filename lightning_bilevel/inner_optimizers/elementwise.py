@@ -67,8 +67,8 @@ class ElementwiseOptimizer(InnerOptimizer):
             check(type(self).__name__, argument, value)
         self.maximize = maximize
         self.hyperparameters = hyperparameters
-        self._per_step = any(map(_varies, hyperparameters.values()))
         self._only_numbers = all(isinstance(value, (float, int)) for value in hyperparameters.values())
+        self._per_step = not self._only_numbers and any(map(_varies, hyperparameters.values()))
 
     elementwise = True
 
@@ -196,6 +196,8 @@ def clipped(grads: Params, max_norm: float | Tensor) -> Params:
 
 
 def _varies(value: Hyperparameter) -> bool:
+    if isinstance(value, (float, int, Tensor)):
+        return False
     values = value.values() if isinstance(value, Mapping) else (value,)
     return any(isinstance(each, PerStep) for each in values)
 

@@ -82,14 +82,12 @@ class Attributes:
 
     def take(self) -> Snapshot:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
-        return [
-            {name: _entry(value) for name, value in home.items() if name not in _NOT_THE_USERS} for home in self._homes
-        ]
+        return [{name: _entry(home[name]) for name in home.keys() - _NOT_THE_USERS} for home in self._homes]
 
     def put(self, snapshot: Snapshot) -> None:
         """Put attributes and the content of containers back; what is not in the snapshot goes."""
         for home, entries in zip(self._homes, snapshot, strict=True):
-            for name in [name for name in home if name not in _NOT_THE_USERS and name not in entries]:
+            for name in home.keys() - _NOT_THE_USERS - entries.keys():
                 del home[name]
             for name, entry in entries.items():
                 if not entry.same(_entry(home[name]) if name in home else None):
@@ -188,12 +186,12 @@ def _copied(value: Any) -> Any:
     if isinstance(value, _CONTAINERS):
         return value.copy() if hasattr(value, "copy") else list(value)
     kind: Any = type(value)
-    followed = isinstance(value, (UserDict, UserList)) or _is_users(kind)
+    followed = isinstance(value, (UserDict, UserList)) or is_users(kind)
     return dict(vars(value)) if followed and hasattr(value, "__dict__") else None
 
 
 @lru_cache(maxsize=1_000)
-def _is_users(kind: type) -> bool:
+def is_users(kind: Any) -> bool:
     """Return whether a class is a plain one of the user's: a record, a meter."""
     return not issubclass(kind, (*_LEAVES, type, nn.Module)) and all(
         _is_own(each.__module__) for each in kind.__mro__[:-1]

@@ -167,8 +167,7 @@ def _eagerly() -> AbstractContextManager[Any]:
 
 def examination_of(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
     """Return the examination of a module in its present mode, made at the first call and kept with ``functional``."""
-    state = [*functional.module.buffers(), *functional.of_neither_level()]
-    if episode.outer is None and not state:
+    if episode.outer is None and not [*functional.module.buffers(), *functional.of_neither_level()]:
         return Examination()
     mode = (episode.outer is not None, *(child.training for child in functional.module.modules()))
     if mode not in functional.examinations:

@@ -264,7 +264,7 @@ class FunctionalModule:
 
         Args:
             twice: whether losses are differentiated twice.
-            check: called once all is in place; what it draws is put back.
+            check: called once all is in place; what it draws is put back, but for generators of the process.
 
         Yields:
             Where all generators stood at the beginning, and stand now.
@@ -279,11 +279,11 @@ class FunctionalModule:
                 self._autocast_dtype = torch.get_autocast_dtype(kind)
                 stack.enter_context(torch.autocast(kind, enabled=False))
             before = self.snapshot()
-            with before.fork():
+            with RngState(self.device, self.generators).fork():
                 self._elementwise = self._look_at_optimizer()  # since the last estimate it may be another
                 check()
             self._look_at_hooks()
-            standing = Standing(self.module)
+            standing = Standing(self.swapper)
             try:
                 yield before
             finally:

@@ -47,6 +47,10 @@ class RecordedMetrics:
         self._wrapped: State = {}
         self._failed: dict[int, Exception] = {}
 
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self._metrics)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Shadow the methods that read or write their state; on exit they are as they were."""

@@ -50,7 +50,7 @@ class LogRecorder:
 
         A LightningModule that is a child logs through the same Trainer, so its methods are shadowed too.
         """
-        self._runs, self._running, self._final, self.outputs = [], False, None, []
+        self.forget()
         self._attributes = attributes = Attributes(module)
         self._start = attributes.take()
         loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
@@ -70,15 +70,19 @@ class LogRecorder:
             attributes.put(self._start)
             self._warn_of(written_in_place(self._start))
 
+    def forget(self) -> None:
+        """Drop what was kept of runs."""
+        self._runs, self._running, self._final, self.outputs = [], False, None, []
+
     def begin(self) -> None:
         """Begin a run."""
         self._running, self._latest, self._buffers, self._beside = True, {}, {}, {}
-        if self._metrics is not None:
+        if self._metrics:
             self._metrics.begin()
 
     def evaluation(self, counts: bool = True) -> AbstractContextManager[None]:
         """Evaluate a loss within this context; see :meth:`RecordedMetrics.evaluation`."""
-        return nullcontext() if self._metrics is None else self._metrics.evaluation(counts)
+        return self._metrics.evaluation(counts) if self._metrics else nullcontext()
 
     def before_outer_loss(self) -> None:
         """Note the attributes that an outer loss starts from."""
@@ -102,11 +106,11 @@ class LogRecorder:
         Returns:
             The buffers that the outer loss left, stacked where there are several episodes.
         """
-        self._running = False
+        self._running, self._latest, self._before, self._buffers = False, {}, [], {}
         if not isinstance(observed, Observed):
             return {}
         self._runs.append((count, observed.calls))
-        if self._metrics is not None:
+        if self._metrics:
             self._metrics.end(observed.metrics)
         self.outputs += by_episode(observed.beside, count)
         self._beside = {}
@@ -140,7 +144,7 @@ class LogRecorder:
             module: the module.
             batch_size: weight of this step in an epoch's mean, unless the call that was kept says otherwise.
         """
-        if self._metrics is not None:
+        if self._metrics:
             self._metrics.replay()
         if self._final is not None and self._attributes is not None:
             self._attributes.put(self._final)

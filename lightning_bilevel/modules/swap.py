@@ -57,3 +57,9 @@ class Swapper:
         home, key = self._places[name][0]
         tensor: Tensor = home[key]
         return tensor
+
+    def standing(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of every tensor that there was, and what stands there now, if anything does."""
+        for name, ((home, key), *_) in self._places.items():
+            if (tensor := home.get(key)) is not None:
+                yield name, tensor

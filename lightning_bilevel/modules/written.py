@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_bilevel.errors import MisconfigurationError, combination_error
+from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.tree import Params
 
 
@@ -79,35 +80,32 @@ class Standing:
     What is written in place through ``.data`` is not seen.
 
     Args:
-        module: the module.
+        swapper: knows their places.
 
     >>> module = torch.nn.Linear(1, 1)
-    >>> standing = Standing(module)
+    >>> standing = Standing(Swapper(module))
     >>> with torch.no_grad():
     ...     module.bias += 1
     >>> standing.changed()
     ['bias']
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._marks = self._now()
+    def __init__(self, swapper: Swapper) -> None:
+        self._swapper = swapper
+        self._marks = [(name, tensor, *_mark(tensor)) for name, tensor in swapper.standing()]
 
     def changed(self) -> list[str]:
         """Return the names of those that do not stand as they did."""
-        now = self._now()
+        now = dict(self._swapper.standing())
         return [
             name
-            for name, (tensor, *marks) in self._marks.items()
-            if name not in now or now[name][0] is not tensor or now[name][1:] != tuple(marks)
+            for name, tensor, version, storage in self._marks
+            if now.get(name) is not tensor or _mark(tensor) != (version, storage)
         ]
 
-    def _now(self) -> dict[str, tuple[Tensor, int, int]]:
-        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return {
-            name: (tensor, 0 if tensor.is_inference() else tensor._version, _storage(tensor))
-            for name, tensor in tensors
-        }
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return 0 if tensor.is_inference() else tensor._version, _storage(tensor)
 
 
 def written_to_level(kind: str, names: str) -> MisconfigurationError:

@@ -12,7 +12,6 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, stack_size, vectorizes
-from lightning_bilevel.generators import process_generators
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
@@ -33,7 +32,7 @@ class Surroundings(NamedTuple):
         episodes: at least one.
         examination: what a first look at the losses told.
         generators: of the process, those that the losses are known to draw from.
-        before: where all generators stood.
+        drawn: at the end, the generators that were drawn from besides; they stand as before.
     """
 
     problem: BilevelProblem
@@ -43,7 +42,7 @@ class Surroundings(NamedTuple):
     episodes: Sequence[Episode]
     examination: Examination
     generators: list[Any]
-    before: RngState
+    drawn: list[Any]
 
 
 class Reach:
@@ -131,12 +130,17 @@ def estimating(
         if carry is not None:
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
-        with (
-            repeating([*functional.generators, *generators]),
-            RngState(functional.device).fork(masks.fold_in(-1).seed),
-        ):
-            phi = functional.phi()
-            yield Surroundings(problem(), carried, kept, phi, episodes, examination, generators, before)
+        drawn: list[Any] = []
+        try:
+            with (
+                repeating([*functional.generators, *generators]),
+                RngState(functional.device).fork(masks.fold_in(-1).seed),
+            ):
+                phi = functional.phi()
+                yield Surroundings(problem(), carried, kept, phi, episodes, examination, generators, drawn)
+        finally:  # also where an estimate raises
+            drawn += before.drawn()
+            before.restore(drawn)
 
 
 def estimated(
@@ -171,14 +175,13 @@ def estimated(
             found.look(functional, memory, at)
             if reach is None and found.unreached:
                 raise found.error(functional)
-        unknown = [each for each in process_generators() if not any(each is one for one in at.generators)]
-        with at.before.fork():  # also where an estimate raises
-            result = estimated_at(functional, strategy, at, call)
-            drawn = at.before.drawn(unknown)
-    if not drawn:
+        result = estimated_at(functional, strategy, at, call)
+    known = [*functional.generators, *at.generators]
+    unseen = [each for each in at.drawn if not any(each is one for one in known)]
+    if not unseen:
         return result
     # The first look saw none of it. Now they are known: this estimate is made again, with draws that are repeated.
-    functional.drawn += drawn
+    functional.drawn += unseen
     functional.findings.clear()
     return estimated(functional, memory, strategy, episodes, call, masks, carry, inner_steps, reach)
 

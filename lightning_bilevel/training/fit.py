@@ -19,6 +19,7 @@ from lightning_bilevel.host import LightningModule, Trainer, rank_zero_info, ran
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import abbreviate
+from lightning_bilevel.modules.makeup import Makeup
 from lightning_bilevel.modules.outputs import together
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.problem import Episode, Hypergradient
@@ -52,6 +53,7 @@ class FitContext:
         self._module, self._training_step = module, training_step
         self.memory = FitMemory()
         self._findings: dict[Any, Any] = {}
+        self._prepared: tuple[Makeup, FunctionalModule] | None = None
         self._monitors: list[HypergradientMonitor] = []
         self._strategy: HypergradientStrategy | None = None
         self._fit: Fit | None = None
@@ -67,8 +69,14 @@ class FitContext:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"_put_back": _nothing, "_unshadow": _nothing}
-        return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}, **nothing}
+        of_fit: dict[str, Any] = {
+            "_monitors": [],
+            "_strategy": None,
+            "_fit": None,
+            "_put_back": _nothing,
+            "_unshadow": _nothing,
+        }
+        return {**vars(self), **of_fit, "_findings": {}, "_prepared": None}
 
     @property
     def fit(self) -> Fit:
@@ -86,13 +94,17 @@ class FitContext:
         return self._fit
 
     def functional(self) -> FunctionalModule:
-        """Return the module's pure functions: those of the running fit, or fresh ones."""
+        """Return the module's pure functions: those of the running fit, or those of the last call while they hold."""
         if self._fit is not None:
             return self._fit.functional
+        if self._prepared is not None and self._prepared[0].holds():
+            return self._prepared[1]
         refuse(self._module.missing_hooks())
         # What the hooks log meanwhile has nowhere to go yet.
         with LogRecorder().recording(self._module):
-            return FunctionalModule(self._module, self._findings)
+            functional = FunctionalModule(self._module, self._findings)
+        self._prepared = Makeup(self._module), functional
+        return functional
 
     def begin(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
         """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.

@@ -75,7 +75,10 @@ def hypergradient(
         functional, memory = module.functional(), module.fit_context.memory
         episodes = check_episodes(given, type(module).__name__)
         call = Call(Key((seed, memory.estimates, 0, 0)))
-        return estimated(functional, memory, strategy, episodes, call, carry=carry)
+        try:
+            return estimated(functional, memory, strategy, episodes, call, carry=carry)
+        finally:
+            functional.recorder.forget()
 
 
 def _of_problem(
