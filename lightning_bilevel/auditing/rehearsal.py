@@ -20,18 +20,11 @@ from lightning_bilevel.auditing.diagnosis import diagnose, explained
 from lightning_bilevel.auditing.differences import AGREEMENT, Differences
 from lightning_bilevel.auditing.probes import Graphs, graphs, saved_bytes, stacked
 from lightning_bilevel.data.inputs import check_episodes
-from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError, report
 from lightning_bilevel.linear_solvers import LinearSolver
 from lightning_bilevel.problem import Carry, Episode, Hypergradient, stackable
 from lightning_bilevel.randomness import Call, Key
-from lightning_bilevel.strategies import (
-    FirstOrder,
-    ForwardGradient,
-    ForwardUnroll,
-    HypergradientStrategy,
-    ReverseUnroll,
-)
+from lightning_bilevel.strategies import FirstOrder, HypergradientStrategy, ReverseUnroll
 from lightning_bilevel.training.estimating import Reach, Surroundings, estimated_at, estimating
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.tree import Params
@@ -41,9 +34,6 @@ T = TypeVar("T")
 Verdict = Literal["yes", "zero", "doubtful", "not finite", "refused", "no"]
 """Works; gives exactly zero for an outer parameter; disagrees with finite differences; gave nan or infinity; cannot be
 combined with this module; raised an error."""
-
-COLUMNS = 16
-"""``ForwardUnroll`` is rehearsed on all outer coordinates up to this many, beyond on one direction."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +225,7 @@ class Rehearsal:
         if refusals:
             reason, advice = explained(report(refusals))
             return replace(row, verdict="refused", reason=_without(strategy, reason), advice=advice)
-        small = self._small(strategy)
+        small = strategy.small(tree.numel(self.phi))
         outcome = self.attempt(small)
         if outcome.result is None:
             assert outcome.error is not None
@@ -321,23 +311,12 @@ class Rehearsal:
 
     def _agrees(self, strategy: HypergradientStrategy, result: Hypergradient | None) -> bool | None:
         """Return whether an estimate has the slopes of h; ``None`` where these say nothing about it."""
-        along = isinstance(strategy, ForwardGradient) and strategy.guide is None
+        along = strategy.one_slope
         if result is None or self._differences is None or not self._differences.slopes or not (strategy.exact or along):
             return None
         exact = result if strategy.exact else self._exact
         length = 0.0 if exact is None else tree.norm(exact.grads).item()
         return self._differences.agree(result.grads, length, along)
-
-    def _small(self, strategy: HypergradientStrategy) -> HypergradientStrategy:
-        """Return the strategy with few directions; a large number of columns is stood for by one direction."""
-        if isinstance(strategy, ForwardUnroll) and tree.numel(self.phi) > COLUMNS:
-            return ForwardGradient(1, Rademacher(), strategy.chunk_size, mode=strategy.mode)
-        few = copy.deepcopy(strategy)
-        if isinstance(few, ForwardGradient) and few.guide is None:
-            few.num_directions, few.directions = 1, Rademacher()  # those of the finite difference
-        elif hasattr(few, "num_directions"):
-            few.num_directions = min(few.num_directions, 2)
-        return few
 
 
 class _Outcome(NamedTuple):
@@ -381,6 +360,7 @@ def compiled(module: torch.nn.Module) -> bool:
 def written(strategy: HypergradientStrategy) -> str:
     """Return a strategy as a user writes it, with the arguments that are not at their defaults.
 
+    >>> from lightning_bilevel import ForwardGradient
     >>> written(ForwardGradient(4)), written(ForwardGradient(guide=FirstOrder()))
     ('ForwardGradient(num_directions=4)', 'ForwardGradient(guide=FirstOrder())')
     """

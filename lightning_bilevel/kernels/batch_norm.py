@@ -1,7 +1,7 @@
 """Batch norm with a short double backward.
 
-In a MAML step of a small CNN, PyTorch's own takes a quarter of the time. Its third derivatives are wrong, besides: they
-take the statistics of the batch as constants.
+PyTorch's third derivatives ignore the statistics of the batch, and its double backward is long: what it costs is in
+``benchmarks/results/where_time_goes.json``.
 """
 
 from __future__ import annotations

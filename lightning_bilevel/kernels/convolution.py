@@ -1,7 +1,7 @@
 """Convolutions with a short double backward.
 
 PyTorch's own makes the gradients of inputs that need none, which images do not, and that of the weight for more places
-than the kernel has: a tenth more operations, and a fifth more time, of a direction or of a MAML step of a small CNN.
+than the kernel has.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class HypergradientStrategy(Callback):
         direction_parallel: whether directions can be shared out over processes.
         weighs_steps: whether it takes an outer loss that is weighed at every inner step (``outer_loss_weights``).
         supports_stacking: whether several episodes can be estimated as one stacked problem.
+        one_slope: whether the estimate is (∇h · v) v, exactly, of one direction v: what a finite difference can check.
 
     >>> from lightning_bilevel import FirstOrder
     >>> FirstOrder().exact, FirstOrder().differentiates, FirstOrder().needs_steps
@@ -75,6 +76,7 @@ class HypergradientStrategy(Callback):
     direction_parallel: bool = False
     weighs_steps: bool = False
     supports_stacking: bool = True
+    one_slope: bool = False
 
     @abstractmethod
     def estimate(
@@ -107,6 +109,14 @@ class HypergradientStrategy(Callback):
             cosine: the cosine with ∇h that is wanted.
         """
         return {}
+
+    def small(self, outer_size: int) -> HypergradientStrategy:
+        """Return what stands for this strategy in the audit: quick, and failing where this one does. Default: itself.
+
+        Args:
+            outer_size: N, the number of outer parameters' entries.
+        """
+        return self
 
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the strategies that this one is made of, by name; none by default.

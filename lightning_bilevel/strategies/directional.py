@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -113,6 +114,12 @@ class DirectionalStrategy(HypergradientStrategy):
         result = slopes.result(grads)._replace(kept=kept, known=span.named(), explicit=slopes.explicit)
         # A part of the directions changes no memory: it has to stay the same on all processes.
         return self.averaged(result) if call.shard[1] == 1 else result
+
+    def small(self, outer_size: int) -> HypergradientStrategy:
+        """Return this strategy with two directions."""
+        few = copy.copy(self)
+        few.num_directions = min(self.num_directions, 2)
+        return few
 
     def members(self) -> Mapping[str, HypergradientStrategy]:
         """Return the guides."""

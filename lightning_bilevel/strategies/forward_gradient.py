@@ -8,6 +8,7 @@ from lightning_bilevel.calculus.step import Mode
 from lightning_bilevel.directions import DirectionSampler, Rademacher
 from lightning_bilevel.errors import one_of
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
+from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
 from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.strategies.tangent_slopes import TangentSlopes
@@ -80,6 +81,16 @@ class ForwardGradient(DirectionalStrategy):
     ) -> None:
         super().__init__(num_directions, directions or Rademacher(), chunk_size, guide, remember)
         self.mode = one_of("ForwardGradient(mode=...)", Mode, mode)
+
+    @property
+    def one_slope(self) -> bool:  # type: ignore[override]
+        """Whether it takes one direction, whose entries are ±1."""
+        return self.num_directions == 1 and isinstance(self.directions, Rademacher)
+
+    @override
+    def small(self, outer_size: int) -> HypergradientStrategy:
+        few = super().small(outer_size)
+        return few if self.members() else ForwardGradient(1, Rademacher(), self.chunk_size, mode=self.mode)
 
     @override
     def slopes(self, problem: BilevelProblem, start: InnerState, phi: Params, episode: Episode) -> Slopes:

@@ -7,13 +7,18 @@ import torch
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.runs import pushed_run
 from lightning_bilevel.calculus.step import Mode
+from lightning_bilevel.directions import Rademacher
 from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
 from lightning_bilevel.problem import TOTAL, BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.forward_gradient import ForwardGradient
 from lightning_bilevel.strategies.slopes import checked_chunk_size
 from lightning_bilevel.strategies.tangent_slopes import TangentSlopes
 from lightning_bilevel.tree import Params
+
+_FEW = 16
+"""Columns that a rehearsal pushes at most."""
 
 
 class ForwardUnroll(HypergradientStrategy):
@@ -61,6 +66,10 @@ class ForwardUnroll(HypergradientStrategy):
         self.warm_start = warm_start
         if warm_start:  # exact for a run that began long ago, with another φ
             self.exact = self.unbiased = self.supports_stacking = False
+
+    def small(self, outer_size: int) -> HypergradientStrategy:
+        """Return one direction in place of more columns than a rehearsal pushes."""
+        return self if outer_size <= _FEW else ForwardGradient(1, Rademacher(), self.chunk_size, mode=self.mode)
 
     def estimate(
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
