@@ -23,7 +23,8 @@ from tests.support.seeds import forked
 from tests.support.stubs import NOT_USED, Stubs
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(page for room in (".", "results") for page in (DOCS / room).glob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[\w ]+): (?P<why>.+?) -->\n)?^```python\n(?P<code>.*?)^```$"
     r"(?:\n\nIt prints:\n\n```text\n(?P<prints>.*?)^```$)?",
@@ -229,8 +230,8 @@ def test_every_strategy_is_in_the_readme_and_on_the_page_of_papers() -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     """What Sphinx says too, in milliseconds."""
-    entries = re.findall(r"^(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.M)
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    entries = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(), re.M)
+    pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES[1:]} - {"index"}
     assert pages == set(entries)
     assert len(entries) == len(pages)
 
