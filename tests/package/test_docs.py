@@ -169,6 +169,15 @@ def test_a_program_that_fails_fails_the_test(tmp_path: Path) -> None:
 # --- What is public ---
 
 
+def docs_module(name: str) -> Any:
+    """Import a module of ``docs/``, which is on the path of Sphinx and not on that of tests."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(DOCS))
+
+
 def public() -> dict[str, Any]:
     """Return every public class and function by its full name, from the module that is the shortest way to it."""
     found: dict[int, tuple[str, Any]] = {}
@@ -181,14 +190,9 @@ def public() -> dict[str, Any]:
 
 
 def documented() -> dict[str, Any]:
-    """Return what the reference documents, one directive each, by its full name."""
-    directives = re.compile(r"^\.\. (?:(currentmodule|module)|auto(?:class|function|data)):: (\S+)$", re.M)
-    module, found = "", {}
-    for where, name in directives.findall((ROOT / "docs" / "api.md").read_text()):
-        if where:
-            module = name
-            continue
-        full = name if name.startswith("lightning_bilevel.") else f"{module}.{name}"
+    """Return what the reference documents, a page each, by its full name."""
+    found = {}
+    for full in docs_module("reference").entries():
         owner, _, attribute = full.rpartition(".")
         found[full] = getattr(importlib.import_module(owner), attribute)
     return found
@@ -197,6 +201,19 @@ def documented() -> dict[str, Any]:
 def test_every_public_name_is_in_the_reference() -> None:
     there = {id(value) for value in documented().values()}
     assert [name for name, value in public().items() if id(value) not in there] == []
+
+
+def test_the_members_in_the_reference_are_those_of_a_class_in_it() -> None:
+    there = documented()
+    for name, members in docs_module("reference").context()["shown"].items():
+        assert [member for member in members if not hasattr(there[name], member)] == [], name
+
+
+def test_a_class_says_where_it_is_used() -> None:
+    found = docs_module("reference").context()["used_in"]
+    assert ":doc:`/quickstart`" in found["lightning_bilevel.ReverseUnroll"]
+    assert "``examples/maml.py``" not in found["lightning_bilevel.linear_solvers.Nystrom"]
+    assert found["lightning_bilevel.testing.RidgeBlackBox"] == []
 
 
 @pytest.mark.parametrize("name", sorted({**public(), **documented()}))

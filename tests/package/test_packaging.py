@@ -30,7 +30,7 @@ MODULES = [PACKAGE, *(found.name for found in pkgutil.walk_packages(lightning_bi
 OPTIONAL = {"higher", "jsonargparse", "learn2learn", "matplotlib", "rich", "scipy", "sklearn", "transformers"}
 FOLDERS = (PACKAGE, ".ci", ".github", "benchmarks", "docs", "examples", "tests")
 EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py")) if "def main" in path.read_text()]
-BUILT = ("_build", "_generated", "__pycache__")
+BUILT = ("_build", "_generated", "reference", "__pycache__")
 
 USER = """
 import pytorch_lightning as pl
