@@ -1,5 +1,6 @@
 """Sphinx configuration; `make docs` builds with warnings as errors, and without a network."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,11 +41,13 @@ html_show_sourcelink = False
 myst_enable_extensions = ["dollarmath", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3  # links to headings of other pages
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks: small tensors, and what their run times say
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 nb_execution_in_temp = True
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
