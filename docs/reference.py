@@ -1,9 +1,12 @@
-"""What the pages of the reference show beside a docstring: which members of a class, and which pages use it."""
+"""What the pages of the reference show beside a docstring: formulas, the members of a class, and what uses it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+from formulas import FORMULAS
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
@@ -68,7 +71,7 @@ def code(text: str) -> list[str]:
     return re.findall(r"```.*?```|`[^`\n]+`", text, re.S) if "```" in text else [text]
 
 
-def context() -> dict[str, dict[str, list[str]]]:
+def context() -> dict[str, dict[str, Any]]:
     """Return what the templates of autosummary know beside the object."""
     members = {f"lightning_bilevel.{name}": listed.split() for name, listed in MEMBERS.items()}
-    return {"used_in": used_in(), "shown": members}
+    return {"used_in": used_in(), "shown": members, "formulas": FORMULAS}

@@ -209,6 +209,22 @@ def test_the_members_in_the_reference_are_those_of_a_class_in_it() -> None:
         assert [member for member in members if not hasattr(there[name], member)] == [], name
 
 
+def test_every_strategy_has_its_formula_on_its_page() -> None:
+    strategies = importlib.import_module("lightning_bilevel.strategies")
+    names = set(strategies.__all__) - {"HypergradientStrategy", "HypergradientSchedule"}
+    assert set(docs_module("reference").context()["formulas"]) == names
+
+
+def test_formulas_can_be_converted() -> None:
+    """Here those of the strategies; a build says so of all."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("latex2mathml")
+    mathml = docs_module("mathml").mathml
+    for name, tex in docs_module("formulas").FORMULAS.items():
+        made = mathml(tex, None, "block")
+        assert made.startswith("<math") and "\\" not in made, name
+
+
 def test_a_class_says_where_it_is_used() -> None:
     found = docs_module("reference").context()["used_in"]
     assert ":doc:`/quickstart`" in found["lightning_bilevel.ReverseUnroll"]
@@ -253,6 +269,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert len(entries) == len(pages)
 
 
+@pytest.mark.skipif(not (DOCS / "images").is_dir(), reason="a source distribution has no pictures")
 def test_every_picture_is_there() -> None:
     for page in PAGES:
         for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text()):
