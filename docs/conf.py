@@ -41,7 +41,9 @@ html_show_sourcelink = False
 myst_enable_extensions = ["dollarmath", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3  # links to headings of other pages
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks: small tensors, and what their run times say
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the notebooks: small tensors, and what their run times say
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600

@@ -24,7 +24,9 @@ def also(known: str, address: str, *names: str) -> dict[str, str]:
 
 MODULE = "api/lightning.pytorch.core.LightningModule.html#lightning.pytorch.core.LightningModule"
 TRAINER = "common/trainer.html#lightning.pytorch.trainer.Trainer"
-CALLBACK = "api/lightning.pytorch.callbacks.Callback.html#lightning.pytorch.callbacks.Callback"
+CALLBACK = (
+    "api/lightning.pytorch.callbacks.Callback.html#lightning.pytorch.callbacks.Callback"
+)
 DDP = "api/lightning.pytorch.strategies.DDPStrategy.html#lightning.pytorch.strategies.DDPStrategy"
 NAMES = {
     "torch": {
@@ -48,7 +50,12 @@ NAMES = {
             "torch.nn.modules.module.Module",
             "nn.Module",
         ),
-        **own_page("torch.Generator", "torch.func.functional_call", "torch.vmap", folder="generated"),
+        **own_page(
+            "torch.Generator",
+            "torch.func.functional_call",
+            "torch.vmap",
+            folder="generated",
+        ),
         **own_page(
             *(
                 f"torch.optim.{name}"
@@ -68,10 +75,26 @@ NAMES = {
         ),
     },
     "lightning": {
-        **also("pytorch_lightning.LightningModule", MODULE, "pytorch_lightning.core.module.LightningModule"),
-        **also("pytorch_lightning.Trainer", TRAINER, "pytorch_lightning.trainer.trainer.Trainer"),
-        **also("pytorch_lightning.Callback", CALLBACK, "pytorch_lightning.callbacks.callback.Callback"),
-        **also("pytorch_lightning.strategies.DDPStrategy", DDP, "pytorch_lightning.strategies.ddp.DDPStrategy"),
+        **also(
+            "pytorch_lightning.LightningModule",
+            MODULE,
+            "pytorch_lightning.core.module.LightningModule",
+        ),
+        **also(
+            "pytorch_lightning.Trainer",
+            TRAINER,
+            "pytorch_lightning.trainer.trainer.Trainer",
+        ),
+        **also(
+            "pytorch_lightning.Callback",
+            CALLBACK,
+            "pytorch_lightning.callbacks.callback.Callback",
+        ),
+        **also(
+            "pytorch_lightning.strategies.DDPStrategy",
+            DDP,
+            "pytorch_lightning.strategies.ddp.DDPStrategy",
+        ),
     },
 }
 ADDRESSES = {"torch": TORCH, "lightning": LIGHTNING}
@@ -82,6 +105,14 @@ def write_all(folder: Path) -> dict[str, tuple[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     for project, names in NAMES.items():
         head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n# It is compressed using zlib.\n"
-        lines = (f"{name} py:class 1 {address} -\n" for name, address in sorted(names.items()))
-        (folder / f"{project}.inv").write_bytes(head.encode() + zlib.compress("".join(lines).encode()))
-    return {name: (address, str(folder / f"{name}.inv")) for name, address in ADDRESSES.items()}
+        lines = (
+            f"{name} py:class 1 {address} -\n"
+            for name, address in sorted(names.items())
+        )
+        (folder / f"{project}.inv").write_bytes(
+            head.encode() + zlib.compress("".join(lines).encode())
+        )
+    return {
+        name: (address, str(folder / f"{name}.inv"))
+        for name, address in ADDRESSES.items()
+    }

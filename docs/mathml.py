@@ -23,7 +23,11 @@ def mathml(tex: str, node: nodes.Node, display: str) -> str:
         LOGGER.warning("cannot convert the formula %r: %s", tex, error, location=node)
         return f"<code>{tex}</code>"
     if "\\" in found:  # what the converter does not know, it copies
-        LOGGER.warning("a command of the formula %r is not known to latex2mathml", tex, location=node)
+        LOGGER.warning(
+            "a command of the formula %r is not known to latex2mathml",
+            tex,
+            location=node,
+        )
     return found
 
 

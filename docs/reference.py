@@ -53,17 +53,37 @@ def entries() -> list[str]:
 
 def pages() -> list[Path]:
     """Return the pages of the documentation that may use a name."""
-    found = [path for room in (".", "results", "tutorials") for path in (DOCS / room).glob("*")]
-    return sorted(path for path in found if path.suffix in (".md", ".ipynb") and path.stem not in LISTS)
+    found = [
+        path
+        for room in (".", "results", "tutorials")
+        for path in (DOCS / room).glob("*")
+    ]
+    return sorted(
+        path
+        for path in found
+        if path.suffix in (".md", ".ipynb") and path.stem not in LISTS
+    )
 
 
 def used_in() -> dict[str, list[str]]:
     """Return, for each entry, links to the pages and paths of the examples whose programs or text name it."""
-    texts = {f":doc:`/{path.relative_to(DOCS).with_suffix('')}`": path.read_text() for path in pages()}
-    texts |= {f"``{path.relative_to(DOCS.parent)}``": path.read_text() for path in sorted(EXAMPLES.rglob("*.py"))}
+    texts = {
+        f":doc:`/{path.relative_to(DOCS).with_suffix('')}`": path.read_text()
+        for path in pages()
+    }
+    texts |= {
+        f"``{path.relative_to(DOCS.parent)}``": path.read_text()
+        for path in sorted(EXAMPLES.rglob("*.py"))
+    }
     texts = {place: text for place, text in texts.items() if "/tests/" not in place}
-    words = {place: set(re.findall(r"\w+", "\n".join(code(text)))) for place, text in texts.items()}
-    return {name: [place for place in words if name.rpartition(".")[2] in words[place]] for name in entries()}
+    words = {
+        place: set(re.findall(r"\w+", "\n".join(code(text))))
+        for place, text in texts.items()
+    }
+    return {
+        name: [place for place in words if name.rpartition(".")[2] in words[place]]
+        for name in entries()
+    }
 
 
 def code(text: str) -> list[str]:
@@ -73,5 +93,7 @@ def code(text: str) -> list[str]:
 
 def context() -> dict[str, dict[str, Any]]:
     """Return what the templates of autosummary know beside the object."""
-    members = {f"lightning_bilevel.{name}": listed.split() for name, listed in MEMBERS.items()}
+    members = {
+        f"lightning_bilevel.{name}": listed.split() for name, listed in MEMBERS.items()
+    }
     return {"used_in": used_in(), "shown": members, "formulas": FORMULAS}
