@@ -50,7 +50,7 @@ bench: .venv/installed-bench
 learn2learn: .venv/installed-learn2learn-itself
 
 clean:
-	rm -rf .venv build dist *.egg-info docs/_build outputs lightning_logs checkpoints
+	rm -rf .venv build dist *.egg-info docs/_build docs/_generated docs/reference outputs lightning_logs checkpoints
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -13,20 +13,46 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 IMAGES = Path(__file__).parent / "images"
-BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#8A8A8A"
+BLUE, VERMILION, GREEN, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#8A8A8A",
+)
 INK = "#222222"
 Point = tuple[float, float]
 
 
 def box(
-    axes: Axes, at: Point, text: str, colour: str, size: Point = (0.86, 0.62), font: float = 12, fill: str = "white"
+    axes: Axes,
+    at: Point,
+    text: str,
+    colour: str,
+    size: Point = (0.86, 0.62),
+    font: float = 12,
+    fill: str = "white",
 ) -> None:
     """Draw text in a rounded box around a point."""
     (x, y), (width, height) = at, size
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, ec=colour, fc=fill, lw=1.6, zorder=2))
-    axes.text(x, y, text, ha="center", va="center", fontsize=font, color=INK, zorder=3, linespacing=1.35)
+    axes.add_patch(
+        FancyBboxPatch(
+            corner, width, height, boxstyle=style, ec=colour, fc=fill, lw=1.6, zorder=2
+        )
+    )
+    axes.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=font,
+        color=INK,
+        zorder=3,
+        linespacing=1.35,
+    )
 
 
 def arrow(
@@ -76,20 +102,42 @@ def levels() -> plt.Figure:
     box(axes, phi, r"$\varphi$", VERMILION, font=16)
     box(axes, outer, r"$f(\theta_T,\varphi)$", VERMILION, size=(1.75, 0.72), font=13)
     for left, right in ((0, 1), (1, 2)):
-        arrow(axes, (theta[left][0] + 0.45, 0.6), (theta[right][0] - 0.45, 0.6), BLUE, 2)
+        arrow(
+            axes, (theta[left][0] + 0.45, 0.6), (theta[right][0] - 0.45, 0.6), BLUE, 2
+        )
     arrow(axes, (5.65, 0.6), (6.35, 0.6), BLUE, 2)
     axes.text(6.9, 0.6, r"$\cdots$", ha="center", va="center", fontsize=18, color=BLUE)
     arrow(axes, (7.45, 0.6), (8.15, 0.6), BLUE, 2)
     arrow(axes, (9.05, 0.6), (10.2, 0.6), VERMILION, 2)
-    for target, dashed in ((0.25, True), (1.3, False), (3.9, False), (7.8, False), (10.85, False)):
+    for target, dashed in (
+        (0.25, True),
+        (1.3, False),
+        (3.9, False),
+        (7.8, False),
+        (10.85, False),
+    ):
         arrow(
-            axes, (phi[0], 2.37), (target, 0.98 if target not in (1.3, 3.9, 7.8) else 0.68), VERMILION, 1.2, 0, dashed
+            axes,
+            (phi[0], 2.37),
+            (target, 0.98 if target not in (1.3, 3.9, 7.8) else 0.68),
+            VERMILION,
+            1.2,
+            0,
+            dashed,
         )
     for x, batch in ((1.3, 1), (3.9, 2), (7.8, "T")):
         axes.text(
-            x, 0.2, rf"$\nabla_\theta\, g(\theta,\varphi;\,x_{batch})$", ha="center", va="top", fontsize=11, color=BLUE
+            x,
+            0.2,
+            rf"$\nabla_\theta\, g(\theta,\varphi;\,x_{batch})$",
+            ha="center",
+            va="top",
+            fontsize=11,
+            color=BLUE,
         )
-    axes.text(11.1, 0.1, "outer batch", ha="center", va="top", fontsize=11, color=VERMILION)
+    axes.text(
+        11.1, 0.1, "outer batch", ha="center", va="top", fontsize=11, color=VERMILION
+    )
     axes.text(5.15, 2.86, "outer parameters", va="center", fontsize=11, color=VERMILION)
     axes.text(-0.45, 1.75, r"start $\Omega_0(\varphi)$", fontsize=11, color=VERMILION)
     bracket = -0.55
@@ -138,7 +186,9 @@ def _note(axes: Axes, text: str) -> None:
 
 def _back(axes: Axes, steps: int) -> None:
     arrow(axes, (6.9, -0.36), (5.3, -0.36), VERMILION, 2, -0.35)
-    for right, left in list(zip(POSITIONS[::-1], POSITIONS[-2::-1], strict=False))[:steps]:
+    for right, left in list(zip(POSITIONS[::-1], POSITIONS[-2::-1], strict=False))[
+        :steps
+    ]:
         arrow(axes, (right - 0.05, -0.36), (left + 0.05, -0.36), VERMILION, 2, -0.35)
 
 
@@ -167,7 +217,14 @@ def _forward(axes: Axes) -> None:
 def _implicit(axes: Axes) -> None:
     _run(axes)
     arrow(axes, (6.9, -0.36), (5.3, -0.36), VERMILION, 2, -0.35)
-    box(axes, (5.25, 1.15), r"$H^{-1}\,\partial^2_{\theta\varphi}\, g$", VERMILION, size=(2.1, 0.66), font=11)
+    box(
+        axes,
+        (5.25, 1.15),
+        r"$H^{-1}\,\partial^2_{\theta\varphi}\, g$",
+        VERMILION,
+        size=(2.1, 0.66),
+        font=11,
+    )
     arrow(axes, (5.25, 0.34), (5.25, 0.8), VERMILION, 2)
     _note(axes, "exact at the inner minimum; no graph of the run")
 
@@ -180,9 +237,15 @@ def _perturbation(axes: Axes) -> None:
     path = [(0.0, 0.35), (1.75, 0.95), (3.5, 0.95), (5.25, 0.95), (6.95, 0.1)]
     for (x0, y0), (x1, y1) in zip(path, path[1:], strict=False):
         arrow(
-            axes, (x0 + 0.12, y0 + (0.04 if y1 > y0 else 0)), (x1 - 0.14, y1 - (0.04 if y1 > y0 else -0.06)), GREEN, 1.8
+            axes,
+            (x0 + 0.12, y0 + (0.04 if y1 > y0 else 0)),
+            (x1 - 0.14, y1 - (0.04 if y1 > y0 else -0.06)),
+            GREEN,
+            1.8,
         )
-    axes.text(3.5, 1.25, r"run at $\varphi + \mu v$", fontsize=11, color=GREEN, ha="center")
+    axes.text(
+        3.5, 1.25, r"run at $\varphi + \mu v$", fontsize=11, color=GREEN, ha="center"
+    )
     _note(axes, "no derivative of the run: black boxes too")
 
 
@@ -215,28 +278,59 @@ def decision() -> plt.Figure:
             'ReverseUnroll\nReverseUnroll(checkpoint="sqrt")',
             BLUE,
         ),
-        ("Only a handful of outer parameters,\nsay at most 50?", "yes", "ForwardUnroll", BLUE),
+        (
+            "Only a handful of outer parameters,\nsay at most 50?",
+            "yes",
+            "ForwardUnroll",
+            BLUE,
+        ),
         (
             "Does the inner run end near a minimum\nthat moves with the outer parameters?",
             "yes",
             "ImplicitGradient",
             ORANGE,
         ),
-        ("Do the outer parameters act\nwithin the last few steps?", "yes", "TruncatedReverse, GammaGreedy", ORANGE),
+        (
+            "Do the outer parameters act\nwithin the last few steps?",
+            "yes",
+            "TruncatedReverse, GammaGreedy",
+            ORANGE,
+        ),
     ]
     top, gap, left, right = 9.2, 1.78, 4.0, 12.0
     for number, (question, answer, strategy, colour) in enumerate(questions):
         y = top - gap * number
-        box(axes, (left, y), question, GREY, size=(7.2, 1.12), font=11.5, fill="#FAFAFA")
+        box(
+            axes, (left, y), question, GREY, size=(7.2, 1.12), font=11.5, fill="#FAFAFA"
+        )
         box(axes, (right, y), strategy, colour, size=(5.6, 1.02), font=11.5)
         arrow(axes, (left + 3.6, y), (right - 2.8, y), INK, 1.5)
-        axes.text(left + 4.4, y + 0.12, answer, ha="center", va="bottom", fontsize=11, color=INK)
+        axes.text(
+            left + 4.4,
+            y + 0.12,
+            answer,
+            ha="center",
+            va="bottom",
+            fontsize=11,
+            color=INK,
+        )
         other = "no" if answer == "yes" else "yes"
         arrow(axes, (left, y - 0.56), (left, y - gap + 0.56), INK, 1.5)
         axes.text(left + 0.15, y - gap / 2, other, va="center", fontsize=11, color=INK)
     y = top - gap * len(questions)
-    box(axes, (left, y), "ForwardGradient\nwith a guide, where a biased one is near", GREEN, (7.2, 1.12), 11.5)
-    legend = ((BLUE, "exact"), (GREEN, "unbiased, or nearly; noisy"), (ORANGE, "biased, no noise"))
+    box(
+        axes,
+        (left, y),
+        "ForwardGradient\nwith a guide, where a biased one is near",
+        GREEN,
+        (7.2, 1.12),
+        11.5,
+    )
+    legend = (
+        (BLUE, "exact"),
+        (GREEN, "unbiased, or nearly; noisy"),
+        (ORANGE, "biased, no noise"),
+    )
     for number, (colour, text) in enumerate(legend):
         at = (9.6, y + 0.45 - 0.55 * number)
         box(axes, at, "", colour, size=(0.5, 0.32))
@@ -244,7 +338,11 @@ def decision() -> plt.Figure:
     return figure
 
 
-PICTURES = {"concepts_levels": levels, "concepts_estimates": estimates, "choosing": decision}
+PICTURES = {
+    "concepts_levels": levels,
+    "concepts_estimates": estimates,
+    "choosing": decision,
+}
 
 
 def main() -> None:
@@ -252,7 +350,13 @@ def main() -> None:
     with plt.rc_context({"mathtext.fontset": "cm", "font.family": "DejaVu Sans"}):
         for name, draw in PICTURES.items():
             figure = draw()
-            figure.savefig(IMAGES / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.1, facecolor="white")
+            figure.savefig(
+                IMAGES / f"{name}.png",
+                dpi=150,
+                bbox_inches="tight",
+                pad_inches=0.1,
+                facecolor="white",
+            )
             plt.close(figure)
 
 

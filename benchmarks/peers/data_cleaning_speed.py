@@ -7,7 +7,7 @@ the difference or the message, and is not timed.
 
 Time: CPU seconds of the process, one thread; the contenders take turns and the least of all their estimates counts.
 Ours is a training step of a Trainer with all that Lightning does for it. Memory: the most that tensors hold at once in
-one estimate. Betty and BOAT are left out where they are not installed (docs/peers.md says how).
+one estimate. Betty and BOAT are left out where they are not installed (benchmarks/results/peers.md says how).
 
     python benchmarks/peers/data_cleaning_speed.py [--cases mlp implicit long adam cnn]
 """
@@ -120,7 +120,7 @@ CASES = {
     "adam": Case(mlp, (784,), 1000, lr=1e-3, adam=True, without=["by hand, reverse", "Betty, reverse"]),
     "cnn": Case(partial(cnn, 10, channels=32), (1, 28, 28), 200, lr=0.1),
 }
-"""Betty's reverse mode does not run (docs/peers.md), which one case is enough to show; Adam by hand is not written."""
+"""Betty's reverse mode does not run (benchmarks/results/peers.md): one case shows it; Adam by hand is not written."""
 
 
 class Cleaning(BilevelModule):

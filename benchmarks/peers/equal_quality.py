@@ -76,7 +76,7 @@ PEERS = {
     for name, peer in peers.PEERS.items()
     if peer.method != "identity" and name not in ("Betty, reverse", "by hand, Neumann", "by hand, CG")
 }
-"""Betty's reverse mode does not run (docs/peers.md); the implicit loops by hand are no library's."""
+"""Betty's reverse mode does not run (benchmarks/results/peers.md); the implicit loops by hand are no library's."""
 HOPELESS = 0.94
 """AUROC of the weights below which no net is trained, which takes a second: none was near 93% with so bad ones."""
 

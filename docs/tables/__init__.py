@@ -1,18 +1,21 @@
 """The tables of the pages, made from committed results: ``{include} _generated/NAME.md`` where a page shows one.
 
-Each file here returns, from ``tables()``, its tables by name.
+Each file here returns, from ``tables()``, its tables by name. The reports in ``benchmarks/results/`` hold theirs
+between ``<!-- table: FILE/NAME -->`` and ``<!-- end -->``; ``cd docs && python -m tables`` writes these anew.
 """
 
 from __future__ import annotations
 
 import json
 import pkgutil
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def results(name: str) -> dict[str, Any]:
@@ -26,9 +29,21 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def filled(report: str) -> str:
+    """Return a report with its tables as the results are now."""
+
+    def table(place: re.Match[str]) -> str:
+        begin, file, name, end = place.groups()
+        return f"{begin}\n{import_module(f'{__name__}.{file}').tables()[name]}\n\n{end}"
+
+    return PLACE.sub(table, report)
+
+
 def write_all(folder: Path) -> None:
     """Write every table of this package as ``NAME.md``."""
     folder.mkdir(exist_ok=True)
     for found in pkgutil.iter_modules(__path__):
+        if found.name == "__main__":
+            continue
         for name, text in import_module(f"{__name__}.{found.name}").tables().items():
             (folder / f"{name}.md").write_text(text + "\n")

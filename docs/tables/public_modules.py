@@ -1,8 +1,11 @@
 """`benchmarks/public_modules/public_modules.py`."""
 
+from textwrap import fill
 from typing import Any
 
 from tables import markdown, results
+
+WIDEST = 88
 
 STRATEGIES = ["ReverseUnroll", "ForwardGradient", "PZOBO", "ImplicitGradient"]
 
@@ -34,4 +37,17 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def lines(row: dict[str, Any]) -> str:
-    return f"{row['package']}, {row['class']}:\n\n```python\n" + "\n".join(row["lines"]) + "\n```"
+    code = "\n".join(map(folded, row["lines"]))
+    return f"{row['package']}, {row['class']}:\n\n```python\n{code}\n```"
+
+
+def folded(line: str) -> str:
+    """Return a call that is too long for the page with its arguments below it, and a fit on a line of its own."""
+    if ").fit(" in line:
+        made, _, fitted = line.partition(".fit(")
+        return f"trainer = {made}\ntrainer.fit({fitted}"
+    if len(line) <= WIDEST or not line.endswith(")"):
+        return line
+    call, _, arguments = line.partition("(")
+    wrapped = fill(arguments[:-1], WIDEST, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return f"{call}(\n{wrapped}\n)"

@@ -19,7 +19,7 @@ class Adamax(ElementwiseOptimizer):
 
         u_t = max(β2 u_{t-1}, |g_t| + eps),    θ_t = θ_{t-1} - lr / (1 - β1^t) · m_t / u_t.
 
-    The derivative of the maximum is that of the larger one, and that of |g| is 0 at 0.
+    The derivative of the maximum is that of the larger one, and that of ``|g|`` is 0 at 0.
 
     OptState: ``"exp_avg"`` m and ``"exp_inf"`` u.
     Cost: six tensor operations a parameter, one more for weight decay.

@@ -156,7 +156,7 @@ def test_learn2learn_can_be_imported_after_its_benchmark(benchmark: Any) -> None
 @pytest.mark.parametrize("name", ["mlp", "implicit", "adam"])
 @pytest.mark.filterwarnings("ignore")  # the other libraries' own
 def test_other_libraries_compute_our_hypergradients(name: str, speed: Any) -> None:
-    """But for those that docs/peers.md lists: their rows say how they differ, or why they do not run."""
+    """But for those that benchmarks/results/peers.md lists: their rows say how they differ, or why they do not run."""
     rows = speed.compare(speed.contenders(speed.CASES[name]), speed.CASES[name])
     others = {(row["method"], row["library"]) for row in rows if not row.get("same")}
     assert others <= {

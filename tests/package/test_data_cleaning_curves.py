@@ -128,7 +128,7 @@ BOAT_AND_BETTY = ["BOAT, reverse", "BOAT, Neumann", "Betty, Neumann"]
 @pytest.mark.parametrize("name", PEERS + BOAT_AND_BETTY)
 def test_another_library_computes_our_hypergradient(name: str, quality: Any) -> None:
     if not quality.PEERS[name].installed:
-        pytest.skip(f"{name} is not installed: docs/peers.md says how")
+        pytest.skip(f"{name} is not installed: benchmarks/results/peers.md says how")
     assert quality.difference(quality.digits(0), name) < 1e-4
 
 
@@ -144,7 +144,7 @@ def test_a_wrong_hypergradient_would_be_seen(quality: Any, monkeypatch: pytest.M
 def test_another_library_takes_our_steps(name: str, quality: Any) -> None:
     """Minibatches, the carried net and Adam included: after some outer steps the weights are those of the Trainer."""
     if not quality.PEERS[name].installed:
-        pytest.skip(f"{name} is not installed: docs/peers.md says how")
+        pytest.skip(f"{name} is not installed: benchmarks/results/peers.md says how")
     problem = quality.digits(0)._replace(batch_size=50)
     episodes = quality.Episodes(problem.data, quality.INNER_STEPS, 50, seed=1)
     taken = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import pkgutil
 import re
@@ -30,7 +31,7 @@ MODULES = [PACKAGE, *(found.name for found in pkgutil.walk_packages(lightning_bi
 OPTIONAL = {"higher", "jsonargparse", "learn2learn", "matplotlib", "rich", "scipy", "sklearn", "transformers"}
 FOLDERS = (PACKAGE, ".ci", ".github", "benchmarks", "docs", "examples", "tests")
 EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py")) if "def main" in path.read_text()]
-BUILT = ("_build", "_generated", "__pycache__")
+BUILT = ("_build", "_generated", "reference", "__pycache__")
 
 USER = """
 import pytorch_lightning as pl
@@ -178,6 +179,30 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_demo() -> None:
     assert max(mean, key=lambda name: mean[name]) == "learned start and rate"
 
 
+def relative(text: str) -> list[str]:
+    """Return the targets of links and pictures that are no addresses."""
+    return re.findall(r"\]\((?!https?://)([^)]*)\)", text)
+
+
+def test_links_of_the_description_are_cut_or_absolute() -> None:
+    """Which of the two, one setting says."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    readme = (ROOT / "README.md").read_text()
+    assert len(relative(readme)) > 20
+    cut = script.description(readme, "")
+    assert "](" not in re.sub(r"\]\(https?://", "", cut)
+    assert "docs/images" not in cut
+    absolute = script.description(readme, "https://example.org/files/")
+    assert relative(absolute) == []
+    assert absolute.count("https://example.org/files/") == len(relative(readme))
+    assert script.description("[a](https://b.c) ![d](e.png)\n\n[f](g.md)", "") == "[a](https://b.c) f"
+    assert packaging("description", "files") == ""
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#\s:]+)\)", (ROOT / page).read_text())
@@ -232,7 +257,22 @@ def test_the_source_distribution_has_the_checkout(distributions: Distributions) 
     names = {name.partition("/")[2] for name in tarfile.open(distributions.source).getnames()}
     assert {"LICENSE", "tests/package/test_packaging.py", "examples/data_cleaning.py", "docs/index.md"} <= names
     left_out = {".git", ".gitignore", ".coverage"}  # `.git` is a file in a linked worktree
-    assert files(distributions.checkout) - names <= left_out
+    lacking = {name for name in files(distributions.checkout) - names if not name.endswith((".png", ".npz"))}
+    assert lacking <= left_out
+    assert distributions.source.stat().st_size < 2_000_000
+
+
+@pytest.mark.slow
+def test_the_description_stands_by_itself(distributions: Distributions) -> None:
+    """On a package index no file lies beside it."""
+    with zipfile.ZipFile(distributions.wheel) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+        head, _, text = wheel.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert "Project-URL" not in head  # until there is one that leads somewhere
+    assert "make demo" in text
+    assert "## Hypergradient strategies" in text
+    assert relative(text) == []
 
 
 @pytest.mark.slow

@@ -13,11 +13,15 @@ def cells(count):
     """Return counts of thirty genes in cells of two kinds."""
     rates = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) * 8
     x = torch.poisson(rates[torch.randint(2, (count,))])
-    return {REGISTRY_KEYS.X_KEY: x, REGISTRY_KEYS.BATCH_KEY: torch.zeros(count, 1), REGISTRY_KEYS.LABELS_KEY: None}
+    return {
+        REGISTRY_KEYS.X_KEY: x,
+        REGISTRY_KEYS.BATCH_KEY: torch.zeros(count, 1),
+        REGISTRY_KEYS.LABELS_KEY: None,
+    }
 
 
 def weighted_elbo(plan, batch):
-    """Return the training loss, with the learned weight of the Kullback-Leibler divergence."""
+    """Return the training loss, with the learned weight of the divergence."""
     return plan(batch, loss_kwargs={"kl_weight": plan.module.log_weight.exp()})[2].loss
 
 
@@ -38,7 +42,12 @@ wrapped = bilevel(
     inner_optimizer=Adam(lr=0.01),
     inner_steps=5,
 )
-options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-trainer = pl.Trainer(max_steps=60, accelerator="cpu", callbacks=[ReverseUnroll()], **options)
+options = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+    False,
+)
+trainer = pl.Trainer(
+    max_steps=60, accelerator="cpu", callbacks=[ReverseUnroll()], **options
+)
 trainer.fit(wrapped, EpisodeLoader(inner=[cells(40)], outer=[cells(200)]))
 print(f"weight of the KL divergence: {model.log_weight.exp().item():.2f}, from 1.00")
