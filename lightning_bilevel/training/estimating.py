@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.data.inputs import parts
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, stack_size, vectorizes
 from lightning_bilevel.generators import process_generators
@@ -20,6 +21,9 @@ from lightning_bilevel.randomness import Call, Key, RngState, repeating
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.tree import Params
+
+PARTS = "how many parts an inner batch has"
+"""Key of :attr:`FunctionalModule.findings`."""
 
 
 class Surroundings(NamedTuple):
@@ -121,6 +125,7 @@ def estimating(
         whole = functional.problem
         return whole if inner_steps is None else replace(whole, inner_steps=inner_steps)
 
+    functional.findings[PARTS] = parts(episodes[0].inner[0])
     with functional.session(twice, lambda: check(problem())) as before:
         examination = examination_of(functional, memory.values(functional), episodes[0])
         generators = [*examination.generators, *functional.drawn]

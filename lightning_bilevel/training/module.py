@@ -11,7 +11,7 @@ import torch
 
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes
-from lightning_bilevel.data.inputs import check_inner_batches
+from lightning_bilevel.data.inputs import check_inner_batches, warn_of_parts
 from lightning_bilevel.errors import integer, missing_error, number, one_of
 from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
@@ -19,6 +19,7 @@ from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.training.attachment import attached
+from lightning_bilevel.training.estimating import PARTS
 from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
 
 
@@ -106,7 +107,7 @@ class BilevelModule(BilevelHooks):
         Works under Lightning's inference mode. The module itself is unchanged.
 
         Args:
-            batches: inner batches, as in ``Episode.inner``: a list, also of one.
+            batches: inner batches, as in ``Episode.inner``: a list of them, or one that is no list or tuple.
             steps: inner steps; default ``inner_steps``; 0 is θ_0.
 
         Raises:
@@ -145,6 +146,7 @@ class BilevelModule(BilevelHooks):
                 functional.session(twice=False),
             ):
                 episode = Episode(check_inner_batches(batches), None)
+                warn_of_parts(episode.inner, functional.findings.get(PARTS, 0), "an inner batch of the last estimate")
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
                 problem = replace(functional.problem.judged_at_the_end().on(episode), inner_steps=steps)
                 phi = functional.phi()
