@@ -66,13 +66,19 @@ def value_error(what: str, expected: str, got: Any, hint: str = "") -> ArgumentE
     return ArgumentError(f"{message}. {hint}" if hint else f"{message}.", message, hint)
 
 
-def no_loss_error(what: str) -> NoLossError:
-    """Say which loss was ``None``, in a place where there is no step to skip.
+def no_loss_error(what: str, hint: str = "Is a `return` missing?") -> NoLossError:
+    """Say which loss was ``None``.
+
+    Args:
+        what: the call that returned it.
+        hint: what to do, as a sentence.
 
     >>> print(no_loss_error("Net.loss(batch)"))
-    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None. A fit skips such a step.
+    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None.
+    Is a `return` missing? A fit skips such a step.
     """
-    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, "A fit skips such a step.")
+    hint = f"{hint} A fit skips such a step."
+    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, hint)
     return NoLossError(str(error), error.reason, error.fix)
 
 

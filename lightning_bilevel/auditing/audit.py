@@ -236,7 +236,7 @@ class StrategyAudit(Callback):
 def _report(rehearsal: Rehearsal, strategies: Sequence[HypergradientStrategy]) -> Audit:
     rows = tuple(rehearsal.rows(strategies))
     vectorization, vectorizes = rehearsal.vectorization()
-    notes = tuple(note for note in (rehearsal.obstacle(), rehearsal.unread(), vectorization) if note)
+    notes = tuple(note for note in (rehearsal.obstacle(), rehearsal.kind(), rehearsal.unread(), vectorization) if note)
     module = rehearsal.module
     memory = rehearsal.step_bytes()
     return Audit(type(module).__name__, rows, rehearsal.steps, module.inner_steps, notes, vectorizes, memory)

@@ -107,8 +107,8 @@ def check_no_batch(what: str, batches: Sequence[Any], plural: str) -> None:
 
     >>> check_no_batch("adapted(...)", [torch.ones(2, 3), torch.ones(2)], "batches")
     Traceback (most recent call last):
-    lightning_bilevel.errors.ArgumentError: Expected `adapted(...)` to be a list of batches, got 'float32 (2, 3), \
-    float32 (2)'. Is it one batch? Write it in brackets: `[[a, b]]`. Are they 2 batches? Write each in brackets of its \
+    lightning_bilevel.errors.ArgumentError: Expected `adapted(...)` to be a list of batches, got 'float32 (2, 3),
+    float32 (2)'. Is it one batch? Write it in brackets: `[[a, b]]`. Are they 2 batches? Write each in brackets of its
     own, `[[a], [b]]`, and take it out of them in the loss.
     """
     if len(batches) < 2 or type(batches) is Batches or not any(map(_is_bare, batches)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,41 @@ class Examination:
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
         generators: of the process, those of NumPy and ``random``, from which the losses draw.
+        direct: outer parameters that the outer loss reads itself.
+        acting: those that the inner problem depends on: its loss, its start or its updates; ``None`` where that is not
+            known, as of a user's solver.
     """
 
     buffers: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     once_differentiable: tuple[tuple[str, str], ...] = ()
     generators: tuple[Any, ...] = ()
+    direct: frozenset[str] = field(default=frozenset(), compare=False)
+    acting: frozenset[str] | None = field(default=None, compare=False)
+
+    @property
+    def one_level(self) -> bool:
+        """Whether the inner problem is known not to depend on any outer parameter."""
+        return self.acting is not None and not self.acting and bool(self.direct)
+
+    def kind(self) -> str:
+        """Return a sentence on how the outer parameters act; empty where that is not known.
+
+        >>> Examination(direct=frozenset({"decoder", "decay"}), acting=frozenset({"decay", "lr"})).kind()
+        'The outer parameters lr act through the inner problem only; decay act through the inner problem, and the
+        outer loss reads them, too: of a penalty or a weight in it they make as little as they can; decoder act in the
+        outer loss only, and the inner problem does not depend on them.'
+        """
+        if self.acting is None:
+            return ""
+        groups = {
+            "act through the inner problem only": self.acting - self.direct,
+            "act through the inner problem, and the outer loss reads them, too: of a penalty or a weight in it they "
+            "make as little as they can": self.acting & self.direct,
+            "act in the outer loss only, and the inner problem does not depend on them": self.direct - self.acting,
+        }
+        said = [f"{abbreviate(sorted(names))} {how}" for how, names in groups.items() if names]
+        return f"The outer parameters {'; '.join(said)}." if said else ""
 
 
 def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
@@ -91,19 +120,24 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
                 "inner loss that depends on the inner parameters",
                 f"Use {', '.join(levels.inner[:3])} in `inner_loss(batch)`, not detached",
             )
-        unreached: list[str] = []
+        direct, unreached = names_reached([losses["outer_loss"]], phi), list[str]()
+        acting: set[str] | None = None
         if inner is not None:  # what a user's solver reads, no graph tells
             own = {name: value for name, value in phi.items() if name not in levels.shared}
-            reached = names_reached(list(start.values()), own)
+            acting = {*levels.shared, *names_reached(list(start.values()), own), *names_reached([inner], phi)}
+            reached = (acting - levels.shared) | direct
             if functional.problem.outer_loss_weights is not None:
                 reached |= names_reached([functional.problem.outer_loss_weights(phi)], phi)
             for loss in losses.values():
-                reached |= names_reached([loss], phi) | names_reached([loss], theta)
+                reached |= names_reached([loss], theta)
             unreached = [name for name in levels.outer if name not in reached]
-            if unreached:
-                unreached = [name for name in unreached if name not in functional.learned()]
+            if unreached or not acting:
+                learned = functional.learned()
+                acting |= learned
+                unreached = [name for name in unreached if name not in learned]
         once = once_differentiable(inner) if inner is not None else []
-        return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn)
+        how = frozenset(direct), None if acting is None else frozenset(acting)
+        return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn, *how)
 
 
 def evaluate(

@@ -168,7 +168,8 @@ class Plain(LightningModule):
 
 def test_a_checkpoint_brings_the_momentum_along_for_a_wrapped_module_without_a_strategy(tmp_path):
     def wrapped() -> Any:
-        return bilevel(Plain(), inner="net", outer="scale", inner_optimizer=SGD(lr=0.1, momentum=0.9))
+        sgd = SGD(lr=0.1, momentum=0.9)
+        return bilevel(Plain(), inner="net", outer="scale", outer_loss="training_step", inner_optimizer=sgd)
 
     module, fit = wrapped(), trainer(ReverseUnroll())
     fit.fit(module, loader(), listed([examples(0)]))
