@@ -114,9 +114,7 @@ def test_a_step_gets_the_number_of_the_batch_by_position() -> None:
 
 def test_a_step_that_returns_nothing_says_what_to_do() -> None:
     wrapped = made("log_penalty", outer_loss="test_step")
-    message = (
-        r"`Penalized\.test_step\(batch\)` to be .*, got None\. Let it return the loss, .*`bilevel\(outer_loss="
-    )
+    message = r"`Penalized\.test_step\(batch\)` to be .*, got None\. Let it return the loss, .*`bilevel\(outer_loss="
     with pytest.raises(ValueError, match=message):
         hypergradient(wrapped, ReverseUnroll(), episode())
     with pytest.warns(UserWarning, match=r"^`training_step` returned `None`") as caught:
