@@ -27,6 +27,7 @@ from lightning_bilevel.randomness import Call, Key, seed_of
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.estimating import Reach, estimated
 from lightning_bilevel.training.memory import FitMemory
+from lightning_bilevel.training.modes import modes_of
 from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
@@ -290,6 +291,7 @@ class Fit:
         self._said_none = False
         self._rollback = Rollback(functional, memory)
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
+        self._epoch = -1  # in which the modes were looked at
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
         self.module._levels = levels = functional.levels
@@ -331,6 +333,8 @@ class Fit:
         module, memory, ranks = self.module, self.memory, self.ranks
         self._refuse_second_evaluation()
         self._refuse_changes()
+        if self._epoch != module.current_epoch:
+            self._epoch, memory.modes = module.current_epoch, modes_of(module)
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
         call = Call(key, ranks.shard, module.global_step)
         episodes: list[Episode] = []
