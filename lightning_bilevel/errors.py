@@ -115,6 +115,19 @@ def missing_error(owner: str, what: str, fix: str) -> MisconfigurationError:
     return MisconfigurationError(f"`{owner}` has no {what}. {fix}.", f"`{owner}` has no {what}", f"{fix}.")
 
 
+def add_note(error: Exception, note: str) -> None:
+    """Add a line to what a traceback shows; before Python 3.11, to the message.
+
+    >>> add_note(error := ValueError("no"), "In the inner loss.")
+    >>> "In the inner loss." in f"{error} {getattr(error, '__notes__', '')}"
+    True
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+
+
 def report(found: Sequence[MisconfigurationError]) -> MisconfigurationError:
     """Return one error for all that was found: a line for each, the same fix named once.
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
-from lightning_bilevel.stacking import replaced, tensors_in
+from lightning_bilevel.stacking import described, replaced, tensors_in
 
 
 def check_episodes(episodes: Sequence[Episode], owner: str) -> list[Episode]:
@@ -118,7 +118,7 @@ def check_no_batch(what: str, batches: Sequence[Any], plural: str) -> None:
         raise value_error(
             what,
             f"a list of {plural}",
-            ", ".join(map(_described, batches)),
+            ", ".join(map(described, batches)),
             f"Is it one batch? Write it in brackets: `[[{one}]]`. Are they {len(batches)} batches? Write each in "
             f"brackets of its own, `[{each}]`, and take it out of them in the loss.",
         )
@@ -202,14 +202,6 @@ def _of_one_loader(batches: Sequence[Any]) -> bool:
     first, *others = [(batch.dtype, tuple(batch.shape)) for batch in batches]
     rows = len(first[1]) > 1
     return all((dtype, shape[rows:]) == (first[0], first[1][rows:]) for dtype, shape in others)
-
-
-def _described(batch: Any) -> str:
-    """Return what a batch is, in a few words."""
-    if not _is_bare(batch):
-        return type(batch).__name__
-    shape = () if getattr(batch, "is_nested", False) else batch.shape
-    return f"{str(batch.dtype).removeprefix('torch.')} ({', '.join(map(str, shape))})"
 
 
 def _letters(count: int, left: str, right: str) -> str:

@@ -19,8 +19,9 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import LIBRARIES, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached, scalar, usable
 from lightning_bilevel.modules.levels import abbreviate
-from lightning_bilevel.modules.written import Written, written_to_level
+from lightning_bilevel.modules.written import Written, versions_of, written_to_level
 from lightning_bilevel.problem import Episode
+from lightning_bilevel.stacking import copied
 from lightning_bilevel.tree import Params
 
 PACKAGE = Path(__file__).parents[1]
@@ -162,6 +163,8 @@ def evaluate(
     present = {name: usable(buffer) for name, buffer in module.named_buffers()}
     clones = tree.map(torch.clone, present)
     others = {name: usable(p).data.requires_grad_(p.requires_grad) for name, p in functional.of_neither_level().items()}
+    inner, outer = copied(episode.inner[0], tensors=True), copied(episode.outer, tensors=True)
+    versions, known, functional.writes_to_batches = versions_of([inner, outer]), functional.writes_to_batches, False
     levels = {**phi, **theta}
     parameters = {**others, **levels}
     written = Written(parameters)
@@ -174,19 +177,22 @@ def evaluate(
         ):
             if not module.has_solver:
                 with functional.recorder.evaluation():
-                    losses["inner_loss"] = scalar(module, "inner_loss", module.inner_loss(episode.inner[0]))
+                    losses["inner_loss"] = scalar(module, "inner_loss", functional.called("inner", inner))
             if episode.outer is not None:
                 with functional.recorder.evaluation():
-                    losses["outer_loss"] = scalar(module, "outer_loss", module.outer_loss(episode.outer))
+                    losses["outer_loss"] = scalar(module, "outer_loss", functional.called("outer", outer))
             # BatchNorm's kernels write without counting a version, so values are compared too.
             changed = [
                 name
                 for name, clone in clones.items()
                 if current(name) is not clone or clone._version or not torch.equal(clone, present[name])
             ]
+            written_batches = versions_of([inner, outer]) != versions
             replaced = [name for name, tensor in parameters.items() if current(name) is not tensor]
     finally:
         written.undo()
+        functional.writes_to_batches = known
+    functional.writes_to_batches = bool(known) or written_batches
     names = list(dict.fromkeys([*written.names(), *replaced]))
     if moved := [name for name in names if name in levels]:
         raise written_to_level(type(module).__name__, abbreviate(moved))

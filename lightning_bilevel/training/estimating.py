@@ -16,6 +16,7 @@ from lightning_bilevel.estimation import estimate, stack_size, vectorizes
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.written import versions_of, written_to_batch
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, Key, RngState, repeating
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -136,12 +137,15 @@ def estimating(
         if carry is not None:
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
+        marks = versions_of(episodes[0].inner[0]), versions_of(episodes[0].outer)
         with (
             repeating([*functional.generators, *generators]),
             RngState(functional.device).fork(masks.fold_in(-1).seed),
         ):
             phi = functional.phi()
             yield Surroundings(problem(), carried, kept, phi, episodes, examination, generators, before)
+        if marks != (versions_of(episodes[0].inner[0]), versions_of(episodes[0].outer)):
+            raise written_to_batch(type(functional.module).__name__)
 
 
 def estimated(

@@ -120,8 +120,8 @@ class BilevelModule(BilevelHooks):
             batches: inner batches, as in ``Episode.inner``: a list of them, or one that is no list or tuple.
             steps: inner steps; default ``inner_steps``; 0 is θ_0.
             mode: of the inner steps. ``"train"``: as in the last step of a fit, where parts of the module may be in
-                evaluation mode; without one, all of it in training mode. ``"eval"``: evaluation mode. ``None``: the mode
-                that the module is in. Where the steps meet running statistics in evaluation mode, a warning says so.
+                evaluation mode; without one, all of it in training mode. ``"eval"``: evaluation mode. ``None``: the
+                mode that the module is in. Where steps meet running statistics in evaluation mode, a warning says so.
 
         Raises:
             ValueError: no inner batch, or a bad ``steps`` or ``mode``.
