@@ -66,13 +66,19 @@ def value_error(what: str, expected: str, got: Any, hint: str = "") -> ArgumentE
     return ArgumentError(f"{message}. {hint}" if hint else f"{message}.", message, hint)
 
 
-def no_loss_error(what: str) -> NoLossError:
-    """Say which loss was ``None``, in a place where there is no step to skip.
+def no_loss_error(what: str, hint: str = "Is a `return` missing?") -> NoLossError:
+    """Say which loss was ``None``.
+
+    Args:
+        what: the call that returned it.
+        hint: what to do, as a sentence.
 
     >>> print(no_loss_error("Net.loss(batch)"))
-    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None. A fit skips such a step.
+    Expected `Net.loss(batch)` to be a loss tensor, or a mapping with one at 'loss', got None.
+    Is a `return` missing? A fit skips such a step.
     """
-    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, "A fit skips such a step.")
+    hint = f"{hint} A fit skips such a step."
+    error = value_error(what, "a loss tensor, or a mapping with one at 'loss'", None, hint)
     return NoLossError(str(error), error.reason, error.fix)
 
 
@@ -107,6 +113,19 @@ def missing_error(owner: str, what: str, fix: str) -> MisconfigurationError:
     MisconfigurationError('`Net` has no inner_loss. Add `def inner_loss(self, batch): ...`.')
     """
     return MisconfigurationError(f"`{owner}` has no {what}. {fix}.", f"`{owner}` has no {what}", f"{fix}.")
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add a line to what a traceback shows; before Python 3.11, to the message.
+
+    >>> add_note(error := ValueError("no"), "In the inner loss.")
+    >>> "In the inner loss." in f"{error} {getattr(error, '__notes__', '')}"
+    True
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 
 def report(found: Sequence[MisconfigurationError]) -> MisconfigurationError:

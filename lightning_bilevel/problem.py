@@ -63,7 +63,8 @@ class Episode(NamedTuple):
 
     Attributes:
         inner: the inner batches in order; cycled when there are fewer than inner steps. A batch may be anything, also
-            ``None`` where the inner problem has no data.
+            ``None`` where the inner problem has no data. One that is a mapping, a ``NamedTuple`` or a dataclass may
+            stand here by itself; one that is a list, such as a ``DataLoader`` yields, in brackets.
         outer: the batch for the outer loss.
 
     >>> Episode(inner=["support"], outer="query")

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+_WHOLE = (Tensor, str, int, float)
+"""Types of what can be in a batch and has nothing to copy in it."""
+
 
 def alike(a: Any, b: Any) -> bool:
     """Return whether two batches have the same structure, shapes and dtypes, so that they can be stacked.
@@ -83,6 +86,75 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
             yield leaf
         elif (entries := _entries(leaf)) is not None:
             yield from tensors_in(list(entries))
+
+
+def leaves_in(batch: Any) -> Iterator[Any]:
+    """Yield what a batch has in its containers, tensors or not.
+
+    >>> list(leaves_in(UserDict(x=[1, "a"], y=2)))
+    [1, 'a', 2]
+    """
+    entries = _entries(batch)
+    if entries is None:
+        yield batch
+    else:
+        for entry in entries:
+            yield from leaves_in(entry)
+
+
+def described(batch: Any) -> str:
+    """Return what a batch is, in a few words: containers with what is in them, dtypes and shapes.
+
+    >>> described((torch.ones(5, 3), {"y": torch.arange(5), "names": ["a", "b", "c", "d", "e"]}))
+    '(float32 (5, 3), {y: int64 (5), names: [str, str, str, ...]})'
+    """
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        shape = () if getattr(batch, "is_nested", False) else batch.shape
+        return f"{str(batch.dtype).removeprefix('torch.')} ({', '.join(map(str, shape))})"
+    left, right = ("(", ")") if type(batch) is tuple else ("[", "]") if type(batch) is list else ("{", "}")
+    if isinstance(batch, (dict, UserDict)):
+        parts = [f"{key}: {described(value)}" for key, value in batch.items()]
+    elif type(batch) in (tuple, list):
+        parts = [described(part) for part in batch]
+    else:
+        return "None" if batch is None else type(batch).__name__
+    return f"{left}{', '.join(parts if len(parts) <= 4 else [*parts[:3], '...'])}{right}"
+
+
+def copied(batch: Any, tensors: bool = False) -> Any:
+    """Return a batch whose containers, and objects of other kinds, may be written to: copies, with the same in them.
+
+    Args:
+        batch: anything.
+        tensors: whether its tensors are copied, too.
+
+    >>> batch = {"x": torch.ones(2)}
+    >>> written = copied(batch)
+    >>> written["y"] = written.pop("x")
+    >>> list(batch), written["y"] is batch["x"]
+    (['x'], True)
+    """
+    if isinstance(batch, Tensor):
+        return batch.clone() if tensors else batch
+    kind = type(batch)
+    if kind is tuple or kind is list:
+        # Most batches, and as many words as there are examples, are done in a moment.
+        if not tensors and all([type(part) in _WHOLE for part in batch]):
+            return kind(batch)
+        return kind([copied(part, tensors) for part in batch])
+    if kind is dict:
+        return {key: copied(part, tensors) for key, part in batch.items()}
+    entries = _entries(batch)
+    if entries is not None:
+        return _filled(batch, [copied(entry, tensors) for entry in entries])
+    if tensors:  # also those in what torch's trees know
+        batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    if not hasattr(batch, "__dict__") or callable(batch):
+        return batch
+    try:
+        return copy.copy(batch)
+    except Exception:  # not every object can be copied
+        return batch
 
 
 def replaced(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_bilevel.auditing.rehearsal import AuditRow, Rehearsal, compiled
+from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, value_error
 from lightning_bilevel.host import (
     Callback,
@@ -168,6 +169,7 @@ def audit(
         episodes = list(module.episodes(move_data_to_device(batch, module.functional().device)))[:EPISODES]
         if not episodes:
             raise value_error("audit(batch=...)", "at least one episode", batch)
+        check_episodes(episodes, type(module).__name__)
         report = _report(Rehearsal(module, episodes, steps, seed), chosen)
     if verbose:
         print(report)
@@ -234,7 +236,7 @@ class StrategyAudit(Callback):
 def _report(rehearsal: Rehearsal, strategies: Sequence[HypergradientStrategy]) -> Audit:
     rows = tuple(rehearsal.rows(strategies))
     vectorization, vectorizes = rehearsal.vectorization()
-    notes = tuple(note for note in (rehearsal.obstacle(), rehearsal.unread(), vectorization) if note)
+    notes = tuple(note for note in (rehearsal.obstacle(), rehearsal.kind(), rehearsal.unread(), vectorization) if note)
     module = rehearsal.module
     memory = rehearsal.step_bytes()
     return Audit(type(module).__name__, rows, rehearsal.steps, module.inner_steps, notes, vectorizes, memory)

@@ -100,6 +100,7 @@ class Rehearsal:
         self._reach = Reach()
         self._first_order = self.attempt(FirstOrder(), timed=False)
         self._graphs: Graphs = self._probe(graphs).result or Graphs()
+        self._kind = self._probe(lambda at: at.examination.kind())
         self._exact = self.attempt(ReverseUnroll(), timed=False).result
         self._differences = self._difference() if self._exact is not None else None
         if self._graphs.once or self._agrees(ReverseUnroll(), self._exact) is False:
@@ -126,6 +127,10 @@ class Rehearsal:
             found = diagnose(error, lambda: self._estimate(FirstOrder()))
             return f"Not even first derivatives work: {located(found.reason, found.where)}. {found.fix}"
         return f"The outer loss has no gradient: {self._graphs.flat}" if self._graphs.flat else ""
+
+    def kind(self) -> str:
+        """Return a sentence on how the outer parameters act; empty where that is not known."""
+        return self._kind.result or ""
 
     def unread(self) -> str:
         """Return a sentence on outer parameters that these episodes do not read; empty where they read all."""

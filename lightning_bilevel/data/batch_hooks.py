@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_bilevel.data.inputs import Batches, as_batches
 from lightning_bilevel.problem import Episode
 
 
@@ -32,7 +33,9 @@ def each_batch(episodes: Any, function: Callable[[Any], Any]) -> Any:
     [Episode(inner=[10, 20], outer=30)]
     """
     if isinstance(episodes, Episode):
-        return Episode([function(batch) for batch in episodes.inner], function(episodes.outer))
+        inner = as_batches(episodes.inner)
+        kind = Batches if isinstance(inner, Batches) else list
+        return Episode(kind(map(function, inner)), function(episodes.outer))
     if isinstance(episodes, Mapping):
         return {level: function(batch) for level, batch in episodes.items()}
     return [each_batch(episode, function) for episode in episodes]

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 from typing_extensions import Self, override
 
+from lightning_bilevel.data.inputs import Batches, check_no_batch
 from lightning_bilevel.errors import combination_error, integer, value_error
 from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer, rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
@@ -76,9 +77,7 @@ class EpisodeLoader(CombinedLoader):
     ) -> None:
         loaders: dict[str, Any] = {"inner": inner, "outer": outer}
         for name, loader in loaders.items():
-            if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-                hint = "Wrap it: `DataLoader(dataset, batch_size=...)`, or `batch_size=None` if its items are batches."
-                raise value_error(f"EpisodeLoader({name}=...)", "a loader of batches", type(loader).__name__, hint)
+            _check_loader(f"EpisodeLoader({name}=...)", loader)
         # Set afterwards, a list is a list of batches; Lightning would take it for a list of loaders. The outer loader
         # is first because Lightning's progress bars in validation show the length of the first.
         super().__init__({"outer": None, "inner": None}, "max_size_cycle")
@@ -129,7 +128,7 @@ class EpisodeLoader(CombinedLoader):
             self._end_pass()
             raise StopIteration
         number = self._outer.batches - 1
-        episode = Episode(self._inner.read_on(inner_loader, rank, self.inner_batches), outer[0])
+        episode = Episode(Batches(self._inner.read_on(inner_loader, rank, self.inner_batches)), outer[0])
         if self._outer.batches >= self._episodes():
             self._end_pass()
         elif not reads_ahead:
@@ -194,6 +193,17 @@ class EpisodeLoader(CombinedLoader):
         # Saved at its end, a pass is resumed at the start of the next; else Lightning would run an epoch of no batch.
         self._next_pass()
         self._ended = True
+
+
+def _check_loader(what: str, loader: Any) -> None:
+    """Refuse what is no loader: a data set, whose items are examples, or a batch, which would be gone over by parts."""
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        hint = "Wrap it: `DataLoader(dataset, batch_size=...)`, or `batch_size=None` if its items are batches."
+        raise value_error(what, "a loader of batches", type(loader).__name__, hint)
+    if isinstance(loader, (Tensor, Mapping, str)) or hasattr(loader, "_fields"):
+        raise value_error(what, "a loader of batches", type(loader).__name__, "Write a single batch as `[batch]`.")
+    if isinstance(loader, (list, tuple)):
+        check_no_batch(what, loader, "batches")
 
 
 def prepare_episodes(trainer: Trainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import LIBRARIES, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached, scalar, usable
 from lightning_bilevel.modules.levels import abbreviate
-from lightning_bilevel.modules.written import Written, written_to_level
+from lightning_bilevel.modules.written import Written, versions_of, written_to_level
 from lightning_bilevel.problem import Episode
+from lightning_bilevel.stacking import copied
 from lightning_bilevel.tree import Params
 
 PACKAGE = Path(__file__).parents[1]
@@ -36,12 +37,41 @@ class Examination:
         unreached: outer parameters that neither loss, nor the start, nor any update of the inner optimizer reads.
         once_differentiable: name and line of every ``autograd.Function`` in the inner loss that is marked so.
         generators: of the process, those of NumPy and ``random``, from which the losses draw.
+        direct: outer parameters that the outer loss reads itself.
+        acting: those that the inner problem depends on: its loss, its start or its updates; ``None`` where that is not
+            known, as of a user's solver.
     """
 
     buffers: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     once_differentiable: tuple[tuple[str, str], ...] = ()
     generators: tuple[Any, ...] = ()
+    direct: frozenset[str] = field(default=frozenset(), compare=False)
+    acting: frozenset[str] | None = field(default=None, compare=False)
+
+    @property
+    def one_level(self) -> bool:
+        """Whether the inner problem is known not to depend on any outer parameter."""
+        return self.acting is not None and not self.acting and bool(self.direct)
+
+    def kind(self) -> str:
+        """Return a sentence on how the outer parameters act; empty where that is not known.
+
+        >>> Examination(direct=frozenset({"decoder", "decay"}), acting=frozenset({"decay", "lr"})).kind()
+        'The outer parameters lr act through the inner problem only; decay act through the inner problem, and the
+        outer loss reads them, too: of a penalty or a weight in it they make as little as they can; decoder act in the
+        outer loss only, and the inner problem does not depend on them.'
+        """
+        if self.acting is None:
+            return ""
+        groups = {
+            "act through the inner problem only": self.acting - self.direct,
+            "act through the inner problem, and the outer loss reads them, too: of a penalty or a weight in it they "
+            "make as little as they can": self.acting & self.direct,
+            "act in the outer loss only, and the inner problem does not depend on them": self.direct - self.acting,
+        }
+        said = [f"{abbreviate(sorted(names))} {how}" for how, names in groups.items() if names]
+        return f"The outer parameters {'; '.join(said)}." if said else ""
 
 
 def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> Examination:
@@ -91,19 +121,24 @@ def examine(functional: FunctionalModule, carried: Params, episode: Episode) -> 
                 "inner loss that depends on the inner parameters",
                 f"Use {', '.join(levels.inner[:3])} in `inner_loss(batch)`, not detached",
             )
-        unreached: list[str] = []
+        direct, unreached = names_reached([losses["outer_loss"]], phi), list[str]()
+        acting: set[str] | None = None
         if inner is not None:  # what a user's solver reads, no graph tells
             own = {name: value for name, value in phi.items() if name not in levels.shared}
-            reached = names_reached(list(start.values()), own)
+            acting = {*levels.shared, *names_reached(list(start.values()), own), *names_reached([inner], phi)}
+            reached = (acting - levels.shared) | direct
             if functional.problem.outer_loss_weights is not None:
                 reached |= names_reached([functional.problem.outer_loss_weights(phi)], phi)
             for loss in losses.values():
-                reached |= names_reached([loss], phi) | names_reached([loss], theta)
+                reached |= names_reached([loss], theta)
             unreached = [name for name in levels.outer if name not in reached]
-            if unreached:
-                unreached = [name for name in unreached if name not in functional.learned()]
+            if unreached or not acting:
+                learned = functional.learned()
+                acting |= learned
+                unreached = [name for name in unreached if name not in learned]
         once = once_differentiable(inner) if inner is not None else []
-        return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn)
+        how = frozenset(direct), None if acting is None else frozenset(acting)
+        return Examination(tuple(buffers), tuple(unreached), tuple(once), drawn, *how)
 
 
 def evaluate(
@@ -128,6 +163,8 @@ def evaluate(
     present = {name: usable(buffer) for name, buffer in module.named_buffers()}
     clones = tree.map(torch.clone, present)
     others = {name: usable(p).data.requires_grad_(p.requires_grad) for name, p in functional.of_neither_level().items()}
+    inner, outer = copied(episode.inner[0], tensors=True), copied(episode.outer, tensors=True)
+    versions, known, functional.writes_to_batches = versions_of([inner, outer]), functional.writes_to_batches, False
     levels = {**phi, **theta}
     parameters = {**others, **levels}
     written = Written(parameters)
@@ -140,19 +177,22 @@ def evaluate(
         ):
             if not module.has_solver:
                 with functional.recorder.evaluation():
-                    losses["inner_loss"] = scalar(module, "inner_loss", module.inner_loss(episode.inner[0]))
+                    losses["inner_loss"] = scalar(module, "inner_loss", functional.called("inner", inner))
             if episode.outer is not None:
                 with functional.recorder.evaluation():
-                    losses["outer_loss"] = scalar(module, "outer_loss", module.outer_loss(episode.outer))
+                    losses["outer_loss"] = scalar(module, "outer_loss", functional.called("outer", outer))
             # BatchNorm's kernels write without counting a version, so values are compared too.
             changed = [
                 name
                 for name, clone in clones.items()
                 if current(name) is not clone or clone._version or not torch.equal(clone, present[name])
             ]
+            written_batches = versions_of([inner, outer]) != versions
             replaced = [name for name, tensor in parameters.items() if current(name) is not tensor]
     finally:
         written.undo()
+        functional.writes_to_batches = known
+    functional.writes_to_batches = bool(known) or written_batches
     names = list(dict.fromkeys([*written.names(), *replaced]))
     if moved := [name for name in names if name in levels]:
         raise written_to_level(type(module).__name__, abbreviate(moved))

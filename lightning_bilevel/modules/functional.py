@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
+from lightning_bilevel.modules.whereabouts import Whereabouts
 from lightning_bilevel.modules.written import Standing, written_unseen
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
+from lightning_bilevel.stacking import copied
 from lightning_bilevel.tree import Params
 
 STACKED_ENTRIES = 2**21
@@ -60,6 +62,8 @@ class FunctionalModule:
         recorder: what the losses logged.
         examinations: what a first look at the losses told, by the module's mode.
         drawn: generators of the process, those of NumPy and ``random``, that an estimate drew from unseen before.
+        writes_to_batches: whether a loss writes to a tensor of its batch; unless it is known that none does, each
+            evaluation gets copies.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
     """
 
@@ -72,6 +76,8 @@ class FunctionalModule:
         self.examinations: dict[Any, Any] = {}
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
+        self.writes_to_batches: bool | None = None
+        self._whereabouts = Whereabouts(type(module).__name__)
         self._autocast_dtype: torch.dtype | None = None
         self._placed: Params = {}
         self._solves = module.has_solver
@@ -335,10 +341,20 @@ class FunctionalModule:
 
         return again
 
+    def called(self, level: Literal["inner", "outer"], batch: Batch) -> Any:
+        """Return what a loss returns on containers of its own, which it may write to; a note is on what it raises."""
+        loss = self.module.inner_loss if level == "inner" else self.module.outer_loss
+        try:
+            return loss(copied(batch, tensors=self.writes_to_batches is not False))
+        except Exception as error:
+            dtype = self.swapper.current(self.levels.inner[0]).dtype
+            self._whereabouts.note(error, level, batch, dtype)
+            raise
+
     def _inner_loss(self, theta: Params, phi: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
-            loss = scalar(self.module, "inner_loss", self.module.inner_loss(batch))
+            loss = scalar(self.module, "inner_loss", self.called("inner", batch))
             after = {name: self.swapper.current(name).detach() for name in own}
         return loss, after
 
@@ -346,7 +362,7 @@ class FunctionalModule:
         own = tree.map(torch.clone, buffers) if buffers else {}
         with self.recorder.evaluation(), self.in_place({**phi, **theta, **own}):
             self.recorder.before_outer_loss()
-            result = self.module.outer_loss(batch)
+            result = self.called("outer", batch)
             loss = scalar(self.module, "outer_loss", result)
             self.recorder.after_outer_loss({name: self.swapper.current(name) for name in own}, result)
         return loss
@@ -356,6 +372,7 @@ class FunctionalModule:
             return _weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
 
     def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
+        self._whereabouts.begin()
         arguments = (batches,) if self.module.starts_from_data else ()
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
@@ -374,6 +391,7 @@ class FunctionalModule:
     def _update(
         self, params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
     ) -> tuple[Params, OptState]:
+        self._whereabouts.took(step)
         with self.swapper.swapped(phi):
             return self._configured().update(params, grads, opt_state, step)
 
@@ -384,7 +402,7 @@ class FunctionalModule:
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
         with self.in_place({**phi, **params}):
-            solution = self.module.solve_inner(batches)
+            solution = self.module.solve_inner(copied(list(batches), tensors=self.writes_to_batches is not False))
         solved = _named(self.module, "solve_inner(batches)", params, solution)
         wanted = self.module.differentiable_solve and torch.is_grad_enabled()
         if wanted and _require_grad(phi) and not _require_grad(solved):

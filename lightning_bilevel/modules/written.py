@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_bilevel.errors import MisconfigurationError, combination_error
 from lightning_bilevel.modules.swap import Swapper
+from lightning_bilevel.stacking import tensors_in
 from lightning_bilevel.tree import Params
 
 
@@ -106,6 +107,27 @@ class Standing:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     return 0 if tensor.is_inference() else tensor._version, _storage(tensor)
+
+
+def versions_of(batch: Any) -> list[int]:
+    """Return how often each tensor of a batch was written to in place.
+
+    >>> x = torch.ones(2)
+    >>> versions_of((x, x.add_(1)))
+    [1, 1]
+    """
+    if type(batch) in (list, tuple) and all(type(part) is Tensor for part in batch):  # without looking for leaves
+        return [part._version for part in batch]
+    return [part._version for part in tensors_in(batch) if not part.is_inference()]
+
+
+def written_to_batch(kind: str) -> MisconfigurationError:
+    """Return what to say of a loss that writes to its batch in some evaluations."""
+    return combination_error(
+        f"a loss of `{kind}` that writes to a tensor of its batch at times only",
+        "the first look at the losses has not seen it, so that the next evaluation was given what this one has left",
+        "Compute out of place: `x = x + noise` for `x += noise`",
+    )
 
 
 def written_to_level(kind: str, names: str) -> MisconfigurationError:

@@ -10,15 +10,20 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.data.inputs import parts
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
 from lightning_bilevel.estimation import estimate, stack_size, vectorizes
 from lightning_bilevel.modules.examine import Examination, examination_of, examine, once_differentiable
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.written import versions_of, written_to_batch
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, Key, RngState, repeating
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.tree import Params
+
+PARTS = "how many parts an inner batch has"
+"""Key of :attr:`FunctionalModule.findings`."""
 
 
 class Surroundings(NamedTuple):
@@ -120,6 +125,7 @@ def estimating(
         whole = functional.problem
         return whole if inner_steps is None else replace(whole, inner_steps=inner_steps)
 
+    functional.findings[PARTS] = parts(episodes[0].inner[0])
     with functional.session(twice, lambda: check(problem())) as before:
         examination = examination_of(functional, memory.values(functional), episodes[0])
         generators = [*examination.generators, *functional.drawn]
@@ -130,6 +136,7 @@ def estimating(
         if carry is not None:
             carried = [_gone_on(functional, state, carry.inner, len(episodes)) for state in carried]
             kept = carry.strategy
+        marks = versions_of(episodes[0].inner[0]), versions_of(episodes[0].outer)
         drawn: list[Any] = []
         try:
             with (
@@ -141,6 +148,8 @@ def estimating(
         finally:  # also where an estimate raises
             drawn += before.drawn()
             before.restore(drawn)
+        if marks != (versions_of(episodes[0].inner[0]), versions_of(episodes[0].outer)):
+            raise written_to_batch(type(functional.module).__name__)
 
 
 def estimated(

@@ -16,6 +16,7 @@ from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
 from lightning_bilevel.errors import MisconfigurationError, NoLossError, combination_error, missing_error, refuse
 from lightning_bilevel.host import LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import abbreviate
@@ -27,6 +28,7 @@ from lightning_bilevel.randomness import Call, Key, seed_of
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.estimating import Reach, estimated
 from lightning_bilevel.training.memory import FitMemory
+from lightning_bilevel.training.modes import modes_of
 from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
@@ -298,8 +300,10 @@ class Fit:
         self.module = functional.module
         self._outputs: dict[str, Any] = {}  # of the last estimate's outer loss, beside its value
         self._left_out = False  # whether a loss was ``None`` since the last step of the outer optimizer
+        self._said_none = False
         self._rollback = Rollback(functional, memory)
         self._usable = False  # whether any estimate counts toward the coming step of the outer optimizer
+        self._epoch = -1  # in which the modes were looked at
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
         self.module._levels = levels = functional.levels
@@ -341,6 +345,8 @@ class Fit:
         module, memory, ranks = self.module, self.memory, self.ranks
         self._refuse_second_evaluation()
         self._refuse_changes()
+        if self._epoch != module.current_epoch:
+            self._epoch, memory.modes = module.current_epoch, modes_of(module)
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
         call = Call(key, ranks.shard, module.global_step)
         episodes: list[Episode] = []
@@ -351,8 +357,10 @@ class Fit:
 
         try:
             result, value = ranks.reduce_estimate(own)
-        except NoLossError:
-            self._left_out = True
+        except NoLossError as error:
+            if not self._said_none:
+                rank_zero_warn(f"`training_step` returned `None`, for a loss did. {error}")
+            self._left_out = self._said_none = True
             memory.estimates += 1  # the next one draws anew
             return None
         except FloatingPointError as error:
@@ -372,6 +380,8 @@ class Fit:
                 "The first hypergradient is exactly zero, so that nothing is learned from it. `audit(module, batch)` "
                 "says which strategies see how the outer parameters act; finite differences may be lost in rounding."
             )
+        if memory.estimates == 0:
+            self._say_kind(episodes[0])
         for monitor in self._monitors:
             if memory.estimates % monitor.every_n_steps == 0:
                 again = partial(self._again, episodes, key)
@@ -388,6 +398,18 @@ class Fit:
             module.log_dict(metrics, batch_size=len(episodes))
         self._log_skipped()
         return result
+
+    def _say_kind(self, episode: Episode) -> None:
+        """Say how the outer parameters act, and warn where the inner problem does not depend on any."""
+        found = examination_of(self.functional, self.memory.values(self.functional), episode)
+        if kind := found.kind():
+            rank_zero_info(kind)
+        if found.one_level and not self.module.allow_unused:
+            rank_zero_warn(
+                "The inner problem does not depend on the outer parameters: neither `inner_loss`, nor where θ starts, "
+                "nor the inner optimizer reads them, so that the hypergradient is the gradient of the outer loss at "
+                "a θ that they do not move. Is what they weigh in `outer_loss` meant for `inner_loss`?"
+            )
 
     def take_real_steps(self) -> None:
         """Take the inner steps of the last batch with the new φ, where they have been virtual so far."""

@@ -45,6 +45,7 @@ class FitMemory:
         estimates: hypergradients estimated so far; numbers the random draws.
         seed: of all random draws.
         skipped: outer steps without an estimate, for something in them was not finite.
+        modes: of each part of the module in the last epoch of a fit, see :func:`modes_of`; empty before, and not saved.
     """
 
     opt_state: OptState = field(default_factory=dict)
@@ -54,6 +55,9 @@ class FitMemory:
     estimates: int = 0
     seed: int = 0
     skipped: int = 0
+
+    def __post_init__(self) -> None:
+        self.modes: dict[str, bool] = {}  # no field, for a checkpoint has the fields
 
     def begin(self, functional: FunctionalModule, seed: int) -> None:
         """Start a fit: remember the present values where they will be needed again."""

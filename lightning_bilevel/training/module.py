@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes
-from lightning_bilevel.data.inputs import check_inner_batches
+from lightning_bilevel.data.inputs import check_inner_batches, warn_of_parts
 from lightning_bilevel.errors import integer, missing_error, number, one_of
 from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
@@ -19,7 +19,9 @@ from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.hooks import BilevelHooks, InnerStart, OnNonfinite
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.training.attachment import attached
+from lightning_bilevel.training.estimating import PARTS
 from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
+from lightning_bilevel.training.modes import Mode, in_mode
 
 
 class BilevelModule(BilevelHooks):
@@ -100,17 +102,29 @@ class BilevelModule(BilevelHooks):
         self.fit_context = FitContext(self, BilevelModule.training_step)
 
     @contextmanager
-    def adapted(self, batches: Sequence[Batch], steps: int | None = None) -> Iterator[BilevelModule]:
+    def adapted(
+        self, batches: Sequence[Batch], steps: int | None = None, *, mode: Mode = "train"
+    ) -> Iterator[BilevelModule]:
         """Compute with θ adapted on ``batches`` inside the block; for validation, test and prediction.
 
         Works under Lightning's inference mode. The module itself is unchanged.
 
+        The inner steps are taken in training mode, as in a fit: by the statistics of their batches, with dropout. The
+        block itself runs in the mode that the module is in, which Lightning's validation makes evaluation: with the
+        running statistics as the inner steps have left them, without dropout. (MAML of a small convolutional net with
+        batch norm, five digits with one example each: 87% of the queries are right. With inner steps in evaluation
+        mode, 20% are, which is chance; with the block in training mode as well, by the statistics of the queries, 89%,
+        and 80% where there is dropout.)
+
         Args:
-            batches: inner batches, as in ``Episode.inner``: a list, also of one.
+            batches: inner batches, as in ``Episode.inner``: a list of them, or one that is no list or tuple.
             steps: inner steps; default ``inner_steps``; 0 is θ_0.
+            mode: of the inner steps. ``"train"``: as in the last step of a fit, where parts of the module may be in
+                evaluation mode; without one, all of it in training mode. ``"eval"``: evaluation mode. ``None``: the
+                mode that the module is in. Where steps meet running statistics in evaluation mode, a warning says so.
 
         Raises:
-            ValueError: no inner batch, or a bad ``steps``.
+            ValueError: no inner batch, or a bad ``steps`` or ``mode``.
             MisconfigurationError: a hook reads ``self.trainer``, and there is none.
 
         Example:
@@ -135,6 +149,8 @@ class BilevelModule(BilevelHooks):
         """
         steps = self.inner_steps if steps is None else steps
         integer("adapted(steps=...)", steps, least=0)
+        if mode is not None:
+            one_of("adapted(mode=...)", Literal["train", "eval"], mode)
         with attached(self, "adapted"):
             functional, memory = self.functional(), self.fit_context.memory
         with functional.knowing_levels():
@@ -142,9 +158,12 @@ class BilevelModule(BilevelHooks):
                 attached(self, "adapted"),
                 torch.inference_mode(False),
                 torch.enable_grad(),
-                functional.session(twice=False),
+                in_mode(self, mode, memory.modes) as changed,
+                functional.session(twice=False) as before,
+                before.fork() if changed else nullcontext(),  # what the block draws is what it draws without
             ):
                 episode = Episode(check_inner_batches(batches), None)
+                warn_of_parts(episode.inner, functional.findings.get(PARTS, 0), "an inner batch of the last estimate")
                 buffers = examination_of(functional, memory.values(functional), episode).buffers
                 problem = replace(functional.problem.judged_at_the_end().on(episode), inner_steps=steps)
                 phi = functional.phi()

@@ -81,6 +81,29 @@ def require_trained(module: LightningModule, level: str, chosen: Sequence[nn.Par
         )
 
 
+def beside_layers(module: nn.Module, chosen: Sequence[nn.Parameter]) -> list[str]:
+    """Return the names of the chosen parameters that are not part of a layer: such as penalties, rates and weights.
+
+    Those are parameters of the LightningModule itself, those in a ``ParameterList`` or a ``ParameterDict``, and single
+    numbers.
+
+    >>> class Net(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net, self.penalties = nn.Linear(1, 1), nn.ParameterList([nn.Parameter()])
+    >>> net = Net()
+    >>> beside_layers(net, list(net.parameters()))
+    ['penalties.0']
+    """
+    wanted, found = {id(parameter) for parameter in chosen}, []
+    for prefix, owner in module.named_modules():
+        apart = isinstance(owner, (LightningModule, nn.ParameterList, nn.ParameterDict))
+        for name, parameter in owner.named_parameters(prefix, recurse=False):
+            if id(parameter) in wanted and (apart or not parameter.ndim):
+                found.append(name)
+    return found
+
+
 def made_later(module: LightningModule) -> str:
     """Return the hooks in which a module may make layers that are not there yet, for a message; empty without any."""
     return " or ".join(f"`{name}`" for name in _MAKERS if defines(module, name))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel.errors import combination_error, missing_error, no_loss_error, value_error
-from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing
+from lightning_bilevel.host import LightningModule, is_foreign, is_param_in_hook_signature, mixing, rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.hooks import InnerStart, OnNonfinite
+from lightning_bilevel.modules.levels import abbreviate
 from lightning_bilevel.problem import Batch
 from lightning_bilevel.training.module import BilevelModule
 from lightning_bilevel.training.outer_optimizer import (
@@ -22,7 +23,15 @@ from lightning_bilevel.training.outer_optimizer import (
     checked_outer_optimizer,
     chosen_outer_optimizer,
 )
-from lightning_bilevel.training.selection import Names, as_patterns, defines, made_later, matching, require_trained
+from lightning_bilevel.training.selection import (
+    Names,
+    as_patterns,
+    beside_layers,
+    defines,
+    made_later,
+    matching,
+    require_trained,
+)
 
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
@@ -73,7 +82,9 @@ def bilevel(
         outer: selects φ, in the same ways. Parameters in both levels are a learned initialization: θ starts at φ.
         inner_loss: g: a function of the module and a batch, or a method of the module that takes a batch, or its name.
             Default: the loss that ``module.training_step(batch, batch_idx)`` returns.
-        outer_loss: f, likewise.
+        outer_loss: f, likewise. Where θ is trained with a penalty or weights that φ sets, give a loss without them: in
+            the training step's own, φ makes as little of them as it can. A warning says so where φ has parameters that
+            are no part of a layer; ``"training_step"`` says that the step is meant.
         inner_optimizer: an :class:`InnerOptimizer`; a function of the module that returns one, which may depend on
             outer parameters and is called at every inner step; or a ``torch.optim`` class, ``functools.partial`` of
             one, or a function with one argument named ``params`` that returns a ``torch.optim`` instance.
@@ -153,6 +164,7 @@ def bilevel(
     )
     if not made_later(module):
         wrapper.inner_parameters(), wrapper.outer_parameters()  # which raise
+        wrapper.question_judge()
     return wrapper
 
 
@@ -232,9 +244,25 @@ class WrappedModule(BilevelModule):
         with self.current_hook():
             return chosen_outer_optimizer(self.module, self._outer_optimizer, outer)
 
+    def question_judge(self) -> None:
+        """Warn where the training step judges outer parameters that it may train θ with a penalty by."""
+        if any(self._losses.values()):
+            return
+        inner = {id(parameter) for parameter in self.inner_parameters()}
+        own = [parameter for parameter in self.outer_parameters() if id(parameter) not in inner]
+        if names := beside_layers(self.module, own):
+            rank_zero_warn(
+                f"`bilevel` got no `outer_loss`, so that the `training_step` of `{type(self.module).__name__}`, with "
+                f"whatever penalty or weight is in it, also judges {abbreviate(names)}: of those they make as little "
+                "as they can. Name the loss that judges, `bilevel(outer_loss=...)`: a function of the module and a "
+                "batch, or a method that returns one. `outer_loss='training_step'` says that the step is meant."
+            )
+
     def on_fit_start(self) -> None:
         """Look at the optimizer before the first batch, and do what the module does."""
         super().on_fit_start()
+        if made_later(self.module):
+            self.question_judge()
         with self.current_hook():
             self.module.on_fit_start()
 
@@ -306,13 +334,14 @@ class WrappedModule(BilevelModule):
             else:
                 name = chosen or "training_step"
                 method = getattr(self.module, name)
-                arguments, step = [batch], name == "training_step"
-                # Lightning passes it to a training step by position; another method has to ask for it by name.
+                arguments, step = [batch], name in ("training_step", "validation_step", "test_step")
+                # Lightning passes it to a step by position; another method has to ask for it by name.
                 if is_param_in_hook_signature(method, "batch_idx", explicit=not step, min_args=2 if step else None):
                     arguments.append(max(self.trainer.fit_loop.batch_idx, 0) if self._trainer else 0)
                 what, result = f"{owner}.{name}(batch)", method(*arguments)
         if result is None:
-            raise no_loss_error(what)
+            hint = f"Let it return the loss, or name another that does: `bilevel({hook}=lambda module, batch: ...)`."
+            raise no_loss_error(what, hint)
         value = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(value, Tensor):
             got = type(result).__name__

@@ -126,7 +126,11 @@ def test_a_wrapped_module() -> None:
             self.log("loss", loss)
             return loss
 
-    module = bilevel(Plain(), inner="net.*", outer="penalty", inner_optimizer=SGD(lr=0.1), inner_start="reset")
+    def validation_loss(module: Any, batch: Any) -> Tensor:
+        return (module.net(batch[0]) - batch[1]).square().mean()
+
+    levels = {"inner": "net.*", "outer": "penalty", "outer_loss": validation_loss}
+    module = bilevel(Plain(), **levels, inner_optimizer=SGD(lr=0.1), inner_start="reset")
     report = quiet(module)
     assert report["ReverseUnroll"].works
     assert report[FORWARD].works

@@ -168,7 +168,8 @@ class Plain(LightningModule):
 
 def test_a_checkpoint_brings_the_momentum_along_for_a_wrapped_module_without_a_strategy(tmp_path):
     def wrapped() -> Any:
-        return bilevel(Plain(), inner="net", outer="scale", inner_optimizer=SGD(lr=0.1, momentum=0.9))
+        sgd = SGD(lr=0.1, momentum=0.9)
+        return bilevel(Plain(), inner="net", outer="scale", outer_loss="training_step", inner_optimizer=sgd)
 
     module, fit = wrapped(), trainer(ReverseUnroll())
     fit.fit(module, loader(), listed([examples(0)]))
@@ -233,6 +234,7 @@ def normalized(dropout: float) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(dropout), nn.Linear(4, 1))
 
 
+@pytest.mark.filterwarnings("ignore:`adapted` takes its inner steps in evaluation mode")
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_in_either_mode(training):
     """In training mode statistics move inside the block as in plain training, and are back afterwards."""
@@ -247,7 +249,7 @@ def test_batch_norm_in_either_mode(training):
         plain.inner_loss(inner[t % 2]).backward()
         optimizer.step()
     before = parameters(module)
-    with module.adapted(inner):
+    with module.adapted(inner, mode=None):
         inside = parameters(module)
     for name, value in parameters(plain).items():
         torch.testing.assert_close(inside[name], value)

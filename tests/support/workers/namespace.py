@@ -111,7 +111,8 @@ def episodes(library: Any) -> Any:
 
 
 def wrapped(library: Any, module: Any) -> Any:
-    return library.bilevel(module, inner="net", outer="scale", inner_optimizer=library.SGD(lr=0.1))
+    levels = {"inner": "net", "outer": "scale", "outer_loss": "training_step"}
+    return library.bilevel(module, **levels, inner_optimizer=library.SGD(lr=0.1))
 
 
 def trainer(pl: Any, *callbacks: Any, **options: Any) -> Any:
