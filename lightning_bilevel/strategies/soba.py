@@ -11,7 +11,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss
 from lightning_bilevel.calculus.step import Condition, inner_step
-from lightning_bilevel.errors import MisconfigurationError, combination_error, number, one_of
+from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, number, one_of, value_error
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -19,7 +19,7 @@ from lightning_bilevel.strategies.stationarity import distance
 from lightning_bilevel.strategies.value_gap import checked_outer_loss, refusals_of_joint_steps
 from lightning_bilevel.tree import Params
 
-Momentum = Literal["none", "average", "corrected"]
+Momentum = Literal["none", "average", "corrected", "recursive"]
 
 
 class SOBA(HypergradientStrategy):
@@ -33,26 +33,30 @@ class SOBA(HypergradientStrategy):
 
     ``momentum="average"`` returns r ← (1 − η) r + η D_φ (MA-SOBA). ``"corrected"`` replaces all three by
     D ← D(now; ξ) + (1 − η)(D_last − D(before; ξ)), whose noise falls where points change little from step to step
-    (STORM; SUSTAIN and MRBO do this for θ and φ). g is the inner loss with the weight decay of the inner optimizer, and
+    (STORM; SUSTAIN and MRBO do this for θ and φ). ``"recursive"`` does it with η = 0, but at every ``period``-th step
+    D = D(now; ξ) is taken as it is (SARAH; SRBA): let the batches of these steps be all there is, and no noise is left
+    where points rest. ``docs/methods.md`` has a loader that does. g is the inner loss with the weight decay of the inner
+    optimizer, and
     with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not used.
 
     Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes
     the new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
-    three samples, one Hessian and one mixed product, one outer gradient; twice that with ``"corrected"``. The value is
+    three samples, one Hessian and one mixed product, one outer gradient; twice that where there is a past. The value is
     f at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
 
     ξ₁, ξ₂, ξ₃ are the first three inner batches of the episode (cycled). Needs ``inner_start="warm"``,
     ``inner_steps=1``, no shared parameters, one episode a batch.
 
     Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1 and eq. 5–7; MA-SOBA: Chen et al., 2023,
-    arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367. Without its table of past gradients
-    (SABA) and its full batches (SRBA), which need to know which batch is which.
+    arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367; SRBA: Dagréou et al., AISTATS 2024,
+    arXiv 2302.08766, Algorithm 1. Without a table of past gradients (SABA), which needs to know which batch is which.
 
     Args:
         tau: τ, the step of θ.
         beta: β, the step of v.
         eta: η in (0, 1], weight of the new sample.
-        momentum: ``"none"``, ``"average"`` or ``"corrected"``.
+        momentum: ``"none"``, ``"average"``, ``"corrected"`` or ``"recursive"``.
+        period: with ``"recursive"``, the steps from one full batch to the next.
 
     Raises:
         ValueError: a bad argument.
@@ -69,11 +73,22 @@ class SOBA(HypergradientStrategy):
     cost = "1 step + 1 Hessian product + 1 mixed product"
     supports_stacking = False
 
-    def __init__(self, tau: float = 0.01, beta: float = 0.01, eta: float = 0.9, momentum: Momentum = "none") -> None:
+    def __init__(
+        self,
+        tau: float = 0.01,
+        beta: float = 0.01,
+        eta: float = 0.9,
+        momentum: Momentum = "none",
+        period: int | None = None,
+    ) -> None:
         self.tau = number("SOBA(tau=...)", tau, above=0)
         self.beta = number("SOBA(beta=...)", beta, above=0)
         self.eta = number("SOBA(eta=...)", eta, above=0, at_most=1)
         self.momentum: Momentum = one_of("SOBA(momentum=...)", Momentum, momentum)
+        if (momentum == "recursive") != (period is not None):
+            hint = "How often do the loaders give all there is? `SOBA(momentum='recursive', period=100)`."
+            raise value_error("SOBA(period=...)", "a number of steps with `momentum='recursive'`, only", period, hint)
+        self.period = None if period is None else integer("SOBA(period=...)", period, least=2)
 
     def estimate(
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
@@ -91,7 +106,7 @@ class SOBA(HypergradientStrategy):
         used = now
         if self.momentum == "average" and last:
             used = now._replace(phi=tree.add(tree.scale(now.phi, self.eta), last["d phi"], alpha=1 - self.eta))
-        if self.momentum == "corrected" and last:
+        if last and self._continues(start.steps):
             masks.restore()
             before = replace(start, params=last["theta"])
             past = _directions(problem, before, last["phi"], last["last v"], episode)
@@ -107,7 +122,7 @@ class SOBA(HypergradientStrategy):
         kept = {"v": tree.add(v, used.v, alpha=-self.beta)}
         if self.momentum != "none":
             kept["d phi"] = used.phi
-        if self.momentum == "corrected":
+        if self.momentum in ("corrected", "recursive"):
             kept |= {"d theta": used.theta, "d v": used.v, "theta": start.params, "phi": phi, "last v": v}
         # φ is stepped in place after this, and what is kept is averaged over processes, so all is copied.
         kept = {name: tree.map(torch.clone, values) for name, values in kept.items()}
@@ -121,8 +136,12 @@ class SOBA(HypergradientStrategy):
             found.append(combination_error(what, "it takes one inner step per outer step", "Use `inner_steps=1`"))
         return found
 
+    def _continues(self, steps: int) -> bool:
+        """Return whether the directions of a step, the number of those before it given, go on from the last ones."""
+        return self.momentum == "corrected" if self.period is None else steps % self.period > 0
+
     def _corrected(self, now: Params, last: Params, past: Params) -> Params:
-        return tree.add(now, tree.sub(last, past), alpha=1 - self.eta)
+        return tree.add(now, tree.sub(last, past), alpha=1.0 if self.period is not None else 1 - self.eta)
 
 
 class _Directions(NamedTuple):

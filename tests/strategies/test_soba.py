@@ -29,9 +29,10 @@ def directions(by_hand: ByHand, episode: Episode, theta: Any, v: Any, phi: Any) 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("momentum", ["none", "average", "corrected"])
+@pytest.mark.parametrize("momentum", ["none", "average", "corrected", "recursive"])
 def test_steps_are_those_of_the_algorithm(momentum: Any, batches: int, decay: float) -> None:
-    module, strategy, carry = Warm(1, SGD(0.7, weight_decay=decay)), SOBA(TAU, BETA, ETA, momentum), None
+    period = 3 if momentum == "recursive" else None
+    module, strategy, carry = Warm(1, SGD(0.7, weight_decay=decay)), SOBA(TAU, BETA, ETA, momentum, period), None
     by_hand = ByHand(module, decay)
     theta, phi = module.theta.detach().numpy(), module.phi.detach().numpy().copy()
     v, last = np.zeros(4), None
@@ -41,9 +42,10 @@ def test_steps_are_those_of_the_algorithm(momentum: Any, batches: int, decay: fl
         used = now = directions(by_hand, episode, theta, v, phi)
         if last is not None and momentum == "average":
             used = (*now[:2], ETA * now[2] + (1 - ETA) * last[0][2])
-        if last is not None and momentum == "corrected":
+        if last is not None and (momentum == "corrected" or (period is not None and k % period)):
             past = directions(by_hand, episode, *last[1])
-            used = tuple(d + (1 - ETA) * (old - p) for d, old, p in zip(now, last[0], past, strict=True))
+            kept = 1 - ETA if period is None else 1
+            used = tuple(d + kept * (old - p) for d, old, p in zip(now, last[0], past, strict=True))
         last = used, (theta, v, phi)
         theta, v = theta - TAU * used[0], v - BETA * used[1]
         np.testing.assert_allclose(result.grads["phi"], used[2], rtol=1e-9)
@@ -54,9 +56,10 @@ def test_steps_are_those_of_the_algorithm(momentum: Any, batches: int, decay: fl
             module.phi.copy_(torch.from_numpy(phi))
 
 
-@pytest.mark.parametrize("momentum", ["none", "average", "corrected"])
+@pytest.mark.parametrize("momentum", ["none", "average", "corrected", "recursive"])
 def test_it_tends_to_the_hypergradient(momentum: Any) -> None:
-    module, strategy, carry = Warm(1), SOBA(0.4, 0.4, 0.5, momentum), None
+    period = 20 if momentum == "recursive" else None
+    module, strategy, carry = Warm(1), SOBA(0.4, 0.4, 0.5, momentum, period), None
     functional = module.functional()
     carry = hypergradient(module, strategy, module.episode()).carry
     for _ in range(200):
@@ -68,3 +71,30 @@ def test_it_tends_to_the_hypergradient(momentum: Any) -> None:
 def test_several_steps_are_refused() -> None:
     with pytest.raises(MisconfigurationError, match="^Cannot use `SOBA` with `inner_steps=3`"):
         hypergradient(Warm(), SOBA(), Warm().episode())
+
+
+def error_after(strategy: SOBA, period: int, steps: int = 400) -> float:
+    """Return the distance to ∇h of the mean problem after steps on 8 samples one by one, with all at each period."""
+    module, carry = Warm(1), None
+    samples = [sampled(k, 1) for k in range(8)]
+    inner, outer = ([each.inner[0] for each in samples], [each.outer for each in samples])
+    mean = Episode([torch.stack(inner).mean(0)], torch.stack(outer).mean(0))
+    chosen = torch.randint(8, (steps,), generator=torch.Generator().manual_seed(0))
+    for k in range(steps + 1):
+        episode = mean if k % period == 0 else samples[int(chosen[k - 1])]
+        result = hypergradient(module, strategy, episode, carry=carry)
+        carry = result.carry
+    expected = module.optimum(mean).grads["phi"]
+    return float((result.grads["phi"] - expected).norm() / expected.norm())
+
+
+def test_recursive_directions_leave_no_noise_where_plain_ones_do() -> None:
+    plain, recursive = error_after(SOBA(0.3, 0.3), 25), error_after(SOBA(0.3, 0.3, 0.9, "recursive", 25), 25)
+    assert recursive < 1e-6
+    assert plain > 1e-3
+
+
+@pytest.mark.parametrize(("momentum", "period"), [("recursive", None), ("none", 3), ("recursive", 1)])
+def test_a_period_goes_with_recursive_directions(momentum: Any, period: int | None) -> None:
+    with pytest.raises(ValueError, match=r"SOBA\(period=\.\.\.\)"):
+        SOBA(momentum=momentum, period=period)
