@@ -35,9 +35,9 @@ class SOBA(HypergradientStrategy):
     D ← D(now; ξ) + (1 − η)(D_last − D(before; ξ)), whose noise falls where points change little from step to step
     (STORM; SUSTAIN and MRBO do this for θ and φ). ``"recursive"`` does it with η = 0, but at every ``period``-th step
     D = D(now; ξ) is taken as it is (SARAH; SRBA): let the batches of these steps be all there is, and no noise is left
-    where points rest. ``docs/methods.md`` has a loader that does. g is the inner loss with the weight decay of the inner
-    optimizer, and
-    with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not used.
+    where points rest; ``docs/methods.md`` has loaders that do. g is the inner loss with the weight decay of the inner
+    optimizer, and with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not
+    used.
 
     Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes
     the new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
