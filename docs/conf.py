@@ -18,6 +18,8 @@ copyright = f"2026, {author}"
 release = lightning_bilevel.__version__
 
 extensions = [
+    "anchors",
+    "clickable",
     "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",

@@ -336,7 +336,7 @@ def rows_of(runs: Sequence[Mapping[str, Any]], start: Sequence[float]) -> list[R
 def draw(path: Path, runs: Sequence[Mapping[str, Any]], start: Sequence[float]) -> None:
     """Draw the images, with accuracies beside them, and the losses."""
     rows = rows_of(runs, start)
-    figure = Figure(figsize=(11.5, max(3.6, 0.62 * len(rows) + 0.9)))
+    figure = Figure(figsize=(11, max(3.6, 0.62 * len(rows) + 0.9)))
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     draw_images(left, rows)
     left.set_title(title(runs, rows))

@@ -505,7 +505,7 @@ TITLES = {"linear": "Linear embedding", "two-layer": "Two-layer net", "lenet": "
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw a line of panels for each title; rows that differ in their seed make a band around a mean."""
     titles = list(dict.fromkeys(row["title"] for row in rows))
-    figure = Figure(figsize=(13, 3.6 * len(titles)))
+    figure = Figure(figsize=(11, 3.6 * len(titles)))
     for panels, title in zip(figure.subplots(len(titles), 3, squeeze=False), titles, strict=True):
         mine = [row for row in rows if row["title"] == title]
         deep = mine[0]["problem"] == "lenet"

@@ -473,7 +473,7 @@ LINES: dict[str, dict[str, Any]] = {
 def draw(path: Path, data: Data, penalties: Sequence[dict], rates: Sequence[dict]) -> None:
     """Draw, for the tasks that ran, losses against seconds and penalties, and the grid of losses with the paths."""
     count = 2 * bool(penalties) + bool(rates)
-    figure = Figure(figsize=(4.8 * count, 4))
+    figure = Figure(figsize=(3.7 * count, 3.8))
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     if penalties:
         draw_losses(axes.pop(0), penalties)

@@ -265,7 +265,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def draw(path: Path, found: Mapping[str, Sequence[Found]], truths: Mapping[str, np.ndarray]) -> None:
     """Draw, for each equation, the field with its observations, profiles before and after, and ν against steps."""
-    figure = Figure(figsize=(12.5, 3.9 * len(found)))
+    figure = Figure(figsize=(11, 3.6 * len(found)))
     t, x = grid()
     for row, (name, runs) in zip(figure.subplots(len(found), 3, squeeze=False), found.items(), strict=True):
         equation, truth, best = EQUATIONS[name], truths[name], min(runs, key=lambda run: run.row["loss"])

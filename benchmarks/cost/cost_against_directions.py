@@ -96,7 +96,7 @@ def kept(name: str, numbers: Sequence[int], inner_steps: int, found: dict[str, A
 
 
 def draw(results: dict[str, Any]) -> None:
-    size = (3.5 * len(results), 5.6)
+    size = (11, 5.6)
     with plot(NAME, 2, len(results), size=size, squeeze=False, sharex=True) as (_, panels):
         for column, (name, found) in zip(panels.T, results.items(), strict=True):
             numbers = found["b"]

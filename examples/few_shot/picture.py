@@ -21,7 +21,7 @@ def draw(name: str, module: MetaLearner, results: Mapping[str, Any], task: Episo
     """Draw and return the file."""
     regression = isinstance(module, FewShotRegressor)
     unit, label = (1, "squared error") if regression else (100, "accuracy, %")
-    figure = Figure(figsize=(12, 3.8))
+    figure = Figure(figsize=(11, 3.8))
     left, middle, right = figure.subplots(1, 3)
     if results["during the run"]:
         steps, values = results["during the run"]

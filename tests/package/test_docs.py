@@ -288,6 +288,18 @@ def test_every_picture_is_there() -> None:
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
 
 
+def test_every_error_of_the_table_has_an_anchor_of_its_own() -> None:
+    pytest.importorskip("sphinx")
+    name = docs_module("anchors").anchor
+    assert name("... has no hypergradient strategy") == "error-has-no-hypergradient-strategy"
+    text = (DOCS / "troubleshooting.md").read_text()
+    table = re.search(r"^\| message \|.*?\n\n", text, re.M | re.S)
+    assert table is not None
+    rows = table[0].strip().splitlines()[2:]
+    names = [name(re.findall(r"`+(.+?)`+", row)[0] if "`" in row.split("|")[1] else row.split("|")[1]) for row in rows]
+    assert len(set(names)) == len(names) > 20
+
+
 @pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     build = pytest.importorskip("sphinx.cmd.build")
