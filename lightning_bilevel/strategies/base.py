@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
@@ -181,6 +181,7 @@ class HypergradientStrategy(Callback):
         instead = alternatives(lambda kind: kind.weighs_steps)
         return [combination_error(what, "it judges the end of the inner run only", instead)]
 
+    @of_an_instance
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
         if is_foreign(trainer):
