@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from lightning_bilevel.data.loaders import refuse_no_batches
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
@@ -208,6 +209,10 @@ class HypergradientStrategy(Callback):
         """Take back the gradient of a step whose estimates were all skipped."""
         if (context := _context(pl_module)) is not None:
             context.before_optimizer_step()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a fit that is over because there was nothing to fit."""
+        refuse_no_batches(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Say what the first epoch has shown."""
