@@ -6,7 +6,8 @@ An error made here keeps the reason and the fix apart from its message: the audi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
@@ -149,6 +150,34 @@ def refuse(found: Sequence[MisconfigurationError]) -> None:
     """
     if found:
         raise report(found)
+
+
+def of_an_instance(setup: Callable[..., None]) -> Callable[..., None]:
+    """Let a callback's ``setup`` say so where the Trainer was given its class: Lightning calls it on the class then.
+
+    >>> class Nothing:
+    ...     @of_an_instance
+    ...     def setup(self, trainer, pl_module, stage): pass
+    >>> class Trainer:
+    ...     callbacks = [Nothing]
+    >>> Nothing.setup(Trainer(), None, stage="fit")
+    Traceback (most recent call last):
+    lightning_bilevel.errors.MisconfigurationError: Cannot use the class `Nothing` among the callbacks. This is because
+    a Trainer takes instances. Write `callbacks=[Nothing()]`.
+    """
+
+    @wraps(setup)
+    def called(self: Any, *args: Any, **kwargs: Any) -> None:
+        classes = [each for each in getattr(self, "callbacks", ()) if isinstance(each, type)]
+        if not classes:  # `self` is no Trainer
+            return setup(self, *args, **kwargs)
+        self.callbacks = [each for each in self.callbacks if each not in classes]  # nor is another hook called on one
+        name = classes[0].__name__
+        raise combination_error(
+            f"the class `{name}` among the callbacks", "a Trainer takes instances", f"Write `callbacks=[{name}()]`"
+        )
+
+    return called
 
 
 def integer(what: str, value: Any, least: int = 1) -> int:

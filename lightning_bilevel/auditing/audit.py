@@ -13,7 +13,7 @@ import torch
 
 from lightning_bilevel.auditing.rehearsal import AuditRow, Rehearsal, compiled
 from lightning_bilevel.data.inputs import check_episodes
-from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, value_error
+from lightning_bilevel.errors import MisconfigurationError, integer, missing_error, of_an_instance, value_error
 from lightning_bilevel.host import (
     Callback,
     Trainer,
@@ -204,6 +204,7 @@ class StrategyAudit(Callback):
         self.steps = integer("StrategyAudit(steps=...)", steps)
         self.report: Audit | None = None
 
+    @of_an_instance
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse to fit what is no bilevel module; a new fit is audited anew."""
         if stage == "fit":

@@ -174,6 +174,8 @@ class EpisodeLoader(CombinedLoader):
 
     def _episodes(self) -> float:
         length = _length(self.flattened[0])
+        if not length:  # Lightning would end the fit as if it were done
+            self._outer.expect_batches()
         return length if self.limits is None else min(length, self.limits[0])
 
     def _rank(self) -> int:
@@ -229,23 +231,47 @@ def prepare_episodes(trainer: Trainer) -> None:
     moved = bool(states)
     if isinstance(loader, EpisodeLoader):
         loader._progress = loop.epoch_loop.batch_progress
-        _warn_of_shared_batches(loader, getattr(trainer.lightning_module, "inner_steps", 1))
+        if not loader._chosen:
+            _warn_of_shared_batches(loader.flattened[1], getattr(trainer.lightning_module, "inner_steps", 1))
         before, loader.rank = loader._rank(), (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
         moved |= loader.rank != before
     else:
         _refuse_lists(loader.iterables)
+        _look_at_levels(loader.iterables, trainer.lightning_module)
     if moved:
         loop._combined_loader_states_to_load = []
         loader._load_state_dicts(states)
         iter(fetcher)  # what it read ahead is dropped
 
 
-def _warn_of_shared_batches(loader: EpisodeLoader, steps: int) -> None:
-    if not loader._chosen and min(steps, _length(loader.flattened[1])) > 1:
+def _warn_of_shared_batches(inner: Any, steps: int) -> None:
+    if min(steps, _length(inner)) > 1:
         rank_zero_warn(
             f"All {steps} inner steps of an episode share one inner batch. `EpisodeLoader(inner_batches={steps})` "
             "gives each its own; `inner_batches=1` says that one is meant."
         )
+
+
+def _look_at_levels(data: Any, module: Any) -> None:
+    """Look at a mapping of a loader of each level, which Lightning combines, as at an :class:`EpisodeLoader`."""
+    if not isinstance(data, Mapping) or set(data) != {"inner", "outer"}:
+        return
+    for level, loader in data.items():
+        if _length(loader) == 0:
+            raise value_error(f"the training data[{level!r}]", "a loader of one or more batches", 0)
+    makes_its_own = not module.episodes.__module__.startswith(__name__.partition(".")[0])
+    if not makes_its_own and not isinstance(data["inner"], (list, tuple, Mapping)):
+        _warn_of_shared_batches(data["inner"], module.inner_steps)
+
+
+def refuse_no_batches(trainer: Trainer) -> None:
+    """Refuse a fit that is over without a batch, for there is none; call this in ``on_fit_end``.
+
+    Raises:
+        ValueError: the training data are empty, and not by ``limit_train_batches=0``.
+    """
+    if trainer.fit_loop.max_batches == 0 and trainer.limit_train_batches != 0:
+        raise value_error("the training data", "a loader of one or more batches", 0)
 
 
 def _refuse_lists(data: Any) -> None:
@@ -326,7 +352,7 @@ class _Reader:
         with self._own_states():
             batches = list(islice(iterator, count))
         self.batches += len(batches)
-        self._expect(1, self.batches, "An iterator yields none when it is used up: pass a list or a `DataLoader`.")
+        self.expect_batches()
         return batches
 
     def read_on(self, loader: Any, rank: int, count: int) -> list[Batch]:
@@ -381,6 +407,10 @@ class _Reader:
             self._states = [get() for get, _ in self._sources]
             for (_, put), state in zip(self._sources, outside, strict=True):
                 put(state)
+
+    def expect_batches(self) -> None:
+        """Raise where a pass has none."""
+        self._expect(1, self.batches, "An iterator yields none when it is used up: pass a list or a `DataLoader`.")
 
     def _expect(self, least: int, batches: int, hint: str) -> None:
         if batches < least:

@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, refuse
+from lightning_bilevel.data.loaders import refuse_no_batches
+from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
 from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
@@ -191,6 +192,7 @@ class HypergradientStrategy(Callback):
         instead = alternatives(lambda kind: kind.weighs_steps)
         return [combination_error(what, "it judges the end of the inner run only", instead)]
 
+    @of_an_instance
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tie this strategy to the module; Lightning calls it before wrapping the module for many processes."""
         if is_foreign(trainer):
@@ -217,6 +219,10 @@ class HypergradientStrategy(Callback):
         """Take back the gradient of a step whose estimates were all skipped."""
         if (context := _context(pl_module)) is not None:
             context.before_optimizer_step()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a fit that is over because there was nothing to fit."""
+        refuse_no_batches(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Say what the first epoch has shown."""

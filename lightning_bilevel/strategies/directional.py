@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -59,6 +60,10 @@ class DirectionalStrategy(HypergradientStrategy):
     ) -> None:
         name = type(self).__name__
         self.num_directions = integer(f"{name}(num_directions=...)", num_directions)
+        sampler: Any = directions
+        if not isinstance(sampler, DirectionSampler):
+            expected = "a sampler of directions such as `Rademacher()`"
+            raise value_error(f"{name}(directions=...)", expected, sampler)
         self.directions, self.guide, self.remember = directions, guide, remember
         self.chunk_size = checked_chunk_size(name, chunk_size)
         guides = [] if guide is None else [guide] if isinstance(guide, HypergradientStrategy) else guide

@@ -43,6 +43,10 @@ class HypergradientSchedule(HypergradientStrategy):
     cost = "that of the phase"
 
     def __init__(self, phases: Sequence[tuple[HypergradientStrategy, int | None]]) -> None:
+        pairs = isinstance(phases, Sequence) and all(isinstance(each, Sequence) and len(each) == 2 for each in phases)
+        if not pairs or not all(isinstance(strategy, HypergradientStrategy) for strategy, _ in phases):
+            hint = "Say when the next one takes over: `[(FirstOrder(), 100), (ReverseUnroll(), None)]`."
+            raise value_error("HypergradientSchedule(phases=...)", "a list of (strategy, steps)", phases, hint)
         if not phases or phases[-1][1] is not None:
             raise value_error(
                 "HypergradientSchedule(phases=...)",

@@ -15,6 +15,7 @@ from lightning_bilevel.errors import (
     integer,
     missing_error,
     number,
+    of_an_instance,
     refuse,
     value_error,
 )
@@ -69,7 +70,11 @@ class HypergradientMonitor(Callback):
         samples: int = 4,
         cosine: float = 0.5,
     ) -> None:
-        self.reference = reference if reference is not None else ReverseUnroll(checkpoint="sqrt")
+        given: Any = reference if reference is not None else ReverseUnroll(checkpoint="sqrt")
+        if given is not False and not isinstance(given, HypergradientStrategy):
+            expected = "a strategy such as `ReverseUnroll()`, or False"
+            raise value_error("HypergradientMonitor(reference=...)", expected, given)
+        self.reference: HypergradientStrategy | Literal[False] = given
         self.every_n_steps = integer("HypergradientMonitor(every_n_steps=...)", every_n_steps)
         if type(samples) is not int or samples < 0 or samples == 1:
             raise value_error("HypergradientMonitor(samples=...)", "0, or an integer of at least 2", samples)
@@ -78,6 +83,7 @@ class HypergradientMonitor(Callback):
         if self.cosine >= 1:
             raise value_error("HypergradientMonitor(cosine=...)", "a number in (0, 1)", cosine)
 
+    @of_an_instance
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Ask the module for its estimates."""
         if is_foreign(trainer):

@@ -64,6 +64,46 @@ def test_one_inner_batch_for_many_steps_is_pointed_out() -> None:
     fit(len(inner))
 
 
+def test_so_it_is_where_lightning_combines_the_loaders() -> None:
+    inner, outer = (DataLoader(each.dataset, 4) for each in reversed(loader().flattened))
+
+    class Own(Cleaning):
+        def episodes(self, batch: Any) -> Any:
+            return [Episode([batch["inner"]], batch["outer"])]
+
+    def fit(module: Any) -> None:
+        trainer(ReverseUnroll(), max_steps=1).fit(module, {"inner": inner, "outer": outer})
+
+    with pytest.warns(UserWarning, match=r"^All 3 inner steps of an episode share one inner batch"):
+        fit(Cleaning())
+    fit(Cleaning(inner_steps=1))
+    fit(Own())
+
+
+EMPTY = {
+    "an outer list": lambda: EpisodeLoader([EXAMPLE], []),
+    "an inner list": lambda: EpisodeLoader([], [EXAMPLE]),
+    "an outer loader": lambda: EpisodeLoader([EXAMPLE], DataLoader([], batch_size=None)),
+    "an outer loader in a mapping": lambda: {"inner": listed([EXAMPLE]), "outer": listed([])},
+    "an inner loader in a mapping": lambda: {"inner": listed([]), "outer": listed([EXAMPLE])},
+    "both": lambda: {"inner": listed([]), "outer": listed([])},
+    "episodes": lambda: listed([]),
+}
+EXAMPLE = episode().inner[0]
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_fit_on_nothing_is_refused(name: str) -> None:
+    message = r"^Expected `(EpisodeLoader\((inner|outer)=...\)|the training data.*)` to be "
+    with pytest.raises(ValueError, match=message):
+        trainer(ReverseUnroll(), max_epochs=2).fit(Cleaning(inner_steps=1), EMPTY[name]())
+
+
+def test_a_fit_of_no_batches_may_be_meant() -> None:
+    trainer(ReverseUnroll(), limit_train_batches=0).fit(Cleaning(), listed([]))
+
+
 @pytest.mark.parametrize("level", ["inner", "outer"])
 def test_a_data_set_is_no_loader(level: str) -> None:
     loaders = {"inner": [torch.zeros(1)], "outer": [torch.zeros(1)], level: TensorDataset(torch.zeros(3))}
@@ -243,7 +283,7 @@ def test_averaged_weights_of_a_net_with_batch_norm() -> None:
 
 def test_a_mapping_of_inner_and_outer_loaders():
     inner, outer = loader().flattened[::-1]
-    modules = [seeded(Cleaning), seeded(Cleaning)]
+    modules = [seeded(lambda: Cleaning(inner_steps=1)), seeded(lambda: Cleaning(inner_steps=1))]
     for module, source in zip(modules, ({"inner": inner, "outer": outer}, EpisodeLoader(inner, outer, 1)), strict=True):
         trainer(ReverseUnroll()).fit(module, source)
     assert differing(*map(parameters, modules)) == []

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+from pytorch_lightning.callbacks import EarlyStopping
+
 import lightning_bilevel
-from lightning_bilevel import HypergradientStrategy, strategies
+from lightning_bilevel import (
+    FirstOrder,
+    ForwardGradient,
+    HypergradientMonitor,
+    HypergradientSchedule,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    StrategyAudit,
+    audit,
+    hypergradient,
+    strategies,
+)
+from lightning_bilevel.directions import Rademacher
+from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.linear_solvers import Neumann
+from tests.support.modules import Cleaning, episode, loader, trainer
 from tests.support.tables import ROWS, Row, every_strategy
+
+EPISODE = episode()
 
 
 def test_every_public_strategy_is_in_the_table() -> None:
@@ -25,3 +48,48 @@ def test_strategies_state_their_facts(row: Row) -> None:
     assert strategy.differentiates <= {"run", "inner_gradient"}
     assert strategy.second_order == bool(strategy.differentiates)
     assert strategy.unbiased or not strategy.exact
+
+
+# --- Classes in the places of instances ---
+
+
+@pytest.mark.parametrize("kind", [ReverseUnroll, ForwardGradient, HypergradientMonitor, StrategyAudit])
+def test_a_class_among_the_callbacks_is_named(kind: Any) -> None:
+    others = [] if issubclass(kind, HypergradientStrategy) else [ReverseUnroll()]
+    fit, module = trainer(*others, kind, EarlyStopping("outer_loss", check_on_train_epoch_end=True)), Cleaning()
+    message = (
+        rf"^Cannot use the class `{kind.__name__}` among the callbacks\. .* Write `callbacks=\[{kind.__name__}\(\)\]`"
+    )
+    with pytest.raises(MisconfigurationError, match=message):
+        fit.fit(module, loader())
+    trainer(ReverseUnroll(), max_steps=1).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HypergradientSchedule([FirstOrder(), ReverseUnroll()]), r"HypergradientSchedule\(phases=...\)"),
+        (lambda: HypergradientSchedule(ReverseUnroll()), r"HypergradientSchedule\(phases=...\)"),
+        (
+            lambda: HypergradientSchedule([(FirstOrder, 3), (ReverseUnroll(), None)]),
+            r"HypergradientSchedule\(phases=...\)",
+        ),
+        (lambda: HypergradientMonitor(ReverseUnroll), r"HypergradientMonitor\(reference=...\)"),
+        (lambda: ForwardGradient(2, directions=Rademacher), r"ForwardGradient\(directions=...\)"),
+        (lambda: ForwardGradient(2, guide=FirstOrder), r"ForwardGradient\(guide=...\)"),
+        (lambda: ImplicitGradient(Neumann), r"ImplicitGradient\(solver=...\)"),
+        (lambda: StrategyAudit([ReverseUnroll]), r"StrategyAudit\(strategies=...\)"),
+        (lambda: hypergradient(Cleaning(), ReverseUnroll, EPISODE), r"hypergradient\(strategy=...\)"),
+        (lambda: audit(Cleaning(), EPISODE, [ReverseUnroll]), r"audit\(strategies=...\)"),
+    ],
+)
+def test_a_class_in_an_argument_is_named(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Expected `{message}` to be a "):
+        build()
+
+
+def test_a_schedule_without_steps_says_what_to_write() -> None:
+    with pytest.raises(
+        ValueError, match=r"Say when the next one takes over: `\[\(FirstOrder\(\), 100\), \(ReverseUnro"
+    ):
+        HypergradientSchedule([FirstOrder(), ReverseUnroll()])  # type: ignore[list-item]
