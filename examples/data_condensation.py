@@ -3,10 +3,12 @@
 The pixels of the condensed images are the outer parameters, a small convolutional net the inner ones. At every outer
 step the net is drawn anew and trained on the condensed images alone; the images are moved so that the trained net does
 well on a batch of real ones. In the end new nets are trained on what was found, and tested: beside nets that were
-trained on as many real images drawn by chance, and on the whole training set.
+trained on as many real images, on the means of the classes or the centres of clusters in them, which take no time, and
+on the whole training set. `--start centres` learns from there on.
 
     python examples/data_condensation.py
     python examples/data_condensation.py --strategy all
+    python examples/data_condensation.py --start centres
     python examples/data_condensation.py --data-dir FOLDER_WITH_MNIST --per-class 10 --strategy checkpointed
 
 Every strategy gets the same CPU seconds, all of which count: cheap estimates take more outer steps. `all` also compares
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import report
+from condensation import baselines
 from image_data import load_digits, load_mnist
 from lightning_bilevel import (
     SGD,
@@ -189,14 +192,21 @@ def real_images(data: Data, per_class: int, seed: int) -> Tensor:
     return data.train_x[torch.stack(chosen, 1).flatten()]
 
 
+def start_of(data: Data, args: argparse.Namespace) -> Tensor:
+    """Return the images that ``--start`` names."""
+    if args.start == "centres":
+        return baselines.centres(data.train_x, data.train_y, args.per_class)
+    return real_images(data, args.per_class, args.seed)
+
+
 def condense(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one strategy from real images; return the images, the losses and the seconds of every step.
+    """Run one strategy from the images of ``--start``; return the images, the losses and the seconds of every step.
 
     "outer steps" are those within the time, and the steps that follow are left out of "losses" and "seconds".
     """
     pl.seed_everything(args.seed, verbose=False)
     labels = labels_of(args.per_class)
-    start = real_images(data, args.per_class, args.seed)
+    start = start_of(data, args)
     module = Condensation(start, args.width, args.inner_steps, args.inner_lr, args.outer_lr)
     history = History(args.seconds, args.least_steps)
     trainer = pl.Trainer(
@@ -268,6 +278,12 @@ def test_real(data: Data, args: argparse.Namespace) -> list[float]:
     """Return the test accuracies of nets trained on as many real images, a new draw for each net."""
     one = argparse.Namespace(**{**vars(args), "nets": 1})
     return [test(data, real_images(data, args.per_class, 10_000 + net), one)[0] for net in range(args.nets)]
+
+
+def test_chosen(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return, for each baseline that chooses or averages real images, the test accuracies of nets trained on them."""
+    chosen = {name: choose(data.train_x, data.train_y, args.per_class) for name, choose in baselines.CHOSEN.items()}
+    return {name: test(data, images, args) for name, images in chosen.items()}
 
 
 def test_whole(data: Data, args: argparse.Namespace) -> list[float]:
@@ -391,6 +407,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--pixels", type=int, help="on a side, to which images are averaged (as many as they have)")
     parser.add_argument("--per-class", type=int, default=1, help="condensed images of each class (%(default)s)")
+    parser.add_argument(
+        "--start", choices=["real", "centres"], default="real", help="images to go on from (%(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=90, help="CPU seconds of each strategy (%(default)s)")
     parser.add_argument("--steps", type=int, default=10_000, help="outer steps, if these end sooner (%(default)s)")
     parser.add_argument("--least-steps", type=int, default=1, help="outer steps, if those take longer (%(default)s)")
@@ -435,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         others = {
             "start": test(data, runs[0]["start"], args),
             "real images": test_real(data, args),
+            **test_chosen(data, args),
             "whole training set": test_whole(data, args),
         }
         draw(path, runs, others["start"])

@@ -8,6 +8,9 @@ Second task: learning rate and momentum of the inner optimizer are the outer par
 validation loss after a fixed number of steps from zero. Grids over both are what is compared with. ImplicitGradient
 is out: the minimum of the inner loss does not depend on how it is reached.
 
+What one would do without a hypergradient is in the tables, too (tuning/baselines.py): an L1 penalty, penalties that are
+a formula of two numbers, a cosine schedule, found by random search and by Optuna's TPE if it is installed.
+
     python examples/hyperparameters.py
     python examples/hyperparameters.py --task penalties --strategy pzobo reverse
     python examples/hyperparameters.py --data newsgroups --data-dir FOLDER
@@ -56,6 +59,7 @@ from lightning_bilevel import (
     ZerothOrder,
 )
 from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
+from tuning import baselines
 
 Matrix = np.ndarray | scipy.sparse.csr_matrix
 
@@ -85,6 +89,12 @@ class Data(NamedTuple):
     test: Part
     inner_lr: float
     steps: int
+
+    @property
+    def both(self) -> Part:
+        """The examples to train on and those to validate, to fit once more in the end."""
+        stack = scipy.sparse.vstack if scipy.sparse.issparse(self.train.x) else np.vstack
+        return Part(stack([self.train.x, self.validation.x]), np.concatenate([self.train.y, self.validation.y]))
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -202,6 +212,7 @@ def _compressed_rows(x: scipy.sparse.csr_matrix) -> Tensor:
 
 
 PENALTY_GRID = np.logspace(-7, -1, 13)
+L1_GRID = np.logspace(-5, -2, 13)
 
 
 class Logistic(BilevelModule):
@@ -359,9 +370,7 @@ def scaled(x: Matrix, scale: np.ndarray) -> Matrix:
 def judge(data: Data, penalties: np.ndarray) -> dict[str, float]:
     """Return what penalties are worth: of the exact minimum on the training part, and on training and validation."""
     model, scale = solve(data.train, penalties)
-    rows = [data.train, data.validation]
-    stack = scipy.sparse.vstack if scipy.sparse.issparse(data.train.x) else np.vstack
-    both, _ = solve(Part(stack([part.x for part in rows]), np.concatenate([part.y for part in rows])), penalties)
+    both, _ = solve(data.both, penalties)
     test = scaled(data.test.x, scale)
     return {
         "validation loss": loss(model, scaled(data.validation.x, scale), data.validation.y),
@@ -416,6 +425,39 @@ def learn_penalties(data: Data, args: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
+def penalties_without(data: Data, seconds: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each baseline: an L1 penalty, and two numbers of a formula, by searches of so many seconds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*max_iter was reached")
+        rows = [lasso(data, L1_GRID[:: 4 if args.smoke else 1])]
+    formula = baselines.by_relevance(data.train.x, data.train.y)
+
+    def validation_loss(point: Sequence[float]) -> float:
+        model, scale = solve(data.train, formula(*point))
+        return loss(model, scaled(data.validation.x, scale), data.validation.y)
+
+    for name, search in baselines.SEARCHES.items():
+        began = time.process_time()
+        point, trials = search(validation_loss, [(-14.0, -2.0), (0.0, 2.0)], seconds, args.seed)
+        row = {"method": f"F values, {name}", "CPU seconds": time.process_time() - began, "trials": trials}
+        rows.append({**row, **judge(data, formula(*point))})
+    return rows
+
+
+def lasso(data: Data, strengths: Sequence[float]) -> dict[str, Any]:
+    """Return what the best L1 penalty is worth, by validation loss, and the CPU seconds of the search."""
+    began = time.process_time()
+    models = [baselines.l1(data.train, strength) for strength in strengths]
+    losses = [loss(model, data.validation.x, data.validation.y) for model in models]
+    seconds, best = time.process_time() - began, int(np.argmin(losses))
+    model, both = models[best], baselines.l1(data.both, strengths[best])
+    worth = {"validation loss": losses[best]}
+    for prefix, each in (("", model), ("refitted ", both)):
+        worth[f"{prefix}test loss"] = loss(each, data.test.x, data.test.y)
+        worth[f"{prefix}test accuracy"] = float(each.score(data.test.x, data.test.y))
+    return {"method": "L1", "CPU seconds": seconds, "trials": len(models), **worth}
+
+
 def learn_learning_rate(data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the second task: a row of results for the grid and for each strategy."""
     rows = [grid_of_learning_rates(data, sizes=(3, 2) if args.smoke else (12, 10))]
@@ -447,16 +489,57 @@ def grid_of_learning_rates(data: Data, sizes: tuple[int, int]) -> dict[str, Any]
     return {**row, "grid": grid, **adapt(modules[i][j], data)}
 
 
+def rates_without(data: Data, seconds: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each search and schedule, constant or a cosine that falls to 0: the best rate and momentum."""
+    rows = []
+    for name, search in baselines.SEARCHES.items():
+        for cosine in (False, True):
+            began = time.process_time()
+            ranges = [(math.log(data.inner_lr) + math.log(10) * part for part in (-1.5, 1.75)), (math.log(0.01), 0.0)]
+            point, trials = search(
+                lambda point, cosine=cosine: descend(data, *point, cosine)["validation loss"],
+                [tuple(each) for each in ranges],
+                seconds,
+                args.seed,
+            )
+            method = f"{name}, {'cosine' if cosine else 'constant'}"
+            row = {"method": method, "CPU seconds": time.process_time() - began, "trials": trials}
+            found = {"lr": math.exp(point[0]), "momentum": 1 - math.exp(point[1])}
+            rows.append({**row, **found, **descend(data, *point, cosine, test=True)})
+    return rows
+
+
+def descend(data: Data, log_lr: float, log_slack: float, cosine: bool, test: bool = False) -> dict[str, float]:
+    """Return what plain PyTorch reaches in the steps of the inner run, with momentum 1 − exp(log_slack)."""
+    module = LearningRate(*data.sizes, lr=math.exp(log_lr))
+    optimizer = torch.optim.SGD(module.inner_parameters(), math.exp(log_lr), momentum=1 - math.exp(log_slack))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, module.inner_steps)
+    batch = tensors(data.train)
+    for _ in range(module.inner_steps):
+        optimizer.zero_grad()
+        module.inner_loss(batch).backward()
+        optimizer.step()
+        if cosine:
+            schedule.step()
+    return worth_of(module, data, test)
+
+
+@torch.no_grad()
+def worth_of(module: LearningRate, data: Data, test: bool) -> dict[str, float]:
+    """Return the losses of the weights as they are, and the accuracy on test examples."""
+    worth = {"validation loss": module.outer_loss(tensors(data.validation)).item()}
+    if test:
+        x, y = tensors(data.test)
+        worth["test loss"] = module.outer_loss((x, y)).item()
+        worth["test accuracy"] = (module(x).argmax(-1) == y).float().mean().item()
+    return worth
+
+
 @torch.no_grad()
 def adapt(module: LearningRate, data: Data, test: bool = True) -> dict[str, float]:
     """Return what the inner run at the module's learning rate and momentum leads to."""
     with module.adapted([tensors(data.train)]):
-        worth = {"validation loss": module.outer_loss(tensors(data.validation)).item()}
-        if test:
-            x, y = tensors(data.test)
-            worth["test loss"] = module.outer_loss((x, y)).item()
-            worth["test accuracy"] = (module(x).argmax(-1) == y).float().mean().item()
-    return worth
+        return worth_of(module, data, test)
 
 
 # Pairs that nearly coincide, reverse and forward mode, PZOBO and HOZOG, are told apart by their dashes.
@@ -566,12 +649,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "`ConjugateGradient.*reached a relative residual")
         penalties = learn_penalties(data, args) if "penalties" in tasks else []
         rates = learn_learning_rate(data, args) if "learning-rate" in tasks else []
+        # Searches get the seconds of the slowest exact strategy.
+        without = {
+            "penalties": penalties_without(data, longest(penalties), args) if penalties else [],
+            "learning rate": rates_without(data, longest(rates), args) if rates else [],
+        }
         path = args.output / f"hyperparameters_{args.data}.png"
         draw(path, data, penalties, rates)
-    results = {"data": args.data, "seed": args.seed, "penalties": penalties, "learning rate": rates}
+    results = {"data": args.data, "seed": args.seed, "penalties": penalties, "learning rate": rates, "without": without}
     report.write_json(path.with_suffix(".json"), results)
-    show(penalties, rates, [path, path.with_suffix(".json")])
+    show(penalties + without["penalties"], rates + without["learning rate"], [path, path.with_suffix(".json")])
     return results
+
+
+def longest(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the CPU seconds of the slowest strategy, not counting those that take differences."""
+    return max((row["CPU seconds"] for row in rows[1:] if row["method"] not in ("pzobo", "hozog")), default=0.5)
 
 
 def show(penalties: Sequence[Mapping[str, Any]], rates: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:

@@ -1,10 +1,12 @@
 """Condensed sets by every strategy, in the same CPU seconds and after the same outer steps: (FG)2U, section 4.
 
-A case is a data set and a number of images per class. One run is one strategy and one seed, which draws the real images
+A case is a data set and a number of images per class; `digits-centres` and `digits-10` start from the centres that
+k-means finds in each class, and not from real images. One run is one strategy and one seed, which draws the real images
 to start from, the inner nets and the batches; its accuracies, losses and images are saved when it ends, and results of
 other runs stay. `two-phase` spends half of its seconds on the first phase, for which `truncated` has to have run.
 
     python benchmarks/papers/data_condensation.py --case digits
+    python benchmarks/papers/data_condensation.py --case digits-centres digits-10 --seeds 0 1 2 3 4
     python benchmarks/papers/data_condensation.py --case mnist mnist-28 mnist-10 mnist-50 --data-dir FOLDER
     python benchmarks/papers/data_condensation.py --case mnist-10 --strategy forward --least-steps 5 --data-dir FOLDER
     python benchmarks/papers/data_condensation.py --draw
@@ -54,6 +56,8 @@ CASES = {
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
     "mnist-28": Case((), PAPER, 160, (5,)),
     "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),
+    "digits-centres": Case(("--start", "centres"), ("reverse",), 35, ()),
+    "digits-10": Case(("--start", "centres", "--per-class", "10"), ("reverse",), 35, ()),
     "mnist-50": Case(("--pixels", "14", "--per-class", "50"), ("checkpointed", "truncated", "forward"), 40, (3,)),
 }
 
@@ -88,9 +92,10 @@ def run_case(name: str, seed: int, args: argparse.Namespace) -> None:
                 chosen.phase_steps = saved()[name][str(seed)]["truncated"]["outer steps"] // 2
             add(name, seed, strategy, *judged(data, example.condense(data, strategy, chosen), case.steps, chosen))
     if "baselines" not in saved().get(name, {}).get(str(seed), {}):
-        start = example.real_images(data, chosen.per_class, seed)
-        found = {"start": example.test(data, start, chosen), "real images": example.test_real(data, chosen)}
-        if chosen.per_class == 1:
+        found = {"real images": example.test_real(data, chosen), **example.test_chosen(data, chosen)}
+        if chosen.start == "real":
+            found["start"] = example.test(data, example.start_of(data, chosen), chosen)
+        if chosen.start == "real" and chosen.per_class == 1:
             found["whole training set"] = example.test_whole(data, chosen)
         add(name, seed, "baselines", found, {})
 
@@ -113,7 +118,7 @@ def compare_directions(name: str, seed: int, args: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {}
     for net in range(3):
         torch.manual_seed(net)
-        start = example.real_images(data, chosen.per_class, seed)
+        start = example.start_of(data, chosen)
         module = example.Condensation(start, chosen.width, chosen.inner_steps, chosen.inner_lr, chosen.outer_lr)
         batch = torch.randperm(len(data.train_y))[: chosen.outer_batch]
         episode = Episode([(torch.arange(len(labels)), labels)], (data.train_x[batch], data.train_y[batch]))

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 shutil.copy(Path(folder) / f"{name}.png", plot_path(name))
                 to_docs(name)
         results = earlier("hyperparameters")  # read only now: other seeds may have been run meanwhile
-        tasks = {task: [short(row) for row in found[task]] for task in ("penalties", "learning rate")}
+        names = ("penalties", "learning rate")
+        tasks = {task: [short(row) for row in found[task] + found["without"][task]] for task in names}
         results.setdefault(args.data, {})[str(seed)] = tasks
         save("hyperparameters", {"seeds": {name: sorted(rows) for name, rows in results.items()}}, results)
     return results

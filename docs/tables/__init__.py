@@ -11,11 +11,16 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from importlib import import_module
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.S)
+
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5% quantile of Student's t by the number of seeds."""
 
 
 def results(name: str) -> dict[str, Any]:
@@ -37,6 +42,22 @@ def filled(report: str) -> str:
         return f"{begin}\n{import_module(f'{__name__}.{file}').tables()[name]}\n\n{end}"
 
     return PLACE.sub(table, report)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half of the 95% interval of the mean of one number per seed."""
+    return STUDENT[len(values)] * stdev(values) / sqrt(len(values))
+
+
+def interval(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean of one number per seed and its 95% interval."""
+    return f"{mean(values):.{digits}f} ± {half_width(values):.{digits}f}"
+
+
+def difference(ours: Sequence[float], others: Sequence[float], digits: int = 1) -> str:
+    """Return the mean difference of two runs of each seed and its 95% interval."""
+    pairs = [a - b for a, b in zip(ours, others, strict=True)]
+    return f"{mean(pairs):+.{digits}f} ± {half_width(pairs):.{digits}f}"
 
 
 def write_all(folder: Path) -> None:

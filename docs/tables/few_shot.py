@@ -1,12 +1,8 @@
 """MAML and ANIL: sinusoids, Omniglot, the γ-greedy table, larger backbones, speed."""
 
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 
-from tables import markdown, results
-
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}
-"""97.5% quantile of Student's t by the number of seeds."""
+from tables import interval, markdown, results
 
 
 def tables() -> dict[str, str]:
@@ -71,15 +67,11 @@ def gamma_greedy() -> str:
                 accuracy = [100 * run["accuracy"] for run in runs.values()]
                 pairs = [100 * (run["accuracy"] - methods["FO"][seed]["accuracy"]) for seed, run in runs.items()]
                 seconds = mean(run["cpu seconds"] for run in runs.values())
-                against = "" if method == "FO" else interval(pairs)
-                rows.append([f"{data}, {ways}", method, interval(accuracy), against, str(len(runs)), f"{seconds:.0f}"])
+                against = "" if method == "FO" else interval(pairs, 2)
+                spread = interval(accuracy, 2)
+                rows.append([f"{data}, {ways}", method, spread, against, str(len(runs)), f"{seconds:.0f}"])
     heads = ["data", "method", "accuracy %", "minus that of FO, by seed", "seeds", "CPU seconds"]
     return markdown(heads, rows)
-
-
-def interval(values: list[float]) -> str:
-    """Return the mean of one number per seed and its 95% interval."""
-    return f"{mean(values):.2f} ± {STUDENT[len(values)] * stdev(values) / sqrt(len(values)):.2f}"
 
 
 def speed() -> str:

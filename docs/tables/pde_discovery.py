@@ -14,10 +14,11 @@ FOUND = 1e-5
 
 
 def tables() -> dict[str, str]:
-    """Return the tables of the errors, of all starts of KdV, of the memory and of the net."""
+    """Return the tables of the errors, of a search beside them, of all starts of KdV, of the memory and of the net."""
     found = results("pde_discovery")["results"]
     made = {
         "pde_discovery": errors(found),
+        "pde_discovery_search": searches(found),
         "pde_discovery_kdv": starts(found["kdv"]["rows"]),
         "pde_discovery_memory": memory(found["memory"]),
     }
@@ -52,6 +53,18 @@ def errors(found: dict[str, Any]) -> str:
 def spread(values: list[float], unit: float) -> str:
     """Return mean ± standard deviation, as the paper has them."""
     return f"{unit * mean(values):.3f} ± {unit * stdev(values):.3f}"
+
+
+def searches(found: dict[str, Any]) -> str:
+    """Return the runs that find ν, from the errors above, beside a search over one number."""
+    heads = ("equation", "`ZerothOrder`: solutions", "CPU s", "error of ν", "search: solutions", "CPU s", "error of ν")
+    rows = []
+    for name, title in NAMES.items():
+        good, one = [row for row in found[name]["rows"] if row["loss"] < FOUND], found["search"][name]
+        cells = [f"{2 * good[0]['steps']}", f"{mean(row['CPU seconds'] for row in good):.1f}"]
+        cells += [f"{mean(row['error of nu'] for row in good):.0e}", str(one["solutions"])]
+        rows.append([title, *cells, f"{one['CPU seconds']:.1f}", f"{one['error of nu']:.0e}"])
+    return markdown(heads, rows)
 
 
 def starts(rows: list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 import data_condensation as example
 import report
+from condensation import baselines
 from lightning_bilevel import Episode, TruncatedReverse, hypergradient
 from lightning_bilevel.directions import Orthogonal
 
@@ -201,7 +202,7 @@ def test_all_of_it_in_small(argv: list[str], tmp_path: Path, capsys: pytest.Capt
     results = example.main(["--smoke", "--steps", "2", "--quiet", "--output", str(tmp_path), *argv])
     names = [run["strategy"] for run in results["runs"]]
     assert names == ([name for name in example.STRATEGIES if name != "checkpointed"] if "all" in argv else ["reverse"])
-    assert set(results["baselines"]) == {"start", "real images", "whole training set"}
+    assert set(results["baselines"]) == {"start", "real images", *baselines.CHOSEN, "whole training set"}
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*names, "real images", "whole training set"])
     assert list(tmp_path.glob("condensation_digits_*.png"))

@@ -1,0 +1,1 @@
+"""What `data_condensation.py` compares learned images with."""

@@ -1,0 +1,1 @@
+"""What `hyperparameters.py` compares hypergradients with."""
