@@ -33,14 +33,9 @@ class EpisodeLoader(CombinedLoader):
     such as ``limit_train_batches``, count episodes; for a fraction, both loaders need a length. In validation and
     test, too, ``inner`` goes on from run to run.
 
-    **Resuming.** A checkpoint holds, for each loader, its seed, the finished passes and the batches read of this one.
-    The pass is opened again under the same seed, and the batches read are read again and dropped; no step is trained
-    again. This is exact because a pass depends on (seed, loader, number of the pass, rank) only: while it reads, all
-    torch generators in its reach, the global one and those of the loader, sampler and dataset, are in states of its
-    own, and afterwards they are back in theirs; and whatever in it has a ``set_epoch`` is given the number of the
-    pass. Two things stay outside. In the main process (``num_workers=0``), random transforms have to draw from
-    torch: those of NumPy and ``random`` are replayed in workers only. And torch seeds ``persistent_workers`` once, so
-    the order of the examples is resumed exactly but random transforms in such workers are not.
+    **Resuming.** A checkpoint holds where each loader stands, and the batches read are read again and dropped. Random
+    transforms resume exactly if they draw from torch (with ``num_workers=0``; in workers, from anything), but not in
+    ``persistent_workers``, which torch seeds once.
 
     **Reloading.** A loader made anew for every epoch (``reload_dataloaders_every_n_epochs`` and a
     ``train_dataloader`` hook) starts at pass 0 again: give each another seed, such as ``seed=self.current_epoch``.
@@ -319,7 +314,9 @@ class _Reader:
     """Reads a loader pass after pass.
 
     What a pass yields depends on (seed, name, number of the pass, rank) only, so ``position``, finished passes and
-    batches read of this one, says all.
+    batches read of this one, says all: a pass is opened again under the same seed. While it reads, all torch generators
+    in its reach, the global one and those of the loader, sampler and dataset, are in states of its own, and afterwards
+    they are back in theirs; whatever in it has a ``set_epoch`` is given the number of the pass.
     """
 
     def __init__(self, name: str, seed: int | None) -> None:
