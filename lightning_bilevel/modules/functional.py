@@ -398,7 +398,10 @@ class FunctionalModule:
     def _penalty(self, theta: Params, phi: Params) -> Tensor:
         with self.swapper.swapped(phi):
             value = self._configured().penalty(theta)
-        return value if isinstance(value, Tensor) else next(iter(theta.values())).real.new_tensor(value)
+        if isinstance(value, Tensor):
+            return value
+        like = next(iter(theta.values())).real  # `new_tensor` fails under vmap in torch 2.4
+        return torch.tensor(value, dtype=like.dtype, device=like.device)
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
         with self.in_place({**phi, **params}):

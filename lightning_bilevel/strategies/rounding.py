@@ -63,10 +63,19 @@ def coarsest_in(loss: Tensor) -> torch.dtype:
         node: Any = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            dtypes = [each.dtype for each in node._input_metadata if each.dtype.is_floating_point]
-            found = reduce(coarser, dtypes, found)
+            found = reduce(coarser, _dtypes(node), found)
             nodes += [following for following, _ in node.next_functions]
     return found
+
+
+def _dtypes(node: Any) -> list[torch.dtype]:
+    """Return the floating dtypes that a node of a graph tells of: of its results, in torch 2.4 of what it has saved."""
+    if hasattr(node, "_input_metadata"):
+        told = list(node._input_metadata)
+    else:
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        told = [each for each in saved if isinstance(each, Tensor)]
+    return [each.dtype for each in told if each.dtype.is_floating_point]
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
