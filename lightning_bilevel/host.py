@@ -37,6 +37,7 @@ if TYPE_CHECKING or NAMESPACE == "pytorch_lightning":
     from pytorch_lightning.trainer.states import RunningStage, TrainerFn
     from pytorch_lightning.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.combined_loader import CombinedLoader
+    from pytorch_lightning.utilities.compile import to_uncompiled
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 else:
@@ -55,6 +56,7 @@ else:
     from lightning.pytorch.trainer.states import RunningStage, TrainerFn
     from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    from lightning.pytorch.utilities.compile import to_uncompiled
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
@@ -96,6 +98,7 @@ __all__ = [
     "pl_worker_init_function",
     "rank_zero_info",
     "rank_zero_warn",
+    "to_uncompiled",
 ]
 
 

@@ -27,6 +27,7 @@ from lightning_bilevel.strategies import HypergradientSchedule, HypergradientStr
 from lightning_bilevel.strategies.table import one_of_each
 from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.module import BilevelModule
+from lightning_bilevel.training.uncompiled import uncompiled
 
 EPISODES = 2
 """Episodes of the batch that are rehearsed; more show nothing new."""
@@ -162,6 +163,7 @@ def audit(
     >>> [(row.strategy, row.verdict) for row in report.rows]
     [('ReverseUnroll()', 'yes'), ('PZOBO()', 'yes')]
     """
+    module = uncompiled(module)
     _bilevel("audit", module)
     integer("audit(steps=...)", steps)
     chosen = _checked("audit", strategies)

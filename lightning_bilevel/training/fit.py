@@ -34,6 +34,7 @@ from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
 from lightning_bilevel.training.rollback import Rollback, after_each_batch
 from lightning_bilevel.training.surrogate import surrogate_loss
+from lightning_bilevel.training.uncompiled import uncompiled
 from lightning_bilevel.tree import Params
 
 
@@ -119,6 +120,7 @@ class FitContext:
                 "a training step takes one hypergradient",
                 "Keep one in `callbacks`, or put both in a `HypergradientSchedule`",
             )
+        uncompiled(self._module)
         refuse(self._refusals(strategy, trainer))
         warn_of_precision(trainer)
         self._strategy = strategy
@@ -171,7 +173,7 @@ class FitContext:
         """Return what is wrong with a fit before the module's layers need to exist."""
         module = self._module
         found = [*module.missing_hooks(), *parallel_refusals(strategy, trainer)]
-        if type(module).training_step is not self._training_step:
+        if getattr(module.training_step, "__func__", None) is not self._training_step:
             found.append(
                 combination_error(
                     f"an overridden `{type(module).__name__}.training_step`",

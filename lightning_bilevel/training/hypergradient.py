@@ -18,6 +18,7 @@ from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.estimating import estimated
 from lightning_bilevel.training.module import BilevelModule
+from lightning_bilevel.training.uncompiled import uncompiled
 from lightning_bilevel.tree import Params
 
 
@@ -66,6 +67,7 @@ def hypergradient(
     if not isinstance(strategy, HypergradientStrategy):
         raise value_error("hypergradient(strategy=...)", "a strategy such as `ReverseUnroll()`", strategy)
     given: Sequence[Any] = [episode] if isinstance(episode, Episode) else list(episode)
+    module = uncompiled(module)
     if isinstance(module, BilevelProblem):
         with torch.inference_mode(False), torch.enable_grad():
             return _of_problem(module, strategy, check_episodes(given, "BilevelProblem"), seed, carry, phi)

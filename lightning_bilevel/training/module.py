@@ -22,6 +22,7 @@ from lightning_bilevel.training.attachment import attached
 from lightning_bilevel.training.estimating import PARTS
 from lightning_bilevel.training.fit import FitContext, refuse_repeated_closures
 from lightning_bilevel.training.modes import Mode, in_mode
+from lightning_bilevel.training.uncompiled import uncompiled
 
 
 class BilevelModule(BilevelHooks):
@@ -215,6 +216,8 @@ class BilevelModule(BilevelHooks):
 
         Lightning calls this for all three hooks, in every stage. What nobody overrides takes the episode at once.
         """
+        if self._compiler_ctx is not None:
+            uncompiled(self)  # in every stage, before its step
         call = super()._call_batch_hook
         batch, *others = args
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]

@@ -32,6 +32,7 @@ from lightning_bilevel.training.selection import (
     matching,
     require_trained,
 )
+from lightning_bilevel.training.uncompiled import uncompiled
 
 Loss = str | Callable[[Any, Batch], Any] | None
 InnerOptimizerLike = InnerOptimizer | torch.optim.Optimizer | Callable[[Any], InnerOptimizer | torch.optim.Optimizer]
@@ -128,6 +129,7 @@ def bilevel(
     >>> round(estimate.grads["module.log_penalty"].item(), 4)
     0.075
     """
+    module = uncompiled(module)
     if is_foreign(module):
         raise combination_error(*mixing(f"`bilevel` with `{type(module).__name__}`"))
     if not isinstance(module, LightningModule):
