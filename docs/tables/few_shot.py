@@ -23,6 +23,9 @@ def sinusoids() -> str:
     for name in ("MAML", "pretrained"):
         both = zip(found[name]["mean"], found[name]["95%"], strict=True)
         rows.append([name, *(f"{value:.2f} ± {half:.2f}" for value, half in both)])
+    process = results("few_shot_baselines")["results"]["sinusoids"].values()
+    error = interval([run["Gaussian process"]["score"] for run in process], 2)
+    rows.append(["Gaussian process, no steps", *[error] * len(found["steps"])])
     return markdown(["squared error after", *(f"{steps} steps" for steps in found["steps"])], rows)
 
 

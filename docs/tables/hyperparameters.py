@@ -50,7 +50,9 @@ def table(seeds: list[dict[str, Any]], task: str, keys: tuple[str, ...]) -> str:
     rows = []
     for number, first in enumerate(seeds[0][task]):
         runs = [seed[task][number] for seed in seeds]
-        rows.append([NAMES[first["method"]], *(cell(key, [run[key] for run in runs]) for key in keys)])
+        rows.append(
+            [NAMES.get(first["method"], first["method"]), *(cell(key, [run[key] for run in runs]) for key in keys)]
+        )
     return markdown(("method", *(LABELS[key] for key in keys)), rows)
 
 
