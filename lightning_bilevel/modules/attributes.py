@@ -72,6 +72,7 @@ class Attributes:
     >>> start = attributes.take()
     >>> module.seen.append(2)
     >>> attributes.put(start)
+    True
     >>> module.seen
     [1]
     """
@@ -86,16 +87,24 @@ class Attributes:
             {name: _entry(value) for name, value in home.items() if name not in _NOT_THE_USERS} for home in self._homes
         ]
 
-    def put(self, snapshot: Snapshot) -> None:
-        """Put attributes and the content of containers back; what is not in the snapshot goes."""
+    def put(self, snapshot: Snapshot) -> bool:
+        """Put attributes and the content of containers back; what is not in the snapshot goes.
+
+        Returns:
+            Whether anything was another thing.
+        """
+        changed = False
         for home, entries in zip(self._homes, snapshot, strict=True):
             for name in [name for name in home if name not in _NOT_THE_USERS and name not in entries]:
                 del home[name]
+                changed = True
             for name, entry in entries.items():
                 if not entry.same(_entry(home[name]) if name in home else None):
+                    changed = True
                     home[name] = entry.value
                     for container, content in ((entry.value, entry.content), *entry.inside):
                         _fill(container, content)
+        return changed
 
 
 def written_in_place(snapshot: Snapshot) -> list[str]:

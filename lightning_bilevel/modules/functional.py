@@ -26,7 +26,7 @@ from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.modules.written import Standing, written_unseen
-from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Traits, with_proximal
+from lightning_bilevel.problem import Batch, BilevelProblem, Compiler, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -61,6 +61,7 @@ class FunctionalModule:
         examinations: what a first look at the losses told, by the module's mode.
         drawn: generators of the process, those of NumPy and ``random``, that an estimate drew from unseen before.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
+        compiler: makes compiled steps of the problem's, see :attr:`BilevelProblem.compiler`.
     """
 
     def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
@@ -72,6 +73,7 @@ class FunctionalModule:
         self.examinations: dict[Any, Any] = {}
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
+        self.compiler: Compiler | None = None
         self._autocast_dtype: torch.dtype | None = None
         self._placed: Params = {}
         self._solves = module.has_solver
@@ -114,6 +116,7 @@ class FunctionalModule:
             traits=traits,
             observer=self.recorder,
             findings=self.findings,
+            compiler=self.compiler,
         )
         return with_proximal(problem, module.proximal) if module.proximal else problem
 
@@ -290,6 +293,20 @@ class FunctionalModule:
                 self._autocast_dtype = None
             if not self._solves and (names := standing.changed()):
                 raise written_unseen(type(self.module).__name__, abbreviate(names))
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the losses are cast to in the session that is entered; ``None`` where they are not."""
+        return self._autocast_dtype
+
+    def inner_optimizer(self) -> InnerOptimizer:
+        """Return the inner optimizer, with the module's own parameters in place."""
+        return self._configured()
+
+    def converted(self) -> InnerOptimizer | None:
+        """Return what was made of a ``torch.optim`` instance; ``None`` where the hook returns one of ours."""
+        self._configured()
+        return self._converted
 
     @cached_property
     def generators(self) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.compiled import Compiler
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
 from lightning_bilevel.errors import MisconfigurationError, NoLossError, combination_error, missing_error, refuse
@@ -52,6 +53,7 @@ class FitContext:
         self._module, self._training_step = module, training_step
         self.memory = FitMemory()
         self._findings: dict[Any, Any] = {}
+        self._compiler: Compiler | None = None
         self._monitors: list[HypergradientMonitor] = []
         self._strategy: HypergradientStrategy | None = None
         self._fit: Fit | None = None
@@ -67,7 +69,7 @@ class FitContext:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"_put_back": _nothing, "_unshadow": _nothing}
+        nothing = {"_put_back": _nothing, "_unshadow": _nothing, "_compiler": None}
         return {**vars(self), "_monitors": [], "_strategy": None, "_fit": None, "_findings": {}, **nothing}
 
     @property
@@ -92,7 +94,10 @@ class FitContext:
         refuse(self._module.missing_hooks())
         # What the hooks log meanwhile has nowhere to go yet.
         with LogRecorder().recording(self._module):
-            return FunctionalModule(self._module, self._findings)
+            functional = FunctionalModule(self._module, self._findings)
+        if self._module.compiles_steps:
+            functional.compiler = self._compiler = self._compiler or Compiler()
+        return functional
 
     def begin(self, strategy: HypergradientStrategy, trainer: Trainer) -> None:
         """Prepare a fit: check the combination, and freeze inner-only parameters before DDP wraps the module.
@@ -212,6 +217,7 @@ class FitContext:
         self._put_back = put_back
 
     def _start(self, strategy: HypergradientStrategy, trainer: Trainer, seed: int) -> None:
+        self._compiler = None  # what an earlier fit could not compile may work now
         functional = self.functional()
         strategy.check(functional.problem)
         self.memory.begin(functional, seed)
