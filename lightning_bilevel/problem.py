@@ -253,6 +253,13 @@ class Observer(Protocol):
         """End the estimate of ``count`` episodes, of which ``observed`` counts; return the buffers it left."""
 
 
+class Compiler(Protocol):
+    """Makes compiled inner steps, see :class:`lightning_bilevel.compiled.Compiler`."""
+
+    def compiled(self, step: Any) -> Any:
+        """Return a step in place of one that is computed operation by operation, with the same functions."""
+
+
 class Traits(NamedTuple):
     """What is known of a problem beyond its functions; read by the refusals of strategies only.
 
@@ -302,6 +309,8 @@ class BilevelProblem:
         traits: see :class:`Traits`.
         observer: watches what evaluations of the losses leave behind.
         findings: what was found out about these losses once, so that later estimates need not try again.
+        compiler: makes compiled inner steps; ``None``: steps are computed operation by operation.
+        stacked: episodes that a batch is stacked of; 0: it is that of one.
 
     That of a module is ``module.functional().problem``. One by hand, with gradient descent at the rate 0.5:
 
@@ -336,6 +345,8 @@ class BilevelProblem:
     traits: Traits = Traits()
     observer: Observer | None = None
     findings: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    compiler: Compiler | None = None
+    stacked: int = 0
 
     def on(self, episode: Episode) -> BilevelProblem:
         """Return the problem whose runs start as those of ``episode`` do; what a strategy is given.
@@ -491,6 +502,7 @@ class BilevelProblem:
             outer_loss_weights=vmap(weights) if weights is not None and each_phi else weights,
             penalty=None if self.penalty is None else penalty,
             max_copies=max(1, self.max_copies // count),
+            stacked=self.stacked if each_phi else count,
         )
 
 

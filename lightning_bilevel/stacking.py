@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -171,6 +171,50 @@ def replaced(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return leaf if entries is None else _filled(leaf, [replaced(entry, fn) for entry in entries])
 
     return tree_map(of_leaf, batch)
+
+
+class Flat(NamedTuple):
+    """A batch taken apart.
+
+    Attributes:
+        tensors: in the order of :func:`tensors_in`.
+        rest: all else about the batch, and shape, dtype and device of each tensor; equal where two batches differ in
+            the numbers in their tensors only. ``None`` where that cannot be said, for the batch holds something else
+            than containers, numbers and texts.
+    """
+
+    tensors: list[Tensor]
+    rest: Hashable
+
+
+def flattened(batch: Any) -> Flat:
+    """Take a batch apart.
+
+    >>> flattened({"x": torch.ones(2), "n": 3}).rest == flattened({"x": torch.zeros(2), "n": 3}).rest
+    True
+    """
+    tensors = list(tensors_in(batch))
+    try:
+        found = _rest(batch)
+    except TypeError:
+        return Flat(tensors, None)
+    return Flat(tensors, found)
+
+
+def _rest(value: Any) -> Hashable:
+    if type(value) in (Tensor, nn.Parameter):
+        if value.layout is not torch.strided:
+            raise TypeError
+        return value.shape, value.dtype, value.device
+    if value is None or isinstance(value, (str, bytes, int, float, complex, torch.dtype, torch.device)):
+        return type(value), repr(value)  # which tells 0.0 from -0.0
+    if isinstance(value, Tensor) or (entries := _entries(value)) is None:
+        raise TypeError
+    keys = tuple(value) if isinstance(value, (dict, UserDict)) else ()
+    besides = getattr(value, "__dict__", {}).keys() - {"data", *(_names(value) or ())}
+    if besides:
+        raise TypeError
+    return type(value), keys, tuple(map(_rest, entries))
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

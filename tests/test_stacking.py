@@ -6,6 +6,7 @@ from collections import OrderedDict, UserDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_bilevel import PZOBO, Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.data.inputs import check_episodes, nonfinite
-from lightning_bilevel.stacking import alike, replaced, stacked, tensors_in, vectorized
+from lightning_bilevel.stacking import alike, flattened, replaced, stacked, tensors_in, vectorized
 from tests.support.modules import FEATURES, Maml
 from tests.support.seeds import seeded
 
@@ -212,3 +213,43 @@ def test_replaced_leaves_what_came_alone() -> None:
     assert [part.item() for part in tensors_in(other)] == [-1.0] * 3
     assert [part.item() for part in tensors_in(batch)] == [1.0] * 3
     assert other[2] == "text"
+
+
+def test_batches_that_differ_in_numbers_only_are_flattened_alike():
+    @dataclass
+    class Numbered:
+        x: Tensor
+        n: float
+
+    alike = [
+        (torch.ones(2), torch.zeros(2)),
+        ({"x": torch.ones(2), "n": (1, "a", None)}, {"x": torch.zeros(2), "n": (1, "a", None)}),
+        (Numbered(torch.ones(2), 0.0), Numbered(torch.zeros(2), 0.0)),
+        (UserDict(x=[torch.ones(2)]), UserDict(x=[torch.zeros(2)])),
+    ]
+    others = [
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), torch.ones(2).double()),
+        ({"x": 1}, {"y": 1}),
+        ([1], (1,)),
+        ([1], [True]),
+        ([0.0], [-0.0]),
+        (Numbered(torch.ones(2), 0.0), Numbered(torch.ones(2), 1.0)),
+    ]
+    for a, b in alike:
+        assert flattened(a).rest == flattened(b).rest is not None
+        hash(flattened(a).rest)
+    for a, b in others:
+        assert flattened(a).rest != flattened(b).rest
+
+
+class Own(Tensor):
+    """A tensor of another kind."""
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [[object()], torch.ones(2).to_sparse(), np.ones(2), [torch.ones(2).as_subclass(Own)], Encoding({"x": 1}, "about")],
+)
+def test_what_else_a_batch_may_hold_cannot_be_told_apart(batch):
+    assert flattened(batch).rest is None

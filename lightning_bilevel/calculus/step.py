@@ -180,10 +180,14 @@ class GradientStep(InnerStep):
     Args:
         problem: the problem.
         mode: how tangents are pushed, see :mod:`lightning_bilevel.calculus.tangents`.
+
+    Attributes:
+        mode: as given.
     """
 
     def __init__(self, problem: BilevelProblem, mode: Mode = "auto") -> None:
         super().__init__(problem)
+        self.mode = mode
         self._push = push_forward if mode == "forward" else push_double_backward
 
     def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor]:
@@ -386,7 +390,10 @@ def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
     """
     if problem.outer_loss_weights is not None:
         return WeighingStep(problem, inner_step(problem.judged_at_the_end(), mode))
-    return GradientStep(problem, mode) if problem.solver is None else SolverStep(problem)
+    if problem.solver is not None:
+        return SolverStep(problem)
+    step = GradientStep(problem, mode)
+    return step if problem.compiler is None else problem.compiler.compiled(step)
 
 
 def _held(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:

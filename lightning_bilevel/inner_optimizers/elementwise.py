@@ -43,6 +43,9 @@ class ElementwiseOptimizer(InnerOptimizer):
         max_norm: clips the gradient, see :class:`InnerOptimizer`.
         projection: follows each step, see :class:`InnerOptimizer`.
 
+    Attributes:
+        per_step: whether a hyperparameter has values for each step.
+
     Raises:
         ValueError: a Python number among the hyperparameters is negative, infinite or nan, ``max_norm`` is not
             positive, or ``projection`` no function.
@@ -68,7 +71,7 @@ class ElementwiseOptimizer(InnerOptimizer):
         self.maximize = maximize
         self.hyperparameters = hyperparameters
         self._only_numbers = all(isinstance(value, (float, int)) for value in hyperparameters.values())
-        self._per_step = not self._only_numbers and any(map(_varies, hyperparameters.values()))
+        self.per_step = not self._only_numbers and any(map(_varies, hyperparameters.values()))
 
     elementwise = True
 
@@ -87,7 +90,7 @@ class ElementwiseOptimizer(InnerOptimizer):
 
     def init(self, params: Params) -> OptState:
         """Return the state before the first step, shaped as ``params``; a slot no parameter needs does not exist."""
-        if self._per_step:
+        if self.per_step:
             return self._at(1).init(params)
         opt_state: OptState = {}
         for (name, param), fills in zip(params.items(), self._per_parameter(self.initial, params), strict=True):
@@ -97,7 +100,7 @@ class ElementwiseOptimizer(InnerOptimizer):
 
     def update(self, params: Params, grads: Params, opt_state: OptState, step: int) -> tuple[Params, OptState]:
         """Return the new parameters and the new state; see :meth:`InnerOptimizer.update`."""
-        if self._per_step:
+        if self.per_step:
             return self._at(step).update(params, grads, opt_state, step)
         if self.max_norm is not None:
             grads = clipped(grads, self.max_norm)
@@ -150,7 +153,7 @@ class ElementwiseOptimizer(InnerOptimizer):
         """Return this optimizer with the values of one step."""
         chosen = copy.copy(self)
         chosen.hyperparameters = {argument: _chosen(value, step) for argument, value in self.hyperparameters.items()}
-        chosen._per_step = False
+        chosen.per_step = False
         chosen._only_numbers = all(isinstance(value, (float, int)) for value in chosen.hyperparameters.values())
         return chosen
 

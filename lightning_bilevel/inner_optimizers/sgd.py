@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor
 
 from lightning_bilevel.errors import combination_error
@@ -87,10 +90,12 @@ class SGD(ElementwiseOptimizer):
             grad = add_scaled(grad, param, weight_decay)
             if is_number(momentum, 0):
                 return add_scaled(param, grad, lr, value=-1), {}
-            buffer = grad
-            if step > 1:
+            buffer, later = grad, cast(bool | Tensor, step > 1)
+            if later is not False:
                 damped = grad if is_number(gain, 1) else grad * gain
                 buffer = add_scaled(damped, state["momentum"], momentum)
+            if isinstance(later, Tensor):  # in a graph of all steps
+                buffer = torch.where(later, buffer, grad)
             direction = add_scaled(grad, buffer, momentum) if self.nesterov else buffer
             return add_scaled(param, direction, lr, value=-1), {"momentum": buffer}
 

@@ -16,6 +16,11 @@ _FUSED: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
 """Whether a kernel may be chosen, and what says so; they are of the process, and on a CPU they count as well."""
 
 
+def fused() -> tuple[bool, ...]:
+    """Return which of the fused kernels may be chosen now."""
+    return tuple(enabled() for enabled, _ in _FUSED)
+
+
 @contextmanager
 def unfused() -> Iterator[None]:
     """Let ``scaled_dot_product_attention`` and the layers that use it choose plain operations.

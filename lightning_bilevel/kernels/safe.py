@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lightning_bilevel.kernels.attention import unfused
+from lightning_bilevel.kernels.attention import fused, unfused
 from lightning_bilevel.kernels.batch_norm import batch_norm, instance_norm
 from lightning_bilevel.kernels.convolution import conv1d, conv2d, conv3d
 from lightning_bilevel.kernels.embedding import embedding, embedding_bag, renormalize
@@ -85,6 +85,12 @@ def differentiable_kernels(module: nn.Module | None, twice: bool = True) -> Iter
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         _replace(stack, [*_ALWAYS, *(_TWICE if twice else ())])
         yield
+
+
+def in_place() -> tuple[Any, ...]:
+    """Return what stands in the places of the functions that these contexts replace, and what else they switch."""
+    functions = [getattr(owner, name) for owner, name, _ in (*_ALWAYS, *_TWICE, *_FORWARD)]
+    return *functions, torch.backends.mkldnn.enabled, *fused()
 
 
 @contextmanager

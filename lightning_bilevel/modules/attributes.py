@@ -72,6 +72,7 @@ class Attributes:
     >>> start = attributes.take()
     >>> module.seen.append(2)
     >>> attributes.put(start)
+    True
     >>> module.seen
     [1]
     """
@@ -84,16 +85,24 @@ class Attributes:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
         return [{name: _entry(home[name]) for name in home.keys() - _NOT_THE_USERS} for home in self._homes]
 
-    def put(self, snapshot: Snapshot) -> None:
-        """Put attributes and the content of containers back; what is not in the snapshot goes."""
+    def put(self, snapshot: Snapshot) -> bool:
+        """Put attributes and the content of containers back; what is not in the snapshot goes.
+
+        Returns:
+            Whether anything was another thing.
+        """
+        changed = False
         for home, entries in zip(self._homes, snapshot, strict=True):
             for name in home.keys() - _NOT_THE_USERS - entries.keys():
                 del home[name]
+                changed = True
             for name, entry in entries.items():
                 if not entry.same(_entry(home[name]) if name in home else None):
+                    changed = True
                     home[name] = entry.value
                     for container, content in ((entry.value, entry.content), *entry.inside):
                         _fill(container, content)
+        return changed
 
 
 def written_in_place(snapshot: Snapshot) -> list[str]:

@@ -27,7 +27,7 @@ from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.modules.whereabouts import Whereabouts
 from lightning_bilevel.modules.written import Standing, written_unseen
-from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Traits, with_proximal
+from lightning_bilevel.problem import Batch, BilevelProblem, Compiler, InnerState, Traits, with_proximal
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.stacking import copied
 from lightning_bilevel.tree import Params
@@ -65,6 +65,7 @@ class FunctionalModule:
         writes_to_batches: whether a loss writes to a tensor of its batch; unless it is known that none does, each
             evaluation gets copies.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
+        compiler: makes compiled steps of the problem's, see :attr:`BilevelProblem.compiler`.
     """
 
     def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
@@ -76,6 +77,7 @@ class FunctionalModule:
         self.examinations: dict[Any, Any] = {}
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
+        self.compiler: Compiler | None = None
         self.writes_to_batches: bool | None = None
         self._whereabouts = Whereabouts(type(module).__name__)
         self._autocast_dtype: torch.dtype | None = None
@@ -120,6 +122,7 @@ class FunctionalModule:
             traits=traits,
             observer=self.recorder,
             findings=self.findings,
+            compiler=self.compiler,
         )
         return with_proximal(problem, module.proximal) if module.proximal else problem
 
@@ -296,6 +299,20 @@ class FunctionalModule:
                 self._autocast_dtype = None
             if not self._solves and (names := standing.changed()):
                 raise written_unseen(type(self.module).__name__, abbreviate(names))
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the losses are cast to in the session that is entered; ``None`` where they are not."""
+        return self._autocast_dtype
+
+    def inner_optimizer(self) -> InnerOptimizer:
+        """Return the inner optimizer, with the module's own parameters in place."""
+        return self._configured()
+
+    def converted(self) -> InnerOptimizer | None:
+        """Return what was made of a ``torch.optim`` instance; ``None`` where the hook returns one of ours."""
+        self._configured()
+        return self._converted
 
     @cached_property
     def generators(self) -> list[Any]:

@@ -57,6 +57,7 @@ class BilevelHooks(LightningModule):
     inner_steps: int
     proximal: float
     allow_unused: bool
+    compiles_steps: bool
     episode_chunk_size: int | None
     _levels: Levels | None = None  # known while a fit runs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ class LogRecorder:
     def __init__(self) -> None:
         self._runs: list[tuple[int, dict[str, _Call]]] = []
         self._running = False
+        self._loggers: list[LightningModule] = []
         self._latest: dict[str, _Call] = {}
         self._metrics: RecordedMetrics | None = None
         self._attributes: Attributes | None = None
@@ -53,7 +54,7 @@ class LogRecorder:
         self.forget()
         self._attributes = attributes = Attributes(module)
         self._start = attributes.take()
-        loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
+        self._loggers = loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
         shadowed: list[dict[str, Any]] = [
             {name: child.__dict__[name] for name in ("log", "log_dict") if name in child.__dict__} for child in loggers
         ]
@@ -67,6 +68,7 @@ class LogRecorder:
             for child, before in zip(loggers, shadowed, strict=True):
                 del child.__dict__["log"], child.__dict__["log_dict"]
                 child.__dict__.update(before)
+            self._loggers = []
             attributes.put(self._start)
             self._warn_of(written_in_place(self._start))
 
@@ -83,6 +85,25 @@ class LogRecorder:
     def evaluation(self, counts: bool = True) -> AbstractContextManager[None]:
         """Evaluate a loss within this context; see :meth:`RecordedMetrics.evaluation`."""
         return self._metrics.evaluation(counts) if self._metrics else nullcontext()
+
+    @contextmanager
+    def apart(self, log: Callable[..., None]) -> Iterator[None]:
+        """Evaluate losses inside whose logs go to another function and whose metrics do not count."""
+        latest = None if self._metrics is None else self._metrics.latest
+
+        def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+            for name, value in dictionary.items():
+                log(name, value, *args, **kwargs)
+
+        for child in self._loggers:
+            child.__dict__.update(log=log, log_dict=log_dict)
+        try:
+            yield
+        finally:
+            for child in self._loggers:
+                child.__dict__.update(log=self.log, log_dict=self.log_dict)
+            if self._metrics is not None and latest is not None:
+                self._metrics.latest = latest
 
     def before_outer_loss(self) -> None:
         """Note the attributes that an outer loss starts from."""
@@ -130,7 +151,7 @@ class LogRecorder:
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the value for later."""
         if self._running:
-            self._latest[name] = (_primal(value), args, kwargs)
+            self._latest[name] = (primal(value), args, kwargs)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Keep the values for later."""
@@ -177,8 +198,13 @@ class Observed(NamedTuple):
     beside: dict[str, Any]
 
 
-def _primal(value: Any) -> Any:
-    """Take a value out of function transforms; the mean over episodes where it was vectorized over them."""
+def primal(value: Any) -> Any:
+    """Take a value out of function transforms; the mean over episodes where it was vectorized over them.
+
+    >>> import torch
+    >>> primal(torch.ones(2, requires_grad=True))
+    tensor(1.)
+    """
     if not isinstance(value, Tensor):
         return value
     value, _ = unwrapped(usable(value).detach())

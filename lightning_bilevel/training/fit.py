@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.compiled import Compiler
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
 from lightning_bilevel.errors import MisconfigurationError, NoLossError, combination_error, missing_error, refuse
@@ -57,6 +58,7 @@ class FitContext:
         self.memory = FitMemory()
         self._findings: dict[Any, Any] = {}
         self._prepared: tuple[Makeup, FunctionalModule] | None = None
+        self._compiler: Compiler | None = None
         self._monitors: list[HypergradientMonitor] = []
         self._strategy: HypergradientStrategy | None = None
         self._fit: Fit | None = None
@@ -79,7 +81,7 @@ class FitContext:
             "_put_back": _nothing,
             "_unshadow": _nothing,
         }
-        return {**vars(self), **of_fit, "_findings": {}, "_prepared": None}
+        return {**vars(self), **of_fit, "_findings": {}, "_prepared": None, "_compiler": None}
 
     @property
     def fit(self) -> Fit:
@@ -106,6 +108,8 @@ class FitContext:
         # What the hooks log meanwhile has nowhere to go yet.
         with LogRecorder().recording(self._module):
             functional = FunctionalModule(self._module, self._findings)
+        if self._module.compiles_steps:
+            functional.compiler = self._compiler = self._compiler or Compiler()
         self._prepared = Makeup(self._module), functional
         return functional
 
@@ -228,6 +232,7 @@ class FitContext:
         self._put_back = put_back
 
     def _start(self, strategy: HypergradientStrategy, trainer: Trainer, seed: int) -> None:
+        self._compiler = None  # what an earlier fit could not compile may work now
         functional = self.functional()
         strategy.check(functional.problem)
         self.memory.begin(functional, seed)

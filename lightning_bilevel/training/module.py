@@ -12,7 +12,7 @@ import torch
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes
 from lightning_bilevel.data.inputs import check_inner_batches, warn_of_parts
-from lightning_bilevel.errors import integer, missing_error, number, one_of
+from lightning_bilevel.errors import integer, missing_error, number, one_of, value_error
 from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
@@ -53,6 +53,8 @@ class BilevelModule(BilevelHooks):
             episode; ``skipped_steps`` is logged.
         allow_unused: say nothing of outer parameters that no loss reads. By default :func:`hypergradient` refuses them,
             and a fit warns of those that no episode of its first epoch has reached.
+        compile: take the inner steps, forward and backward, by compiled graphs. What they compute is the same up to
+            rounding; what cannot be compiled is not, with a warning that says why. The first steps take seconds.
 
     Raises:
         ValueError: a bad argument.
@@ -88,6 +90,7 @@ class BilevelModule(BilevelHooks):
         episode_chunk_size: int | None = None,
         on_nonfinite: OnNonfinite = "raise",
         allow_unused: bool = False,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
         notice_other_namespace()
@@ -99,6 +102,9 @@ class BilevelModule(BilevelHooks):
         self.episode_chunk_size = episode_chunk_size
         self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
         self.allow_unused = allow_unused
+        if not isinstance(compile, bool):
+            raise value_error("BilevelModule(compile=...)", "True or False", compile)
+        self.compiles_steps = compile
         self._levels = None  # here, so that a fit adds no attribute
         self.fit_context = FitContext(self, BilevelModule.training_step)
 

@@ -58,6 +58,7 @@ def bilevel(
     episode_chunk_size: int | None = None,
     on_nonfinite: OnNonfinite = "raise",
     allow_unused: bool = False,
+    compile: bool = False,  # noqa: A002
 ) -> BilevelModule:
     """Make an existing LightningModule bilevel, without a change to its code.
 
@@ -99,6 +100,7 @@ def bilevel(
         episode_chunk_size: as in :class:`BilevelModule`.
         on_nonfinite: as in :class:`BilevelModule`.
         allow_unused: as in :class:`BilevelModule`.
+        compile: as in :class:`BilevelModule`.
 
     Returns:
         The wrapper. Its losses are 0-dim tensors; its parameters are those of ``module``.
@@ -163,6 +165,7 @@ def bilevel(
         episode_chunk_size=episode_chunk_size,
         on_nonfinite=on_nonfinite,
         allow_unused=allow_unused,
+        compile=compile,
     )
     if not made_later(module):
         wrapper.inner_parameters(), wrapper.outer_parameters()  # which raise

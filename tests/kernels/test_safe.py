@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import HypergradientStrategy, ReverseUnroll, hypergradient
+from lightning_bilevel.kernels.safe import differentiable_kernels, forward_mode_kernels, in_place
 from lightning_bilevel.randomness import RngState
 from tests.support.nets import STRATEGIES, Weighted, data
 from tests.support.problems import assert_close
@@ -103,3 +104,12 @@ def test_threads_take_turns() -> None:
     mine = hypergradient(module, ReverseUnroll(), episode).grads
     others[0].join()
     assert_close(results[0], mine, 0)
+
+
+def test_what_is_in_place_tells_the_contexts_apart() -> None:
+    found = [in_place()]
+    for context in (differentiable_kernels(None), differentiable_kernels(None, twice=False), forward_mode_kernels()):
+        with context:
+            found.append(in_place())
+    assert len(set(found)) == 4
+    assert in_place() == found[0]

@@ -21,6 +21,7 @@ from lightning_bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
+from lightning_bilevel.modules.recorder import LogRecorder
 from tests.support.modules import Cleaning, Maml, listed, loader, tasks, trainer
 
 
@@ -113,3 +114,16 @@ def test_log_in_validation_does_not_reach_the_training_step():
     fit.fit(Module(), loader(), listed([episode]))
     assert "training True" in fit.callback_metrics
     assert "training False" not in fit.callback_metrics
+
+
+def test_what_is_logged_apart_does_not_count():
+    module, recorder, seen = Cleaning(), LogRecorder(), []
+    with recorder.recording(module):
+        recorder.begin()
+        module.log("kept", 1.0)
+        with recorder.apart(lambda name, value, **options: seen.append((name, value, options))):
+            module.log("apart", 2.0, prog_bar=True)
+            module.log_dict({"too": 3.0})
+        observed = recorder.observe()
+    assert seen == [("apart", 2.0, {"prog_bar": True}), ("too", 3.0, {})]
+    assert list(observed.calls) == ["kept"]

@@ -28,7 +28,7 @@ LAYERS = [
     ("randomness", "kernels", "inner_optimizers", "linear_solvers"),
     ("directions", "problem"),
     ("calculus", "modules", "data", "few_shot"),
-    ("strategies",),
+    ("strategies", "compiled"),
     ("estimation",),
     ("training",),
     ("auditing",),

@@ -1,0 +1,99 @@
+"""Before a compiled graph is used: it has to compute what eager does, up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.compiled.program import Functions, Part
+from lightning_bilevel.compiled.reasons import NotCompiled, reason
+from lightning_bilevel.randomness import RngState
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Relative difference of an output that rounding may make, also where sums cancel."""
+
+TRIES = 3
+
+
+def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int, dtype: torch.dtype) -> None:
+    """Raise unless a part computes what eager does at one of some points, with the same random draws.
+
+    At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
+    derivative jumps there. A wrong graph is wrong everywhere. Outputs that are 0 but for rounding (the gradient of a
+    bias before a batch norm) count by the largest output.
+
+    Args:
+        functions: those of the step.
+        name: of the function.
+        part: what was made of it.
+        args: all that it takes.
+        steps: before this one.
+        dtype: the lowest precision that it computes in.
+
+    Raises:
+        NotCompiled: it does not; the words say which output is apart, and by how much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    message = ""
+    for turn in range(TRIES):
+        if turn:
+            args = [_moved(arg, generator) if i < len(functions.layout.names) else arg for i, arg in enumerate(args)]
+        try:
+            expected = _drawn_alike(args, partial(getattr(functions, name), list(args), steps))
+            found = _drawn_alike(args, partial(_computed, functions, name, part, args, steps))
+        except Exception as error:
+            raise NotCompiled(reason(error)) from error
+        message = _apart(functions, expected, found, TOLERANCE[dtype])
+        if not message:
+            return
+    raise NotCompiled(f"compiled, it is not what it is: {message}")
+
+
+def _moved(arg: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(arg.shape, generator=generator, dtype=torch.float64).to(arg.device)
+    return (arg * (1 + 1e-3 * noise)).to(arg.dtype)
+
+
+def _drawn_alike(args: Sequence[Tensor], run: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:
+    with RngState(args[0].device).fork():
+        return [value for value in run() if value is not None]
+
+
+def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int) -> list[Tensor]:
+    """Return all outputs, from both halves where there are two."""
+    with torch.no_grad():
+        if name != "pull":
+            return list(part(steps, args))
+        layout = functions.layout
+        own, cotangents = args[: layout.inputs], args[layout.inputs :]
+        results = list(part(steps, own))
+        return results[: part.outputs] + part.backward(steps, own, results[part.outputs :], cotangents)
+
+
+def _apart(functions: Functions, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> str:
+    """Return which outputs are apart, and by how much; empty where none are."""
+    pairs = [(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True)]
+    size = max((float(b.norm()) for _, b in pairs if b.is_floating_point() and b.isfinite().all()), default=0.0)
+    for number, (a, b) in enumerate(pairs):
+        if not (b.is_floating_point() or b.is_complex()):
+            apart = float(not torch.equal(a, b))
+        elif not b.isfinite().all():
+            apart = float(not torch.equal(a.isfinite(), b.isfinite()))
+        else:
+            apart = float((a - b).norm() / (b.norm() + 1e-3 * size + torch.finfo(b.dtype).tiny))
+        if not apart <= tolerance:
+            return f"{_described(functions, number)} is apart by {apart:.0e} of its size"
+    return ""
+
+
+def _described(functions: Functions, number: int) -> str:
+    layout = functions.layout
+    names = [*layout.names, *layout.buffers]
+    if number < len(names):
+        return f"`{names[number]}` after a step"
+    if number < functions.outputs:
+        return "the inner loss" if number == len(names) else "what the loss logs"
+    return f"derivative {number - functions.outputs} of a step"

@@ -1,0 +1,136 @@
+"""Flat ATen graphs of functions that take derivatives inside: traced, made free of side effects, compiled.
+
+:func:`trace` runs a function once on fake tensors and writes down every ATen operation, also those of
+``torch.autograd.grad`` inside it: what comes out needs no autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+from lightning_bilevel.compiled.passes import without_alpha
+from lightning_bilevel.compiled.reasons import NotCompiled
+
+Backend = Literal["inductor", "flat"]
+Call = Callable[[list[Tensor]], Sequence[Tensor]]
+
+_ATEN = torch.ops.aten
+
+
+class Traced(NamedTuple):
+    """A graph, and what it takes and returns.
+
+    Attributes:
+        graph: takes the arguments and then what is ``read``; returns what there is of the outputs.
+        present: which of the function's outputs there are.
+        read: the tensors that the function reads besides its arguments.
+        literal: which of these are written in the code (``torch.tensor(1.0)``).
+    """
+
+    graph: fx.GraphModule
+    present: list[bool]
+    read: list[Tensor]
+    literal: list[bool]
+
+
+def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tensor]) -> Traced:
+    """Return the graph of ``fn`` at arguments of these shapes.
+
+    The arguments are copied: a tensor that comes twice (a shared parameter in θ and in φ) would be one input.
+    A branch on data raises, for fake tensors have none.
+
+    >>> traced = trace(lambda args: [2 * args[0].square(), None], [torch.ones(2)])
+    >>> traced.graph(torch.tensor([1.0, 3.0])), traced.present
+    ([tensor([ 2., 18.])], [True, False])
+    """
+    present: list[bool] = []
+
+    def flat(*inputs: Tensor) -> list[Tensor]:
+        outputs = fn(list(inputs))
+        present[:] = [output is not None for output in outputs]
+        return [output for output in outputs if output is not None]
+
+    copies = [arg.detach().clone() for arg in args]
+    with torch.enable_grad():
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*copies)
+    read, literal = _lifted(graph)
+    if any(_writes(node) for node in graph.graph.nodes):  # BatchNorm's statistics, `clamp_`: written out of place
+        with torch.no_grad():
+            functional = torch.func.functionalize(graph, remove="mutations")
+            graph = make_fx(functional, tracing_mode="fake")(*copies, *read)
+        if _lifted(graph)[0]:
+            raise NotCompiled("it writes to a tensor that cannot be followed")
+    return Traced(_tidy(graph), present, read, literal)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _lifted(graph: fx.GraphModule) -> tuple[list[Tensor], list[bool]]:
+    """Make inputs of the tensors that a graph holds: Inductor would take them for constants.
+
+    Returns:
+        The tensors, and which of them are literals (``torch.tensor(1.0)``).
+    """
+    held: dict[str, Tensor] = {}
+    inputs: dict[str, fx.Node] = {}
+    literal: dict[str, bool] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            held[name], literal[name] = getattr(graph, name), True
+            with graph.graph.inserting_after(last):
+                inputs[name] = last = graph.graph.placeholder(f"read_{len(held)}")
+            last.meta = dict(node.meta)
+        literal[name] &= all(user.target is _ATEN.lift_fresh_copy.default for user in node.users)
+        node.replace_all_uses_with(inputs[name])
+        graph.graph.erase_node(node)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    return list(held.values()), list(literal.values())
+
+
+def _tidy(graph: fx.GraphModule) -> fx.GraphModule:
+    for node in list(graph.graph.nodes):
+        if node.target in (_ATEN.detach.default, _ATEN.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    tidied: fx.GraphModule = CSEPass()(graph).graph_module  # type: ignore[union-attr]
+    tidied.graph.eliminate_dead_code()
+    tidied.recompile()
+    return tidied
+
+
+@functools.cache
+def backend_for(kind: str) -> Backend:
+    """Return what compiles for a kind of device: Inductor where its compiler is there, else the graph's own code."""
+    if kind == "cpu":
+        try:
+            import_module("torch._inductor.cpp_builder").get_cpp_compiler()  # here, for it takes long to import
+        except Exception:  # of several kinds, by platform and version
+            return "flat"
+        return "inductor"
+    has_triton = getattr(getattr(torch.utils, "_triton", None), "has_triton", lambda: False)
+    return "inductor" if kind == "cuda" and has_triton() else "flat"
+
+
+def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend) -> Call:
+    """Return a function of a list of tensors: by Inductor, or the graph's own code.
+
+    Random numbers are those of the eager kernels, so that runs of a forward graph and of one with a derivative agree.
+    """
+    if backend == "flat":
+        return lambda args: graph(*args)
+    function: Any = torch._inductor.compile(without_alpha(graph), list(examples), options={"fallback_random": True})
+    return lambda args: function(*args)

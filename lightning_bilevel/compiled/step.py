@@ -1,0 +1,215 @@
+"""An inner step whose graphs are compiled: a step in, the same functions out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep, Pulled, append_loss
+from lightning_bilevel.calculus.tangents import Pushed
+from lightning_bilevel.compiled.plan import Plan
+from lightning_bilevel.compiled.program import Layout, Part
+from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.problem import Batch, InnerState
+from lightning_bilevel.tree import Params
+
+
+class Planner(Protocol):
+    """Finds graphs; see :class:`~lightning_bilevel.compiled.compiler.Compiler`."""
+
+    def plan(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
+        """Return the graphs for a batch; ``None`` where the step has to be eager."""
+
+    def refuse(self, error: NotCompiled) -> None:
+        """Take no step by graphs any more."""
+
+
+class CompiledStep(InnerStep):
+    """A step by compiled graphs where there are some, and by the step it was made from elsewhere.
+
+    Reverse mode keeps θ_t and what is heavy of each step (matrix products, convolutions, random masks), and computes
+    the rest again.
+
+    Args:
+        eager: the step, operation by operation.
+        planner: finds the graphs.
+
+    Attributes:
+        eager: as given.
+        known: what the watch said in this run of steps, see :class:`~lightning_bilevel.compiled.plan.Plan`.
+    """
+
+    def __init__(self, eager: GradientStep, planner: Planner) -> None:
+        super().__init__(eager.problem)
+        self.eager, self._planner = eager, planner
+        self.known: dict[Hashable, int] = {}
+        self._plans: dict[int, tuple[Batch, Plan | None]] = {}
+
+    def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor]:
+        """Take the step."""
+        if (plan := self._plan(state, phi, batch)) is None:
+            return self.eager(state, phi, batch)
+        with torch.no_grad():
+            args = [*_flat(state, phi), *plan.tensors]
+            if (part := self._part(plan, "take", state.steps, args)) is None:
+                return self.eager(state, phi, batch)
+            return _ended(plan, part, state, part(state.steps, args))
+
+    def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take the steps, and run them backward one by one."""
+        plans = [self._plan(state, phi, batch) for batch in batches]
+        if not all(plans):
+            return self.eager.vjp(state, phi, batches)
+        with torch.no_grad():
+            state = state.detach()
+            parts = [self._pull(state, phi, plan, t) for t, plan in enumerate(plans)]
+            if not all(parts):
+                return self.eager.vjp(state, phi, batches)
+            tape, losses = _Tape(phi), list[Tensor]()
+            for plan, part in zip(plans, parts, strict=True):
+                assert plan is not None
+                assert part is not None
+                args = [*_flat(state, phi), *plan.tensors]
+                results = list(part(state.steps, args))
+                tape.append(plan.layout, part, state.steps, args, results[part.outputs :])
+                state, loss = _ended(plan, part, state, results)
+                append_loss(losses, loss)
+        return Pulled(state, losses, tape.pull)
+
+    def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+        """Take the steps as one operation of autograd's, whose backward pass runs them backward."""
+        if not all(self._plan(state, phi, batch) for batch in batches):
+            return self.eager.graph(state, phi, batches)
+        end: list[Pulled] = []
+        flat = state.flat()
+        values = _Stretch.apply(self, state, list(phi), batches, end, *flat.values(), *phi.values())
+        after, losses, _ = end.pop()
+        return after.unflat(dict(zip(flat, values, strict=True))), losses
+
+    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
+        """Take the steps without a graph."""
+        return GradientStep.held(self, state, phi, batches)  # type: ignore[arg-type]
+
+    def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
+        """Take the step and push tangents."""
+        if (plan := self._plan(state, phi, batch)) is None:
+            return self.eager.jvp(state, phi, batch, tangents, directions)
+        layout = plan.layout
+        with torch.no_grad():
+            along = [tangents[name].contiguous() for name in layout.names]
+            along += [directions[name].contiguous() for name in layout.outer]
+            args = [*_flat(state, phi), *plan.tensors, *along]
+            if (part := self._part(plan, "push", state.steps, args)) is None:
+                return self.eager.jvp(state, phi, batch, tangents, directions)
+            results = list(part(state.steps, args))
+        after, loss = _ended(plan, part, state, results)
+        return Pushed(after, loss, dict(zip(layout.names, results[part.outputs :], strict=True)))
+
+    def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Return the condition of the step it was made from."""
+        return self.eager.fixed_point(state, phi, batch)
+
+    def _plan(self, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
+        if id(batch) not in self._plans:
+            self._plans[id(batch)] = batch, self._planner.plan(self, state, phi, batch)
+        return self._plans[id(batch)][1]
+
+    def _part(self, plan: Plan, name: str, steps: int, args: list[Tensor]) -> Part | None:
+        try:
+            return plan.part(name, steps, args)
+        except NotCompiled as error:
+            self._planner.refuse(error)
+            self._plans = {number: (batch, None) for number, (batch, _) in self._plans.items()}
+            return None
+
+    def _pull(self, state: InnerState, phi: Params, plan: Plan | None, taken: int) -> Part | None:
+        """Return the step that can be run backward, made at the state before the first of a stretch."""
+        assert plan is not None
+        flat = _flat(state, phi)
+        args = [*flat, *plan.tensors, *flat[: len(plan.layout.names)]]
+        return self._part(plan, "pull", state.steps + taken, args)
+
+
+class _Tape:
+    """Steps that were taken, to be run backward once."""
+
+    def __init__(self, phi: Params) -> None:
+        self._phi, self._steps = phi, list[tuple[Layout, Part, int, list[Tensor], list[Tensor]]]()
+
+    def append(self, layout: Layout, part: Part, steps: int, args: list[Tensor], kept: list[Tensor]) -> None:
+        """Add a step: what it was given, and what it keeps for the way back."""
+        self._steps.append((layout, part, steps, args, kept))
+
+    def pull(self, cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+        """Run the steps backward; see :data:`~lightning_bilevel.calculus.step.Pullback`."""
+        through: dict[str, Tensor] = {}
+        with torch.no_grad():
+            while self._steps:
+                layout, part, steps, args, kept = self._steps.pop()
+                n = len(layout.names)
+                vectors = [
+                    cotangent[name].contiguous() if name in cotangent else torch.zeros_like(like)
+                    for name, like in zip(layout.names, args[:n], strict=True)
+                ]
+                cotangent.clear()
+                found = part.backward(steps, args, kept, vectors)
+                cotangent = dict(zip(layout.names, found[:n], strict=True))
+                rest = iter(found[n:])
+                for name, live in zip(layout.outer, part.live, strict=True):
+                    if live:
+                        value = next(rest)
+                        through[name] = through[name] + value if name in through else value
+        total = {name: through[name] if name in through else torch.zeros_like(p) for name, p in self._phi.items()}
+        return {name: value for name, value in cotangent.items() if name in wanted}, total
+
+
+class _Stretch(torch.autograd.Function):
+    """Steps as one operation: (state, φ) to the state at their end."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        step: CompiledStep,
+        state: InnerState,
+        outer: list[str],
+        batches: Sequence[Batch],
+        end: list[Pulled],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        names = list(state.flat())
+        detached = [tensor.detach() for tensor in tensors]
+        before = state.unflat(dict(zip(names, detached, strict=False)))
+        pulled = step.vjp(before, dict(zip(outer, detached[len(names) :], strict=True)), batches)
+        ctx.pull, ctx.names, ctx.outer = pulled.pull, names, outer
+        ctx.set_materialize_grads(False)
+        end.append(pulled)
+        return tuple(pulled.state.flat().values())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        given = {name: d for name, d in zip(ctx.names, cotangents, strict=True) if d is not None}
+        d, through = ctx.pull(given, ctx.names)
+        found = [*(d.get(name) for name in ctx.names), *(through[name] for name in ctx.outer)]
+        wanted = ctx.needs_input_grad[5:]
+        return (*[None] * 5, *(value if asked else None for value, asked in zip(found, wanted, strict=True)))
+
+
+def _flat(state: InnerState, phi: Params) -> list[Tensor]:
+    """Return what every graph takes first."""
+    values = (*state.flat().values(), *phi.values(), *state.buffers.values())
+    return [value.detach().contiguous() for value in values]
+
+
+def _ended(plan: Plan, part: Part, state: InnerState, results: Sequence[Tensor]) -> tuple[InnerState, Tensor]:
+    """Return the state after a step, and the inner loss before it; log what the loss logs."""
+    if part.logged:
+        part.log(results, plan.functional.recorder.log)
+    layout = plan.layout
+    n, m = len(layout.names), layout.outputs - 1
+    flat = dict(zip(layout.names, results[:n], strict=True))
+    buffers = dict(zip(layout.buffers, results[n:m], strict=True))
+    return layout.state(flat, buffers, state.steps + 1), results[m]

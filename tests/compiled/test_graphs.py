@@ -1,0 +1,102 @@
+"""Graphs of functions with derivatives inside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel.compiled import graphs
+from lightning_bilevel.compiled.graphs import backend_for, compiled, trace
+
+needs_inductor = pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
+
+
+def step(args: list[Tensor]) -> list[Tensor | None]:
+    w, x = args[0].detach().requires_grad_(), args[1]
+    (grad,) = torch.autograd.grad((x @ w).tanh().sum(), w)
+    return [w.detach() - 0.1 * grad, None]
+
+
+def test_a_graph_has_the_derivatives_inside() -> None:
+    w, x = torch.randn(3), torch.randn(4, 3)
+    traced = trace(step, [w, x])
+    (after,) = traced.graph(w, x)
+    torch.testing.assert_close(after, step([w, x])[0])
+    assert traced.present == [True, False]
+    assert not after.requires_grad
+
+
+def test_what_is_read_besides_the_arguments_is_an_input() -> None:
+    scale = torch.full((2,), 3.0)
+    traced = trace(lambda args: [args[0] * scale + torch.tensor(1.0)], [torch.ones(2)])
+    assert [value is scale for value in traced.read] == [True, False]
+    assert traced.literal == [False, True]
+    (found,) = traced.graph(torch.ones(2), 2 * scale, traced.read[1])
+    assert found.tolist() == [7.0, 7.0]
+
+
+def test_the_same_tensor_twice_is_two_inputs() -> None:
+    x = torch.ones(2)
+    traced = trace(lambda args: [args[0] + 2 * args[1]], [x, x])
+    assert traced.graph(torch.zeros(2), torch.ones(2))[0].tolist() == [2.0, 2.0]
+
+
+def test_what_is_written_in_place_is_written_out_of_place() -> None:
+    norm = nn.BatchNorm1d(2, affine=False)
+
+    def run(args: list[Tensor]) -> list[Tensor | None]:
+        mean, var, x = args[0].clone(), args[1].clone(), args[2]
+        return [nn.functional.batch_norm(x, mean, var, training=True), mean, var]
+
+    args = [norm.running_mean, norm.running_var, torch.randn(4, 2)]
+    traced = trace(run, args)
+    before = [arg.clone() for arg in args]
+    for a, b in zip(traced.graph(*args), run(args), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(map(torch.equal, args, before))
+
+
+def test_a_branch_on_data_raises() -> None:
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        trace(lambda args: [args[0] if args[0].sum() > 0 else -args[0]], [torch.ones(2)])
+
+
+def test_random_numbers_are_drawn_at_each_call() -> None:
+    traced = trace(lambda args: [args[0] * torch.rand(2)], [torch.ones(2)])
+    a, b = traced.graph(torch.ones(2))[0], traced.graph(torch.ones(2))[0]
+    assert not torch.equal(a, b)
+
+
+def test_without_a_compiler_graphs_run_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.cpp_builder as builder
+
+    def missing() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
+    assert backend_for.__wrapped__("cpu") == "flat"
+    assert backend_for.__wrapped__("mps") == "flat"
+
+
+@needs_inductor
+@pytest.mark.slow
+def test_inductor_computes_the_same_with_the_same_random_numbers() -> None:
+    def run(args: list[Tensor]) -> list[Tensor | None]:
+        after, _ = step(args)
+        assert after is not None
+        return [after * torch.rand(3), torch.add(args[2], args[1] @ args[3], alpha=-0.1), torch.rand(3)]
+
+    args = [torch.randn(3), torch.randn(4, 3), torch.randn(4, 5), torch.randn(3, 5)]
+    traced = trace(run, args)
+    function = compiled(traced.graph, [*args, *traced.read], "inductor")
+    torch.manual_seed(0)
+    expected = run(args)
+    torch.manual_seed(0)
+    for a, b in zip(function([*args, *traced.read]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_flat_graphs() -> None:
+    traced = trace(lambda args: [args[0] + 1], [torch.ones(1)])
+    assert graphs.compiled(traced.graph, [torch.ones(1)], "flat")([torch.ones(1)])[0].item() == 2

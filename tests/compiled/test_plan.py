@@ -1,0 +1,56 @@
+"""Which graph a step with some number takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_bilevel import SGD, Adam
+from lightning_bilevel.compiled.plan import takes_number
+from lightning_bilevel.inner_optimizers import InnerOptimizer, PerStep, RAdam
+from tests.support.compiled import apart, both, weighted
+
+
+class Rule(InnerOptimizer):
+    """Gradient descent with a rate that is a function of the number of the step."""
+
+    def __init__(self, rate: Callable[[int], float]) -> None:
+        self.rate = rate
+
+    def update(self, params: Any, grads: Any, opt_state: Any, step: int) -> Any:
+        return {name: value - self.rate(step) * grads[name] for name, value in params.items()}, {}
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "momentum": lambda module: SGD(lr=0.1, momentum=0.9, dampening=0.5),
+    "Adam": lambda module: Adam(lr=0.1),
+    "RAdam": lambda module: RAdam(lr=0.1),
+    "rates of each step": lambda module: SGD(lr=PerStep([0.3, 0.2, 0.1]), momentum=0.9),
+    "learned rates of each step": lambda module: SGD(lr=PerStep([module.log_lr.exp(), 0.2, 2 * module.log_lr.exp()])),
+    "warm-up": lambda module: Rule(lambda step: 0.01 if step <= 2 else 0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_every_number_of_a_step_has_its_own_update(optimizer: Callable[[Any], Any], calls: list[int]) -> None:
+    module = weighted(optimizer=optimizer, inner_steps=4)
+    assert apart(*both(module)) < 2e-6
+    assert len(calls) >= 4
+
+
+def test_an_update_that_is_another_at_each_of_many_steps_is_eager() -> None:
+    module = weighted(optimizer=lambda module: Rule(lambda step: 0.3 / step), inner_steps=10)
+    with pytest.warns(UserWarning, match="the inner optimizer does something else at every step"):
+        assert apart(*both(module)) < 2e-6
+
+
+def test_only_rules_that_are_known_are_given_a_tensor_for_a_number() -> None:
+    class Own(SGD):
+        pass
+
+    assert takes_number(SGD(lr=0.1, momentum=0.9))
+    assert not takes_number(Own(lr=0.1))
+    assert not takes_number(SGD(lr=PerStep([0.1, 0.2])))
+    assert not takes_number(Rule(float))

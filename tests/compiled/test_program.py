@@ -1,0 +1,92 @@
+"""The functions of a step on lists of tensors, and what is made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.program import Functions, Layout, made
+from lightning_bilevel.problem import InnerState
+from lightning_bilevel.stacking import tensors_in
+from tests.support.compiled import episode, weighted
+
+
+class At:
+    """A step of a problem, and all that its functions take."""
+
+    def __init__(self, **options: Any) -> None:
+        self.functional = weighted(**options).functional()
+        self.problem, self.phi = self.functional.problem, self.functional.phi()
+        self.state, self.batch = self.problem.start(InnerState(self.functional.theta()), self.phi), episode().outer
+        tensors = list(tensors_in(self.batch))
+        layout = Layout(self.state, self.phi, self.batch, tensors)
+        self.step = GradientStep(self.problem)
+        self.functions = Functions(self.step, layout, self.functional.recorder)
+        self.args = [*self.state.flat().values(), *self.phi.values(), *tensors]
+
+
+def test_arguments_are_opened_as_they_were_laid_out() -> None:
+    at = At()
+    state, phi, batch, rest = at.functions.layout.opened([*at.args, torch.ones(1)], 3)
+    assert state.steps == 3
+    assert all(state.params[name] is value for name, value in at.state.params.items())
+    assert all(phi[name] is value for name, value in at.phi.items())
+    assert all(a is b for a, b in zip(batch, at.batch, strict=True))
+    assert [value.item() for value in rest] == [1.0]
+
+
+def test_a_step_is_that_of_the_problem() -> None:
+    at = At()
+    with at.functional.session():
+        part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
+        after, loss = at.step(at.state, at.phi, at.batch)
+        results = part(0, at.args)
+    for found, value in zip(results, [*after.flat().values(), loss], strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_the_way_back_is_that_of_autograd() -> None:
+    at = At()
+    with at.functional.session():
+        pulled = at.step.vjp(at.state, at.phi, [at.batch])
+        cotangents = {name: torch.randn_like(value) for name, value in at.state.flat().items()}
+        part = made(at.functions, "pull", [*at.args, *cotangents.values()], 0, "flat", lambda traced: [])
+        kept = list(part(0, at.args))[part.outputs :]
+        found = part.backward(0, at.args, kept, list(cotangents.values()))
+        d, through = pulled.pull(dict(cotangents), list(cotangents))
+    assert part.live == (True, False)  # nothing depends on the rate that this optimizer does not have
+    for value, expected in zip(found, [*d.values(), through["logits"]], strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_tangents_are_those_of_the_step() -> None:
+    at = At()
+    tangents, v = (tree.map(lambda value: torch.randn(2, *value.shape), each) for each in (at.state.flat(), at.phi))
+    args = [*at.args, *tangents.values(), *v.values()]
+    with at.functional.session():
+        part = made(at.functions, "push", args, 0, "flat", lambda traced: [])
+        results = list(part(0, args))
+        pushed = at.step.jvp(at.problem.start(InnerState(at.functional.theta()), at.phi), at.phi, at.batch, tangents, v)
+    for found, value in zip(results[part.outputs :], pushed.tangents.values(), strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_what_is_logged_comes_out_of_the_graph() -> None:
+    def logged(self: Any, loss: Tensor) -> Tensor:
+        self.log("twice", 2 * loss, prog_bar=True)
+        self.log("number", 3)
+        return loss
+
+    at, seen = At(term=logged), []
+    with at.functional.session():
+        part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
+        results = part(0, at.args)
+        part.log(results, lambda *args, **kwargs: seen.append((args, kwargs)))
+    (twice, options), (number, _) = seen
+    assert options == {"prog_bar": True}
+    torch.testing.assert_close(twice[1], 2 * results[part.outputs - 2])
+    assert number == ("number", 3)

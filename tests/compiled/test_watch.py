@@ -1,0 +1,116 @@
+"""What Dynamo's guards see, and what stands beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.watch import MOST_STATES, Watch, Watchman, drawn_beside_torch
+from tests.support.compiled import episode, weighted
+
+
+class Holder(nn.Module):
+    """Holds what a watched function reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.seen, self.tensor = 1.0, False, torch.ones(2)
+
+
+def test_states_are_numbered_and_known_again() -> None:
+    holder = Holder()
+    watch = Watch(lambda x: (x * holder.scale).sum(), holder)
+    states = []
+    for holder.scale in (1.0, 2.0, 1.0):
+        states.append(watch.look(torch.ones(2)))
+    assert states == [1, 2, 1]
+
+
+def test_inputs_are_what_is_read_now() -> None:
+    holder = Holder()
+    watch = Watch(lambda x: (x * holder.tensor).sum(), holder)
+    x = torch.ones(2)
+    watch.look(x)
+    assert any(value is holder.tensor for value in watch.inputs)
+    holder.tensor = torch.zeros(2)
+    watch.look(x)
+    assert any(value is holder.tensor for value in watch.inputs)
+
+
+def test_nothing_is_computed() -> None:
+    watch = Watch(lambda x: 1 / x.sum().log().sqrt(), Holder())
+    assert watch.look(torch.empty(2)) == 1
+
+
+def test_what_is_written_is_put_back() -> None:
+    holder = Holder()
+
+    def note(x: Tensor) -> Tensor:
+        holder.seen = True
+        return x.sum()
+
+    watch = Watch(note, holder)
+    with pytest.raises(NotCompiled, match="it writes to an attribute of the module"):
+        watch.look(torch.ones(2))
+    assert holder.seen is False
+
+
+def test_many_states_are_too_many() -> None:
+    holder = Holder()
+    watch = Watch(lambda x: (x * holder.scale).sum(), holder)
+    for number in range(MOST_STATES):
+        holder.scale = float(number)
+        watch.look(torch.ones(2))
+    holder.scale = -1.0
+    with pytest.raises(NotCompiled, match="it has done 4 different things so far"):
+        watch.look(torch.ones(2))
+
+
+def test_a_compiler_that_is_switched_off_sees_nothing() -> None:
+    watch = Watch(lambda x: x.sum(), Holder())
+    with torch.compiler.set_stance("force_eager"), pytest.raises(NotCompiled, match="`torch.compile` is switched off"):
+        watch.look(torch.ones(2))
+
+
+def test_a_tensor_that_the_watch_has_not_seen_cannot_be_followed() -> None:
+    functional = weighted().functional()
+    batch = episode().outer
+    watchman = Watchman(functional, batch)
+    with functional.session():
+        watchman.look(functional)
+        watchman.look_at_update(functional, 2)
+        with pytest.raises(NotCompiled, match=r"it reads a tensor of shape \(3,\) that cannot be followed"):
+            watchman.places([torch.ones(3)], [False], functional, [], 2)
+        (place,) = watchman.places([known := torch.ones(3)], [True], functional, [], 2)
+        assert place.value() is known
+
+
+def test_hooks_and_autocast_are_seen() -> None:
+    module: Any = weighted()
+    functional = module.functional()
+    watchman = Watchman(functional, episode().outer)
+    with functional.session():
+        before = watchman.look(functional)
+        assert watchman.look(functional) == before
+    with torch.autocast("cpu", torch.bfloat16), functional.session():
+        assert watchman.look(functional) != before
+    handle = module.net.register_forward_hook(lambda module, inputs, output: None)
+    with functional.session():
+        assert watchman.look(functional) != before
+    handle.remove()
+    with functional.session():
+        assert watchman.look(functional)[1] == before[1]  # type: ignore[index]
+
+
+def test_draws_beside_torch_are_seen() -> None:
+    import random
+
+    functional = weighted().functional()
+    before = functional.snapshot()
+    assert not drawn_beside_torch(functional, before)
+    random.random()
+    assert drawn_beside_torch(functional, before)
