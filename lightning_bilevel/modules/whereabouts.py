@@ -34,7 +34,9 @@ class Whereabouts:
         self._before, self._taken = None, 0
 
     def took(self, step: Any) -> None:
-        """Note the number of a step, counted from 1, or from where a warm run has come to."""
+        """Note the number of a step, from 1, or from where a warm run has come to; a traced one is no number."""
+        if not isinstance(step, int):
+            return
         if self._before is None:
             self._before = step - 1
         self._taken = step - self._before
@@ -48,8 +50,7 @@ class Whereabouts:
             batch: what the loss was given.
             dtype: of the parameters.
         """
-        taken = self._taken if isinstance(self._taken, int) else 0
-        when = f"in inner step {taken + 1}" if level == "inner" else f"after {taken} inner steps"
+        when = f"in inner step {self._taken + 1}" if level == "inner" else f"after {self._taken} inner steps"
         add_note(error, f"In the {level} loss of `{self._owner}`, {when}, on {described(batch)}.{_hint(batch, dtype)}")
 
 
