@@ -23,7 +23,7 @@ def also(known: str, address: str, *names: str) -> dict[str, str]:
 
 
 MODULE = "api/lightning.pytorch.core.LightningModule.html#lightning.pytorch.core.LightningModule"
-TRAINER = "common/trainer.html#lightning.pytorch.trainer.Trainer"
+TRAINER = "api/lightning.pytorch.trainer.trainer.Trainer.html#lightning.pytorch.trainer.trainer.Trainer"
 CALLBACK = (
     "api/lightning.pytorch.callbacks.Callback.html#lightning.pytorch.callbacks.Callback"
 )
