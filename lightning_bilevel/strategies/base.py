@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from typing_extensions import Self
 
 from lightning_bilevel.data.loaders import refuse_no_batches
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
-from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
+from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.tree import Params
@@ -76,6 +77,11 @@ class HypergradientStrategy(Callback):
     direction_parallel: bool = False
     weighs_steps: bool = False
     supports_stacking: bool = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notice a second namespace of Lightning's, whose Trainer would not say what is wrong."""
+        notice_other_namespace()
+        return super().__new__(cls)
 
     @abstractmethod
     def estimate(
