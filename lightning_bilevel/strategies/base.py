@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from typing_extensions import Self
 
 from lightning_bilevel.data.loaders import refuse_no_batches
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
@@ -78,10 +77,11 @@ class HypergradientStrategy(Callback):
     weighs_steps: bool = False
     supports_stacking: bool = True
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Notice a second namespace of Lightning's, whose Trainer would not say what is wrong."""
+    @property
+    def state_key(self) -> str:
+        """The name of this callback, which a Trainer asks for when it is made, of another namespace, too."""
         notice_other_namespace()
-        return super().__new__(cls)
+        return super().state_key
 
     @abstractmethod
     def estimate(
