@@ -125,16 +125,20 @@ def mixing(what: str) -> tuple[str, str, str]:
     )
 
 
-@cache
 def notice_other_namespace() -> None:
-    """Warn if the other namespace was imported too, once.
+    """Warn if the other namespace was imported too, before or after this package; once.
 
     For where objects of the two meet, no code of ours may be reached: a Trainer does not tell more of a module that is
-    not its own than that it wants a ``LightningModule``.
+    not its own than that it wants a ``LightningModule``. So whatever is handed to a Trainer asks when it is made.
     """
     if OTHER in sys.modules:
-        rank_zero_warn(
-            f"`{NAMESPACE}` and `{OTHER}` are both imported, and their classes are distinct. lightning_bilevel uses "
-            f"`{NAMESPACE}`: Trainers, modules and data modules have to come from there. If yours come from `{OTHER}`, "
-            f"import it before `lightning_bilevel` and before anything that imports `{NAMESPACE}`."
-        )
+        _warn_of_two_namespaces()
+
+
+@cache
+def _warn_of_two_namespaces() -> None:
+    rank_zero_warn(
+        f"`{NAMESPACE}` and `{OTHER}` are both imported, and their classes are distinct. lightning_bilevel uses "
+        f"`{NAMESPACE}`: Trainers, modules and data modules have to come from there. If yours come from `{OTHER}`, "
+        f"import it before `lightning_bilevel` and before anything that imports `{NAMESPACE}`."
+    )

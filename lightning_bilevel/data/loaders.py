@@ -18,7 +18,13 @@ from typing_extensions import Self, override
 
 from lightning_bilevel.data.inputs import Batches, check_no_batch
 from lightning_bilevel.errors import combination_error, integer, value_error
-from lightning_bilevel.host import CombinedLoader, DistributedSamplerWrapper, Trainer, rank_zero_warn
+from lightning_bilevel.host import (
+    CombinedLoader,
+    DistributedSamplerWrapper,
+    Trainer,
+    notice_other_namespace,
+    rank_zero_warn,
+)
 from lightning_bilevel.problem import Batch, Episode
 from lightning_bilevel.randomness import seed_of
 
@@ -70,6 +76,7 @@ class EpisodeLoader(CombinedLoader):
         inner_batches: int | None = None,
         seed: int | None = None,
     ) -> None:
+        notice_other_namespace()
         loaders: dict[str, Any] = {"inner": inner, "outer": outer}
         for name, loader in loaders.items():
             _check_loader(f"EpisodeLoader({name}=...)", loader)

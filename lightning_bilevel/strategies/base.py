@@ -11,7 +11,7 @@ import torch
 
 from lightning_bilevel.data.loaders import refuse_no_batches
 from lightning_bilevel.errors import MisconfigurationError, combination_error, missing_error, of_an_instance, refuse
-from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, rank_zero_warn
+from lightning_bilevel.host import Callback, Trainer, is_foreign, mixing, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.tree import Params
@@ -78,6 +78,12 @@ class HypergradientStrategy(Callback):
     weighs_steps: bool = False
     supports_stacking: bool = True
     one_slope: bool = False
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback, which a Trainer asks for when it is made, of another namespace, too."""
+        notice_other_namespace()
+        return super().state_key
 
     @abstractmethod
     def estimate(

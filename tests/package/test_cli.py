@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.cli import LightningCLI
 from torch import Tensor
 
 import data_cleaning_cli
@@ -65,7 +67,7 @@ from lightning_bilevel.linear_solvers import (
     Neumann,
     Nystrom,
 )
-from tests.support.modules import differing, identical, parameters
+from tests.support.modules import Maml, differing, identical, parameters
 
 CONFIGS = sorted((Path(data_cleaning_cli.__file__).parent / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:`ConjugateGradient")  # after two inner steps, ten of its own are few
@@ -351,3 +353,36 @@ def test_a_bad_value_is_named() -> None:
         ValueError, match=r"^Expected `TruncatedReverse\(steps=\.\.\.\)` to be a positive integer, got 0"
     ):
         parsed(HypergradientStrategy, text.format("TruncatedReverse", "steps: 0"))
+
+
+# --- A slot of its own, as in the recipe ---
+
+
+class WithSlot(LightningCLI):
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_lightning_class_args(HypergradientStrategy, "hypergradient", subclass_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (["--hypergradient=ForwardGradient"], ForwardGradient),
+        (["--hypergradient=ForwardGradient", "--hypergradient.num_directions=3"], ForwardGradient),
+        (["--hypergradient=lightning_bilevel.PZOBO"], PZOBO),
+        (["--hypergradient=ImplicitGradient", "--hypergradient.solver=Dense"], ImplicitGradient),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_strategy_is_swapped_without_losing_other_callbacks(flags: list[str], kind: type) -> None:
+    others = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=outer_loss", *QUIET]
+    made = WithSlot(Maml, run=False, save_config_callback=None, args=[*others, *flags])
+    found = [type(callback) for callback in made.trainer.callbacks]
+    assert kind in found
+    assert EarlyStopping in found
+    assert sum(issubclass(each, HypergradientStrategy) for each in found) == 1
+    if "--hypergradient.num_directions=3" in flags:
+        (strategy,) = [each for each in made.trainer.callbacks if isinstance(each, ForwardGradient)]
+        assert strategy.num_directions == 3
+
+
+QUIET = ["--seed_everything=false", "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]

@@ -88,6 +88,14 @@ def test_mixing_is_noticed_with_what_to_do(ran: Any, case: str) -> None:
     assert ran(case)["nothing mixed"] is None
 
 
+def test_it_is_noticed_of_one_that_is_imported_after_a_module_is_made(ran: Any) -> None:
+    """The order of a notebook: what is handed to a Trainer next asks again."""
+    found = ran("a module, then lightning")
+    assert found["said"] is not None
+    assert len(found["warnings"]) == 1
+    assert "are both imported" in found["warnings"][0]
+
+
 @every_mixture
 @pytest.mark.parametrize(
     ("what", "message"),

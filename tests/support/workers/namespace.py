@@ -197,6 +197,14 @@ def mix(own: Any, other: Any, library: Any) -> dict[str, Any]:
     return {name: said(action) for name, action in tries.items()}
 
 
+def late(library: Any) -> dict[str, Any]:
+    """Import a namespace that the library does not use once there is a module, as a notebook does."""
+    module = bilevel_module(library)
+    (other,) = imported(library.host.OTHER)
+    strategy = library.ReverseUnroll()
+    return {"said": said(lambda: trainer(other, strategy).fit(module, episodes(library)))}
+
+
 def said(action: Callable[[], Any]) -> list[str] | None:
     """Return the type and text of the error that ``action`` raises, if any."""
     try:
@@ -223,6 +231,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "both, then the library": (OLD, NEW, LIBRARY),
     "the library, then lightning": (LIBRARY, NEW, OLD),
     "lightning, the library, pytorch_lightning": (NEW, LIBRARY, OLD),
+    "a module, then lightning": (LIBRARY, NEW),
 }
 """The order of the imports."""
 
@@ -232,6 +241,8 @@ def main(case: str, folder: Path) -> dict[str, Any]:
     order = CASES[case]
     if case == "only lightning installed":
         without_old()
+    if case == "a module, then lightning":
+        return late(*imported(*order[:1]))
     position = order.index(LIBRARY)
     library = imported(*order[: position + 1])[-1]
     report = {"namespace": library.host.NAMESPACE, "loaded": loaded()}
