@@ -53,6 +53,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Gaussian
 from lightning_bilevel.linear_solvers import ConjugateGradient, Neumann
+from representation import baselines
 
 Pair = tuple[Tensor, Tensor]
 Curves = Mapping[str, tuple[list[int], list[float]]]
@@ -446,16 +447,44 @@ def learn(name: str, strategy: str, args: argparse.Namespace) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "The first hypergradient is exactly zero")
         trainer.fit(module, loader)
     curves = measured(report.logged(trainer.logger.log_dir), setting.every)
-    on = "" if name != "lenet" else " on MNIST" if args.data_dir else " on digits"
     row = {
         "problem": name,
-        "title": TITLES[name] + on,
+        "title": title_of(name, args),
         "strategy": strategy,
         "seed": args.seed,
         "inner_steps": setting.inner_steps,
     }
     row["outer_parameters"] = sum(parameter.numel() for parameter in module.outer_parameters())
     return {**row, **summary(curves), "curves": curves}
+
+
+def without(name: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what one level leads to: ridge regression on the inputs, or body and head trained for as many seconds."""
+    row = {"problem": name, "seed": args.seed, "inner_steps": 0, "title": title_of(name, args)}
+    began = time.process_time()
+    if name != "lenet":
+        module, episode = synthetic(name, PROBLEMS[name], 0.0, args.full, args.seed)
+        row |= {"strategy": "ridge", **baselines.ridge(episode.inner[0], episode.outer, module.test)}
+    else:
+        data = images(args.data_dir, args.seed)
+        module, _ = prepare(name, "reverse", PROBLEMS[name]._replace(steps=1), args)
+        both = torch.cat([data.inner[0], data.outer[0]]), torch.cat([data.inner[1], data.outer[1]])
+        net = nn.Sequential(module.body, module.head)
+        batch_size = data.batch_size
+        began = time.process_time()
+        baselines.jointly(net, net.parameters(), F.cross_entropy, both, batch_size, seconds, args.seed)
+        with torch.no_grad():
+            outer = torch.cat([net(part) for part in data.outer[0].split(1000)])
+            found = torch.cat([net(part).argmax(1) for part in data.test[0].split(1000)])
+        accuracy = (found == data.test[1]).float().mean().item()
+        row |= {"strategy": "jointly", "test_accuracy": accuracy}
+        row["outer_loss"] = F.cross_entropy(outer, data.outer[1]).item()
+    return {**row, "CPU seconds": time.process_time() - began}
+
+
+def title_of(name: str, args: argparse.Namespace) -> str:
+    on = "" if name != "lenet" else " on MNIST" if args.data_dir else " on digits"
+    return TITLES[name] + on
 
 
 def measured(logged: Curves, every: int) -> Curves:
@@ -583,12 +612,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     with report.screen():
         rows = [learn(*case, args) for case in args.cases]
+        others = [without(name, longest(rows, name), args) for name in dict(args.cases)]
         path = args.output / "hyper_representation.png"
         draw(path, rows)
-    results = {"seed": args.seed, "rows": rows}
+    results = {"seed": args.seed, "rows": rows, "without": others}
     report.write_json(path.with_suffix(".json"), results)
-    show(rows, [path, path.with_suffix(".json")])
+    show(rows + others, [path, path.with_suffix(".json")])
     return results
+
+
+def longest(rows: Sequence[Mapping[str, Any]], problem: str) -> float:
+    """Return the CPU seconds of the slowest run of a problem."""
+    curves = [row["curves"]["cpu_seconds"][1] for row in rows if row["problem"] == problem]
+    return max(curve[-1] for curve in curves)
 
 
 def show(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
@@ -598,16 +634,11 @@ def show(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
         deep = problem == "lenet"
         keys = ("outer_loss", "test_accuracy") if deep else ("outer_loss", "exact_loss", "test_loss")
         mark = "s to 85%" if deep else "s to 1%"
-        cells = [
-            [
-                row["strategy"],
-                *(f"{row[key]:.3g}" for key in keys),
-                f"{row['cosine']:.2f}",
-                f"{row['milliseconds']:.1f}",
-                "-" if row["seconds_to_mark"] is None else f"{row['seconds_to_mark']:.2f}",
-            ]
-            for row in mine
-        ]
+        cells = [[row["strategy"], *(f"{row[key]:.3g}" if key in row else "" for key in keys)] for row in mine]
+        for row, line in zip(mine, cells, strict=True):
+            if "cosine" in row:
+                mark_at = "-" if row["seconds_to_mark"] is None else f"{row['seconds_to_mark']:.2f}"
+                line += [f"{row['cosine']:.2f}", f"{row['milliseconds']:.1f}", mark_at]
         columns = ["strategy", *(key.replace("_", " ") for key in keys), "cosine", "ms a step", mark]
         report.print_table(f"{mine[0]['title']}, {mine[0]['outer_parameters']:,} outer parameters", columns, cells)
     for file in files:

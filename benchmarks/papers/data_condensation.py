@@ -1,12 +1,12 @@
 """Condensed sets by every strategy, in the same CPU seconds and after the same outer steps: (FG)2U, section 4.
 
-A case is a data set and a number of images per class; `digits-centres` and `digits-10` start from the centres that
-k-means finds in each class, and not from real images. One run is one strategy and one seed, which draws the real images
+A case is a data set and a number of images per class; `digits-10` starts from the centres that k-means finds in each
+class, the others from real images. One run is one strategy and one seed, which draws the real images
 to start from, the inner nets and the batches; its accuracies, losses and images are saved when it ends, and results of
 other runs stay. `two-phase` spends half of its seconds on the first phase, for which `truncated` has to have run.
 
     python benchmarks/papers/data_condensation.py --case digits
-    python benchmarks/papers/data_condensation.py --case digits-centres digits-10 --seeds 0 1 2 3 4
+    python benchmarks/papers/data_condensation.py --case digits-10 --seeds 0 1 2 3 4
     python benchmarks/papers/data_condensation.py --case mnist mnist-28 mnist-10 mnist-50 --data-dir FOLDER
     python benchmarks/papers/data_condensation.py --case mnist-10 --strategy forward --least-steps 5 --data-dir FOLDER
     python benchmarks/papers/data_condensation.py --draw
@@ -56,7 +56,6 @@ CASES = {
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
     "mnist-28": Case((), PAPER, 160, (5,)),
     "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),
-    "digits-centres": Case(("--start", "centres"), ("reverse",), 35, ()),
     "digits-10": Case(("--start", "centres", "--per-class", "10"), ("reverse",), 35, ()),
     "mnist-50": Case(("--pixels", "14", "--per-class", "50"), ("checkpointed", "truncated", "forward"), 40, (3,)),
 }

@@ -7,6 +7,7 @@ numbers N of inner steps, for PZOBO with directions of length 1. Results of othe
     python benchmarks/papers/hyper_representation.py --case linear --seeds 0 1 2 3 4
     python benchmarks/papers/hyper_representation.py --case mnist --data-dir FOLDER --seeds 0
     python benchmarks/papers/hyper_representation.py --inner-steps
+    python benchmarks/papers/hyper_representation.py --without         (one level, beside runs that are there)
     python benchmarks/papers/hyper_representation.py --seeds           (draws only)
 """
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--seconds", type=float, default=20, help="of each strategy on MNIST (%(default)s)")
     parser.add_argument("--inner-steps", action="store_true", help="compare numbers of inner steps")
+    parser.add_argument(
+        "--without", action="store_true", help="only what needs no second level, for runs that are there"
+    )
     args = script.begin(parser, argv)
     if "mnist" in args.case and args.data_dir is None:
         parser.error("mnist needs --data-dir")
@@ -58,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 options, counts = INNER_STEPS[case]
                 for count in counts:
                     run(f"{case}, N", seed, [*options, "--inner-steps", str(count), "--strategy", "pzobo-unit"])
+        elif args.without:
+            for case in args.case:
+                one_level(case, seed, args)
         else:
             for case in args.case:
                 mnist = ["--data-dir", str(args.data_dir), "--seconds", str(args.seconds)] if case == "mnist" else []
@@ -76,6 +83,17 @@ def run(case: str, seed: int, options: Sequence[str]) -> None:
             print(case, seed, row["strategy"], f"{row['outer_loss']:.3g}", flush=True)
             row["curves"] = {name: short(row["curves"][name]) for name in DRAWN if name in row["curves"]}
             keep(row)
+
+
+def one_level(case: str, seed: int, args: Any) -> None:
+    """Keep what one level leads to, in as many CPU seconds as the slowest strategy of the seed took."""
+    options = [*CASES[case], *(["--data-dir", str(args.data_dir)] if case == "mnist" else [])]
+    chosen = example.arguments([*options, "--seed", str(seed), "--quiet"])
+    runs = [row for row in earlier(NAME) if row["case"] == case and row["seed"] == seed and "curves" in row]
+    for problem in chosen.problem:
+        row = {"case": case, **example.without(problem, example.longest(runs, problem), chosen)}
+        print(case, seed, row["strategy"], {key: value for key, value in row.items() if isinstance(value, float)})
+        keep(row)
 
 
 def short(curve: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
@@ -97,7 +115,9 @@ def keep(row: Row) -> None:
 def draw(rows: Sequence[Row]) -> None:
     """Draw the strategies' runs, those of each case that was run."""
     with report.screen():
-        example.draw(plot_path(NAME), [row for case in CASES for row in rows if row["case"] == case])
+        example.draw(
+            plot_path(NAME), [row for case in CASES for row in rows if row["case"] == case and "curves" in row]
+        )
     to_docs(NAME)
 
 

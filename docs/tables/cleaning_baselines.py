@@ -45,7 +45,12 @@ def methods(found: Mapping[str, Runs]) -> str:
     for method in next(iter(found.values())):
         name = f"**{method}**" if method in LEARNED else method
         rows.append([name, *(interval(runs[method]) for runs in found.values())])
-    return markdown(("wrong labels, trusted examples", *found), rows)
+    return markdown(("wrong labels, trusted examples", *heads(found)), rows)
+
+
+def heads(found: Mapping[str, Runs]) -> list[str]:
+    """Return the settings, with the number of seeds of each."""
+    return [f"{name} ({len(runs[CEILING])} seeds)" for name, runs in found.items()]
 
 
 def ahead(found: Mapping[str, Runs]) -> str:
@@ -58,4 +63,4 @@ def ahead(found: Mapping[str, Runs]) -> str:
             cells.append(f"{mark}{difference(runs[ours], runs[strongest(runs)])}{mark} ({count})")
         rows.append([ours, *cells])
     rows.append(["the strongest baseline", *map(strongest, found.values())])
-    return markdown(("minus the strongest baseline", *found), rows)
+    return markdown(("minus the strongest baseline", *heads(found)), rows)

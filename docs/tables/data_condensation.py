@@ -3,7 +3,7 @@
 from statistics import mean, stdev
 from typing import Any
 
-from tables import markdown, results
+from tables import difference, interval, markdown, results
 
 NAMES = {
     "truncated": "`TruncatedReverse(10)`",
@@ -47,7 +47,25 @@ def tables() -> dict[str, str]:
         "condensation_mnist_28": strategies(found["mnist-28"], paper=True),
         "condensation_more": sizes(found),
         "condensation_phases": phases(found),
+        "condensation_centres": centres(found["digits-10"]),
     }
+
+
+def by_seed(seeds: dict[str, Any]) -> dict[str, list[float]]:
+    """Return, for what was learned and for every baseline, the mean accuracy in percent of the nets of each seed."""
+    runs = [{**run["baselines"], "learned": run["reverse"]["accuracy"]} for run in seeds.values()]
+    return {name: [100 * mean(run[name]) for run in runs] for name in runs[0]}
+
+
+def centres(seeds: dict[str, Any]) -> str:
+    """Return what is learned from the centres on, beside sets that are not learned."""
+    runs = by_seed(seeds)
+    labels = {"learned": "**learned, from the centres on**", "real images": "real images, drawn by chance"}
+    rows = []
+    for name in ("learned", "k-means centres", "nearest real images", "herding", "real images"):
+        ahead = "" if name == "learned" else difference(runs["learned"], runs[name])
+        rows.append([labels.get(name, name), interval(runs[name]), ahead])
+    return markdown((f"trained on, {len(seeds)} seeds", "test %", "learned − it"), rows)
 
 
 def strategies(seeds: dict[str, Any], paper: bool) -> str:

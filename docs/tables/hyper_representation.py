@@ -15,6 +15,8 @@ NAMES = {
     "pzobo-unit": "`PZOBO`, directions of length 1",
     "hozog": "HOZOG, `ZerothOrder`",
     "first-order": "`FirstOrder`: head held fixed",
+    "ridge": "ridge regression on the inputs",
+    "jointly": "body and head together, Adam, as many seconds",
 }
 SHALLOW = {
     "outer_loss": "outer loss",
@@ -71,6 +73,8 @@ def inner_steps(rows: list[dict[str, Any]]) -> str:
 
 def cell(key: str, runs: list[dict[str, Any]]) -> str:
     """Return a mean and, where it says something, its standard error; a mark counts if all runs reached it."""
+    if key not in runs[0]:
+        return ""
     values = [run[key] for run in runs]
     if key == "seconds_to_mark":
         missed = values.count(None)

@@ -1,0 +1,1 @@
+"""What `hyper_representation.py` compares learned representations with."""
