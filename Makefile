@@ -54,12 +54,14 @@ clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# `$(call install,ARGUMENTS)` is `pip install ARGUMENTS` on one line of the terminal; the full log is .venv/install.log.
-# awk ends with pip's own exit status.
+# `$(call install,ARGUMENTS)` is `pip install ARGUMENTS` on one line of the terminal; where there is none, a line every
+# five seconds. The full log is .venv/install.log. awk ends with pip's own exit status.
 define install
 	@echo "Installing $(1) (log in .venv/install.log)"
-	@{ .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_FLAGS) $(1) \
-	    2>&1; echo "status $$?"; } | tee .venv/install.log | \
+	@: > .venv/install.log
+	@{ test -t 2 || while sleep 5 > /dev/null; do tail -n 1 .venv/install.log | cut -c 1-70 >&2; done & \
+	    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_FLAGS) $(1) \
+	    2>&1; status=$$?; kill $$! 2> /dev/null; echo "status $$status"; } | tee .venv/install.log | \
 	awk -v tty="$$(test -t 2 && echo 1)" \
 	    '/^status /{status = $$2} \
 	    tty && /^ *(Collecting|Downloading|Building|Installing) /{printf "\r\033[K%.70s", $$0; fflush()} \

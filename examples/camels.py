@@ -229,7 +229,10 @@ class Run:
         # Along a stream, after each look at the questions: before it, a resumed run would miss that look.
         keep = checkpoints(folder, None if questions else max(1, len(batches) // 8))
         trainer = self._trainer(
-            callbacks=[*callbacks, keep], logger=CSVLogger(self.folder, "log", name), log_every_n_steps=1, **options
+            callbacks=[*callbacks, keep],
+            logger=CSVLogger(self.folder, f"log/{name}", ""),
+            log_every_n_steps=1,
+            **options,
         )
         began = time.process_time()
         try:

@@ -329,7 +329,7 @@ def clean(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         max_epochs=1,
         callbacks=callbacks,
         accelerator=args.accelerator,
-        logger=CSVLogger(folder, name="log", version=args.strategy),
+        logger=CSVLogger(folder, name=f"log/{args.strategy}", version=""),
         log_every_n_steps=1,
         val_check_interval=min(5, steps),
         num_sanity_val_steps=0,

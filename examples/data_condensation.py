@@ -213,7 +213,7 @@ def condense(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
         max_epochs=1,
         callbacks=[STRATEGIES[name](args.inner_lr, args.phase_steps), history],
         accelerator=args.accelerator,
-        logger=CSVLogger(args.output, name="log", version=f"condensation-{name}"),
+        logger=CSVLogger(args.output, name=f"log/condensation-{name}", version=""),
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -434,7 +434,7 @@ def learn(name: str, strategy: str, args: argparse.Namespace) -> dict[str, Any]:
         max_epochs=1,
         callbacks=[STRATEGIES[strategy](setting), Watch(setting.every, args.seconds)],
         accelerator=args.accelerator,
-        logger=CSVLogger(args.output, name="log", version=f"{name}-{strategy}"),
+        logger=CSVLogger(args.output, name=f"log/{name}-{strategy}", version=""),
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,

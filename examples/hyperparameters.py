@@ -339,7 +339,7 @@ def fit(
         max_epochs=1,
         callbacks=[strategy],
         accelerator=args.accelerator,
-        logger=CSVLogger(args.output, name="log", version=name),
+        logger=CSVLogger(args.output, name=f"log/{name}", version=""),
         log_every_n_steps=1,
         gradient_clip_val=clip or None,
         gradient_clip_algorithm="value",

@@ -218,7 +218,7 @@ def discover(args: argparse.Namespace, name: str, start: float, truth: np.ndarra
         max_epochs=1,
         callbacks=[strategy],
         accelerator=args.accelerator,
-        logger=CSVLogger(args.output, name="log", version=f"{name}-{args.inner}-{number}"),
+        logger=CSVLogger(args.output, name=f"log/{name}-{args.inner}-{number}", version=""),
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -111,7 +111,7 @@ def train(
             ),
         ],
         accelerator=args.accelerator,
-        logger=CSVLogger(args.output, name="log", version=name),
+        logger=CSVLogger(args.output, name=f"log/{name}", version=""),
         log_every_n_steps=max(1, args.steps // 200),
         val_check_interval=args.validate_every,
         limit_val_batches=100,

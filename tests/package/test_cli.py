@@ -385,4 +385,9 @@ def test_a_strategy_is_swapped_without_losing_other_callbacks(flags: list[str], 
         assert strategy.num_directions == 3
 
 
-QUIET = ["--seed_everything=false", "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
+QUIET = [
+    "--seed_everything=false",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.accelerator=cpu",
+]
