@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+)
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_leaves, tree_map
 
 _WHOLE = (Tensor, str, int, float)
@@ -66,13 +72,26 @@ def stacked(values: Sequence[Any]) -> Any:
 
 
 def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
-    """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments that are tensors in containers.
+    """Return ``vmap(fn, randomness=randomness)(*args)`` for arguments and results that are tensors in containers.
 
-    vmap walks nested arguments several times, at a fifth of the cost of a small net's loss; it gets plain ones here.
+    The public ``vmap`` walks nested arguments and results several times, as long as the loss of a small net takes. This
+    is its core, with one walk for each.
+
+    >>> vectorized(lambda batch: (batch["x"].sum(), {}), {"x": torch.eye(2)}, randomness="same")
+    (tensor([1., 1.]), {})
     """
     tensors: list[Tensor] = []
     _collect(args, tensors)
-    return vmap(lambda *flat: fn(*_rebuilt(args, iter(flat))), randomness=randomness)(*tensors)
+    count = tensors[0].shape[0]
+    lazy_load_decompositions()  # of forward mode, once
+    level = _vmap_increment_nesting(count, randomness)
+    try:
+        result = fn(*_rebuilt(args, iter([_add_batch_dim(tensor, 0, level) for tensor in tensors])))
+        found: list[Tensor] = []
+        _collect(result, found)
+        return _rebuilt(result, iter([_remove_batch_dim(tensor, level, count, 0) for tensor in found]))
+    finally:
+        _vmap_decrement_nesting()
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
