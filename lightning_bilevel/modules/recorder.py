@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_bilevel.host import LightningModule, rank_zero_warn
+from lightning_bilevel.host import LightningModule, rank_zero_info, rank_zero_warn
 from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain, written_in_place
 from lightning_bilevel.modules.metrics import RecordedMetrics, State, unwrapped, usable
 from lightning_bilevel.modules.outputs import beside_loss, by_episode
@@ -43,6 +43,9 @@ class LogRecorder:
         self._buffers: Params = {}
         self._beside: dict[str, Any] = {}
         self._warned = False
+        self._in_outer_loss = False
+        self._levels: dict[str, set[bool]] = {}  # of each name: whether an outer loss logged it
+        self._said: set[str] = set()
         self.outputs: list[dict[str, Any]] = []
 
     @contextmanager
@@ -79,6 +82,7 @@ class LogRecorder:
     def begin(self) -> None:
         """Begin a run."""
         self._running, self._latest, self._buffers, self._beside = True, {}, {}, {}
+        self._in_outer_loss = False
         if self._metrics:
             self._metrics.begin()
 
@@ -107,11 +111,13 @@ class LogRecorder:
 
     def before_outer_loss(self) -> None:
         """Note the attributes that an outer loss starts from."""
+        self._in_outer_loss = True
         if self._running and self._attributes is not None:
             self._before = self._attributes.take()
 
     def after_outer_loss(self, buffers: Params, result: Any) -> None:
         """Note the buffers that an outer loss has left, and what it returned."""
+        self._in_outer_loss = False
         self._buffers, self._beside = buffers, beside_loss(result)
 
     def observe(self) -> Observed | None:
@@ -152,18 +158,22 @@ class LogRecorder:
         """Keep the value for later."""
         if self._running:
             self._latest[name] = (primal(value), args, kwargs)
+            self._levels.setdefault(name, set()).add(self._in_outer_loss)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Keep the values for later."""
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
-    def replay(self, module: LightningModule, batch_size: int) -> None:
+    def replay(self, module: LightningModule, batch_size: int) -> set[str]:
         """Log each name once, with its mean over the episodes; let the metrics count.
 
         Args:
             module: the module.
             batch_size: weight of this step in an epoch's mean, unless the call that was kept says otherwise.
+
+        Returns:
+            The names.
         """
         if self._metrics:
             self._metrics.replay()
@@ -175,7 +185,19 @@ class LogRecorder:
             if len(calls) > 1 and isinstance(value, (Tensor, numbers.Number)):
                 value = sum(count * call[0] for count, call in calls) / sum(count for count, _ in calls)
             module.log(name, value, *args, **{"batch_size": batch_size, **kwargs})
+        logged = {name for _, calls in self._runs for name in calls}
+        self._say_level({name for name in logged if len(self._levels.get(name, ())) > 1})
         self._runs, self._metrics, self._final, self.outputs = [], None, None, []
+        return logged
+
+    def _say_level(self, names: set[str]) -> None:
+        """Say once of names that both losses log which of the two values is there."""
+        if new := sorted(names - self._said):
+            self._said |= names
+            rank_zero_info(
+                f"Both losses log {', '.join(f'`{name}`' for name in new)}: what is logged is the value of the outer "
+                "loss, at θ_T. `inner_loss`, that of the last inner step, is logged by itself."
+            )
 
 
 class Observed(NamedTuple):

@@ -379,7 +379,7 @@ class Fit:
         if ranks.shard[1] > 1:
             result = self.strategy.averaged(result)
         self._outputs = together(self.functional.recorder.outputs)
-        self.functional.recorder.replay(module, batch_size=len(episodes))
+        theirs = self.functional.recorder.replay(module, batch_size=len(episodes))
         metrics = {**result.metrics, "hypergradient_norm": tree.norm(result.grads)}
         kept = [value for values in result.kept.values() for value in values.values()]
         if memory.estimates == 0 and not any(map(torch.any, kept)) and not metrics["hypergradient_norm"]:
@@ -401,8 +401,10 @@ class Fit:
         memory.estimates += 1
         self._usable = True
         if not module.trainer.barebones:  # there, logging does nothing but warn
-            module.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
-            module.log_dict(metrics, batch_size=len(episodes))
+            # What the losses log by a name of ours is theirs, with the options that they give it.
+            if "outer_loss" not in theirs:
+                module.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
+            module.log_dict({k: v for k, v in metrics.items() if k not in theirs}, batch_size=len(episodes))
         self._log_skipped()
         return result
 

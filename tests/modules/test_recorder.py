@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.modules.recorder import LogRecorder
 from tests.support.modules import Cleaning, Maml, listed, loader, tasks, trainer
+from tests.support.seeds import seeded
 
 
 class Logging:
@@ -127,3 +129,42 @@ def test_what_is_logged_apart_does_not_count():
         observed = recorder.observe()
     assert seen == [("apart", 2.0, {"prog_bar": True}), ("too", 3.0, {})]
     assert list(observed.calls) == ["kept"]
+
+
+# --- Names that are logged twice ---
+
+
+class Both(Cleaning):
+    """Logs one name in both losses, and names of this package with options of its own."""
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        loss = super().inner_loss(batch)
+        self.log_dict({"loss": loss, "inner_loss": loss}, on_epoch=True)
+        return loss
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        loss = super().outer_loss(batch)
+        self.log("loss", loss)
+        self.log("outer_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("strategy", [ReverseUnroll(), ForwardGradient(2, mode="forward")], ids=["reverse", "forward"])
+def test_of_a_name_in_both_losses_the_level_is_said_once(strategy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    fit = trainer(strategy)
+    with caplog.at_level(logging.INFO):
+        fit.fit(Both(), loader())
+    said = [record.getMessage() for record in caplog.records if "Both losses log" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("Both losses log `loss`: what is logged is the value of the outer loss, at θ_T")
+    assert fit.callback_metrics["loss"] == fit.callback_metrics["outer_loss_step"]
+
+
+def test_a_name_of_ours_that_a_loss_logs_is_the_loss_s() -> None:
+    fit, plain = trainer(ReverseUnroll()), trainer(ReverseUnroll())
+    fit.fit(seeded(Both), loader())
+    plain.fit(seeded(Cleaning), loader())
+    assert {"inner_loss_epoch", "outer_loss_epoch", "hypergradient_norm"} <= set(fit.callback_metrics)
+    for name in ("inner_loss", "outer_loss", "hypergradient_norm"):
+        found = fit.callback_metrics.get(f"{name}_step", fit.callback_metrics[name])
+        assert found.item() == pytest.approx(plain.callback_metrics[name].item())
