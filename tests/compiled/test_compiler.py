@@ -189,7 +189,7 @@ def test_what_changes_is_seen_or_the_steps_are_eager(case: Case, calls: list[int
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: it has done 4 different things so far")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. it has done 4 different things so far")
 def test_what_changes_all_the_time_is_eager_in_the_end(calls: list[int]) -> None:
     module = furnished(scaled(lambda m: m.number))
     for _ in range(6):
@@ -201,7 +201,7 @@ def test_what_changes_all_the_time_is_eager_in_the_end(calls: list[int]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: hooks, or what else surrounds the losses")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. hooks, or what else surrounds the losses")
 def test_hooks_that_change_all_the_time_are_eager_in_the_end(calls: list[int]) -> None:
     module = furnished({"inner_steps": 1})
     for _ in range(10):
@@ -214,7 +214,7 @@ def test_hooks_that_change_all_the_time_are_eager_in_the_end(calls: list[int]) -
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: there are more than 8 kinds of batches")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. there are more than 8 kinds of batches")
 def test_batches_of_many_kinds_are_eager_in_the_end(calls: list[int]) -> None:
     module = weighted(inner_steps=1)
     for examples in range(2, 12):
