@@ -33,13 +33,20 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+SLOW = {"RAdam", "learned rates of each step"}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(make, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, make in OPTIMIZERS.items()],
+)
 def test_every_number_of_a_step_has_its_own_update(optimizer: Callable[[Any], Any], calls: list[int]) -> None:
     module = weighted(optimizer=optimizer, inner_steps=4)
     assert apart(*both(module)) < 2e-6
     assert len(calls) >= 4
 
 
+@pytest.mark.slow
 def test_an_update_that_is_another_at_each_of_many_steps_is_eager() -> None:
     module = weighted(optimizer=lambda module: Rule(lambda step: 0.3 / step), inner_steps=10)
     with pytest.warns(UserWarning, match="the inner optimizer does something else at every step"):

@@ -106,7 +106,10 @@ def test_strategies(strategy: Callable[[], HypergradientStrategy], calls: list[i
     assert calls
 
 
-@pytest.mark.parametrize("name", NETS)
+SLOW = {"LayerNorm", "weight norm", "attention", "recomputed"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETS])
 def test_nets(name: str, calls: list[int]) -> None:
     net, features = NETS[name]
     module = weighted(net=net)
