@@ -22,7 +22,8 @@ def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps
     """Raise unless a part computes what eager does at one of some points, with the same random draws.
 
     At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
-    derivative jumps there. A wrong graph is wrong everywhere. Outputs that are 0 but for rounding (the gradient of a
+    derivative jumps there. A wrong graph is wrong everywhere. Cotangents, tangents and directions are random ones.
+    Outputs that are 0 but for rounding (the gradient of a
     bias before a batch norm) count by the largest output.
 
     Args:
@@ -37,7 +38,11 @@ def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps
         NotCompiled: it does not; the words say which output is apart, and by how much.
     """
     generator = torch.Generator().manual_seed(0)
-    message = ""
+    message, own = "", functions.layout.inputs
+    args = [
+        *args[:own],
+        *(_drawn(arg, generator) for arg in args[own:]),
+    ]  # what is zero at the start hides what it meets
     for turn in range(TRIES):
         if turn:
             args = [_moved(arg, generator) if i < len(functions.layout.names) else arg for i, arg in enumerate(args)]
@@ -52,9 +57,12 @@ def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps
     raise NotCompiled(f"compiled, it is not what it is: {message}")
 
 
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device).to(like.dtype)
+
+
 def _moved(arg: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(arg.shape, generator=generator, dtype=torch.float64).to(arg.device)
-    return (arg * (1 + 1e-3 * noise)).to(arg.dtype)
+    return arg * (1 + 1e-3 * _drawn(arg, generator))
 
 
 def _drawn_alike(args: Sequence[Tensor], run: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:

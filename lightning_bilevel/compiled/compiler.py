@@ -8,7 +8,7 @@ import torch
 
 from lightning_bilevel.calculus.step import GradientStep, InnerStep
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
-from lightning_bilevel.compiled.plan import Graphs, Plan, takes_number
+from lightning_bilevel.compiled.plan import FIRST, Graphs, Plan, takes_number
 from lightning_bilevel.compiled.program import Layout
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.step import CompiledStep
@@ -103,7 +103,7 @@ class Compiler:
 
     @staticmethod
     def _present(watchman: Watchman, functional: FunctionalModule, optimizer: InnerOptimizer) -> Hashable:
-        update = watchman.look_at_update(functional, 2) if takes_number(optimizer) else 0
+        update = watchman.look_at_update(functional, FIRST) if takes_number(optimizer) else 0
         return watchman.look(functional), type(optimizer), update
 
     def _say(self, error: NotCompiled) -> None:

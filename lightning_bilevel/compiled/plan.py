@@ -28,6 +28,10 @@ MOST_NUMBERS = 64
 """Numbers of updates that are looked at to find these."""
 
 
+FIRST = 2
+"""The update that is watched where its number is an input of the graphs."""
+
+
 class Graphs:
     """The graphs for one kind of batch and one state of the user's Python.
 
@@ -43,6 +47,7 @@ class Graphs:
         parts: the graphs, by function, number and shapes.
         updates: the number of an update, and what the watch said of it, to which of the different ones it is.
         codes: what the different updates do, numbered.
+        firsts: the number of an update of each kind, which its graphs are made for.
     """
 
     def __init__(self, watchman: Watchman, layout: Layout, optimizer: InnerOptimizer) -> None:
@@ -51,6 +56,7 @@ class Graphs:
         self.parts: dict[Hashable, Part] = {}
         self.updates: dict[Hashable, int] = {}
         self.codes: dict[Hashable, int] = {}
+        self.firsts: dict[int, int] = {}
 
 
 def takes_number(optimizer: InnerOptimizer) -> bool:
@@ -94,15 +100,22 @@ class Plan(NamedTuple):
         kind = 0 if self.graphs.numbered else self._kind(steps + 1, args)
         rows = len(args[-1]) if name == "push" else 0
         if (name, kind, rows) not in self.graphs.parts:
-            part = self._made(name, steps, args)
+            part = self._made(name, steps, args, self.graphs.firsts.get(kind, FIRST))
             if part is None:
                 self.graphs.numbered = False
                 return self.part(name, steps, args)
             self.graphs.parts[name, kind, rows] = part
         return self.graphs.parts[name, kind, rows]
 
-    def _made(self, name: str, steps: int, args: list[Tensor]) -> Part | None:
-        """Return one of the functions; ``None`` where the number of a step cannot be an input."""
+    def _made(self, name: str, steps: int, args: list[Tensor], watched: int) -> Part | None:
+        """Return one of the functions; ``None`` where the number of a step cannot be an input.
+
+        Args:
+            name: see :meth:`part`.
+            steps: likewise.
+            args: likewise.
+            watched: the number of the update that is watched.
+        """
         began = time.perf_counter()
         functional, functions = self.functional, Functions(self.step, self.layout, self.functional.recorder)
         backend, numbered = backend_for(args[0].device.type), self.graphs.numbered
@@ -111,7 +124,7 @@ class Plan(NamedTuple):
             try:
                 if numbered and not self._is_numbered(functions, args):
                     return None
-                part = made(functions, name, args, None if numbered else steps, backend, self._places(steps + 1))
+                part = made(functions, name, args, None if numbered else steps, backend, self._places(watched))
             except NotCompiled:
                 raise
             except Exception as error:  # torch's, of many kinds
@@ -132,7 +145,6 @@ class Plan(NamedTuple):
 
     def _places(self, number: int) -> Callable[[Traced], list[Place]]:
         watchman = self.graphs.watchman
-        number = 2 if self.graphs.numbered else number
         return lambda traced: watchman.places(traced.read, traced.literal, self.functional, self.layout.buffers, number)
 
     def _precision(self, args: list[Tensor]) -> torch.dtype:
@@ -148,9 +160,11 @@ class Plan(NamedTuple):
             key = number, graphs.watchman.look_at_update(self.functional, number)
             if key not in graphs.updates:
                 graphs.updates[key] = graphs.codes.setdefault(self._code(number, args), len(graphs.codes))
-            if len(graphs.updates) > MOST_NUMBERS or len(graphs.codes) > MOST_UPDATES:
+            kind = self.known[id(graphs), number] = graphs.updates[key]
+            first = graphs.firsts.setdefault(kind, number)  # whose watch tells where the graph finds what it reads
+            several = len(graphs.updates) > MOST_NUMBERS or len(graphs.codes) > MOST_UPDATES
+            if several or self._kind(first, args) != kind:
                 raise NotCompiled("the inner optimizer does something else at every step")
-            self.known[id(graphs), number] = graphs.updates[key]
         return self.known[id(graphs), number]
 
     def _code(self, number: int, args: list[Tensor]) -> Hashable:

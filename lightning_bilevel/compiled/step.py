@@ -47,6 +47,7 @@ class CompiledStep(InnerStep):
         self.eager, self._planner = eager, planner
         self.known: dict[Hashable, int] = {}
         self._plans: dict[int, tuple[Batch, Plan | None]] = {}
+        self._looked_at = -1
 
     def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor]:
         """Take the step."""
@@ -113,8 +114,14 @@ class CompiledStep(InnerStep):
         return self.eager.fixed_point(state, phi, batch)
 
     def _plan(self, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
+        """Return the graphs for a batch, looked up anew where an outer loss may have changed what they are."""
+        last = next(iter(self._plans.values()), (None, None))[1]
+        if last is not None and last.functional.recorder.outer_losses != self._looked_at:
+            self._plans, self.known = {}, {}
         if id(batch) not in self._plans:
-            self._plans[id(batch)] = batch, self._planner.plan(self, state, phi, batch)
+            plan = self._planner.plan(self, state, phi, batch)
+            self._plans[id(batch)] = batch, plan
+            self._looked_at = -1 if plan is None else plan.functional.recorder.outer_losses
         return self._plans[id(batch)][1]
 
     def _part(self, plan: Plan, name: str, steps: int, args: list[Tensor]) -> Part | None:

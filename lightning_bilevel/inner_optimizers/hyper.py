@@ -223,8 +223,13 @@ def _twice_the_root(y: Tensor, floor: float) -> Tensor:
     return torch.threshold(y - floor, least, math.inf).mul_(2)
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # Dynamo does not follow ``fnmatch``
 def _first_matches(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
+    return _matched(patterns, names)
+
+
+@lru_cache(maxsize=256)
+def _matched(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(next((p for p in patterns if fnmatchcase(name, p)), None) for name in names)
 
 

@@ -27,6 +27,7 @@ class LogRecorder:
     outside of runs is dropped. Metrics that a loss updates count likewise, once per run, if they are replayed.
 
     Attributes:
+        outer_losses: how many have been evaluated: what they write, later inner losses may read.
         outputs: of each episode, what that outer loss returned beside its value.
     """
 
@@ -46,6 +47,7 @@ class LogRecorder:
         self._in_outer_loss = False
         self._levels: dict[str, set[bool]] = {}  # of each name: whether an outer loss logged it
         self._said: set[str] = set()
+        self.outer_losses = 0
         self.outputs: list[dict[str, Any]] = []
 
     @contextmanager
@@ -112,6 +114,7 @@ class LogRecorder:
     def before_outer_loss(self) -> None:
         """Note the attributes that an outer loss starts from."""
         self._in_outer_loss = True
+        self.outer_losses += 1
         if self._running and self._attributes is not None:
             self._before = self._attributes.take()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_bilevel import SGD
 from lightning_bilevel.compiled import program
 from lightning_bilevel.compiled.agree import agree
 from lightning_bilevel.compiled.graphs import Backend, compiled
@@ -78,3 +79,19 @@ def test_what_is_not_finite_agrees_where_both_are_not() -> None:
     with at.functional.session():
         part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
         agree(at.functions, "take", part, args, 0, torch.float32)
+
+
+def test_what_meets_zeros_at_the_start_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The momentum is zero at first: a graph that loses its gradient would agree on cotangents made of it."""
+
+    def lost(results: list[Tensor]) -> None:
+        if len(results) == 5:  # those of the way back: two parameters, two momenta, and φ
+            results[2:4] = [torch.zeros_like(value) for value in results[2:4]]
+
+    at = At(optimizer=lambda module: SGD(lr=0.3, momentum=0.9))
+    args = [*at.args, *at.state.flat().values()]
+    monkeypatch.setattr(program, "compiled", wrong(lost))
+    with at.functional.session():
+        part = made(at.functions, "pull", args, 1, "flat", lambda traced: [])
+        with pytest.raises(NotCompiled, match="derivative 2 of a step is apart by 1e"):
+            agree(at.functions, "pull", part, args, 1, torch.float32)

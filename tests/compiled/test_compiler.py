@@ -84,6 +84,10 @@ CASES = {
     "a hook on the loss": Case({"term": lambda self, loss: _hooked(self, loss)}, up("count")),
     "the inner rate": Case({"optimizer": lambda m: SGD(lr=0.3 / m.count)}, up("count")),
     "the inner rate, a tensor": Case({"optimizer": lambda m: SGD(lr=0.1 * m.tensor)}, lambda m: m.tensor.add_(1)),
+    "inner rates by name": Case(
+        {"optimizer": lambda m: SGD(lr=m.config["rates"])},
+        lambda m: m.config.update(rates={"*bias": 0.1, "*": m.log_lr}),
+    ),
     "the learned inner rate": Case({"optimizer": lambda m: SGD(lr=m.log_lr.exp(), momentum=0.9)}),
     "the rate of a torch.optim": Case(
         {"optimizer": lambda m: torch.optim.Adam(m.net.parameters(), lr=0.1 / m.count)}, up("count")
@@ -140,7 +144,11 @@ def _counted(module: Any, loss: Tensor) -> Tensor:
 def furnished(options: dict[str, Any]) -> Weighted:
     module: Any = weighted(**options)
     module.number, module.count, module.listed, module.title, module.bag = 1.0, 1, [1.0], "a", {-1}
-    module.config, module.space, module.array = {"a": 1.0}, types.SimpleNamespace(v=1.0), np.ones(2)
+    module.config, module.space, module.array = (
+        {"a": 1.0, "rates": {"*": 0.2}},
+        types.SimpleNamespace(v=1.0),
+        np.ones(2),
+    )
     module.tensor, module.ask = torch.tensor(1.0), lambda: module.count
     module.numbers, module.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     module.metric = MeanMetric()
@@ -181,7 +189,7 @@ def test_what_changes_is_seen_or_the_steps_are_eager(case: Case, calls: list[int
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: it has done 4 different things so far")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. it has done 4 different things so far")
 def test_what_changes_all_the_time_is_eager_in_the_end(calls: list[int]) -> None:
     module = furnished(scaled(lambda m: m.number))
     for _ in range(6):
@@ -193,7 +201,7 @@ def test_what_changes_all_the_time_is_eager_in_the_end(calls: list[int]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: hooks, or what else surrounds the losses")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. hooks, or what else surrounds the losses")
 def test_hooks_that_change_all_the_time_are_eager_in_the_end(calls: list[int]) -> None:
     module = furnished({"inner_steps": 1})
     for _ in range(10):
@@ -206,7 +214,7 @@ def test_hooks_that_change_all_the_time_are_eager_in_the_end(calls: list[int]) -
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled: there are more than 8 kinds of batches")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. there are more than 8 kinds of batches")
 def test_batches_of_many_kinds_are_eager_in_the_end(calls: list[int]) -> None:
     module = weighted(inner_steps=1)
     for examples in range(2, 12):

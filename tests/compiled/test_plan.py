@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_bilevel import SGD, Adam
+from lightning_bilevel import SGD, Adam, ReverseUnroll, hypergradient
 from lightning_bilevel.compiled.plan import takes_number
 from lightning_bilevel.inner_optimizers import InnerOptimizer, PerStep, RAdam
-from tests.support.compiled import apart, both, weighted
+from tests.support.compiled import apart, both, episode, weighted
 
 
 class Rule(InnerOptimizer):
@@ -33,13 +34,40 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+SLOW = {"RAdam", "learned rates of each step"}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(make, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, make in OPTIMIZERS.items()],
+)
 def test_every_number_of_a_step_has_its_own_update(optimizer: Callable[[Any], Any], calls: list[int]) -> None:
     module = weighted(optimizer=optimizer, inner_steps=4)
     assert apart(*both(module)) < 2e-6
     assert len(calls) >= 4
 
 
+def test_what_an_update_reads_is_that_of_today_where_the_inner_level_goes_on(calls: list[int]) -> None:
+    class Reading(InnerOptimizer):
+        def __init__(self, module: Any) -> None:
+            self.module = module
+
+        def update(self, params: Any, grads: Any, opt_state: Any, step: int) -> Any:
+            return {name: value - 0.1 * self.module.scale * grads[name] for name, value in params.items()}, {}
+
+    module: Any = weighted(optimizer=Reading, inner_start="warm", inner_steps=2)
+    module.scale, carries = torch.tensor(1.0), [None, None]
+    for turn in range(3):
+        found = []
+        for which, module.compiles_steps in enumerate((True, False)):
+            found.append(hypergradient(module, ReverseUnroll(), episode(turn), carry=carries[which]))
+            carries[which] = found[-1].carry
+        assert apart(*found) < 2e-6
+        module.scale = 2 * module.scale
+    assert calls
+
+
+@pytest.mark.slow
 def test_an_update_that_is_another_at_each_of_many_steps_is_eager() -> None:
     module = weighted(optimizer=lambda module: Rule(lambda step: 0.3 / step), inner_steps=10)
     with pytest.warns(UserWarning, match="the inner optimizer does something else at every step"):

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,10 @@ def test_strategies(strategy: Callable[[], HypergradientStrategy], calls: list[i
     assert calls
 
 
-@pytest.mark.parametrize("name", NETS)
+SLOW = {"LayerNorm", "weight norm", "attention", "recomputed"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETS])
 def test_nets(name: str, calls: list[int]) -> None:
     net, features = NETS[name]
     module = weighted(net=net)
@@ -139,6 +143,24 @@ def test_the_outer_loss_at_every_step(calls: list[int]) -> None:
     for strategy in (ReverseUnroll(), ForwardGradient(2)):
         assert apart(*both(module, strategy)) < 2e-6
     assert calls
+
+
+def test_what_an_outer_loss_writes_between_steps_is_seen() -> None:
+    class Writing(Weighted):
+        scale = 1.0
+
+        def outer_loss(self, batch: Any) -> Tensor:
+            self.scale = self.scale + 1
+            return super().outer_loss(batch)
+
+        def inner_loss(self, batch: Any) -> Tensor:
+            return super().inner_loss(batch) * self.scale
+
+        def outer_loss_weights(self) -> Tensor:
+            return torch.tensor([0.2, 0.3, 0.5])
+
+    torch.manual_seed(0)
+    assert apart(*both(Writing())) < 2e-6
 
 
 def test_a_proximal_term(calls: list[int]) -> None:

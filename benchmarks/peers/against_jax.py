@@ -1,0 +1,197 @@
+"""One outer step, as it is, with ``compile=True``, and in JAX: MAML, data cleaning, forward gradients.
+
+Ours is a training step of a Trainer with all that Lightning does for it; JAX's is one jitted function with the outer
+optimizer inside (optax), its state made beforehand, of several programs the fastest. That all compute the same
+hypergradient is checked first: who does not is listed with the difference, and is not timed.
+
+Time: CPU seconds of the process, one thread; the contenders take turns and the least of all their steps counts. What
+compiling takes is listed beside: CPU seconds of this process in the first step, without those of a C++ compiler.
+
+    pip install jax optax
+    python benchmarks/peers/against_jax.py [--cases sinusoids images cleaning100 cleaning1000 forward100]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_cleaning_speed import CASES as CLEANING
+from data_cleaning_speed import Cleaning
+from torch.utils.data import DataLoader
+
+from lightning_bilevel import ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient, tree
+from lightning_bilevel.randomness import Key
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import script
+from support.few_shot_problems import images, sinusoids
+from support.fits import Stopwatch, fit
+from support.in_jax import Step, back, cleaning_step, image_loss, meta_step, of, sinusoid_loss
+from support.measure import cpu_seconds, turns
+from support.results import keep
+
+import report
+
+NAME = "against_jax"
+ROUNDING = 1e-3
+DIRECTIONS = 16
+
+
+@dataclass
+class Case:
+    """A problem.
+
+    Attributes:
+        make: returns the module and a batch.
+        strategy: ours.
+        in_jax: programs, by name, for a module, its batch and directions.
+        steps: ours, in a turn.
+    """
+
+    make: Callable[[], tuple[Any, Any]]
+    in_jax: Callable[[Any, Any, Any], dict[str, Step]]
+    strategy: Callable[[], HypergradientStrategy] = ReverseUnroll
+    steps: int = 10
+
+
+def maml(make: Callable[[], Any]) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module, loader = make()
+    return module, next(iter(loader))
+
+
+def maml_in_jax(
+    loss: Callable[..., Any], ways: Sequence[str], module: Any, episodes: Any, rows: Any
+) -> dict[str, Step]:
+    p = {name: of(value) for name, value in module.named_parameters()}
+    columns = zip(*((*episode.inner[0], *episode.outer) for episode in episodes), strict=True)
+    batch = [of(torch.stack(column)) for column in columns]
+    lr = module.hparams.inner_lr
+    return {f"tasks {way}": meta_step(loss, p, batch, module.inner_steps, lr, way) for way in ways}
+
+
+def cleaning(examples: int, steps: int) -> tuple[Any, Any]:
+    case = CLEANING["mlp"]._replace(examples=examples, steps=steps)
+    return Cleaning(case.task()), case.episode()
+
+
+def cleaning_in_jax(module: Any, episode: Any, rows: Any) -> dict[str, Step]:
+    p = {name: of(value) for name, value in module.named_parameters()}
+    data = [of(value) for value in (*episode.inner[0][:2], *episode.outer[:2])]
+    task = module.task
+    step = cleaning_step(p, data, module.inner_steps, task.inner_lr, task.decay, None if rows is None else of(rows))
+    return {"scan": step}
+
+
+CASES = {
+    "sinusoids": Case(partial(maml, sinusoids), partial(maml_in_jax, sinusoid_loss, ["vmap"]), steps=100),
+    "images": Case(partial(maml, images), partial(maml_in_jax, image_loss, ["vmap", "written out"])),
+    "cleaning100": Case(partial(cleaning, 100, 20), cleaning_in_jax, steps=20),
+    "cleaning1000": Case(partial(cleaning, 1000, 20), cleaning_in_jax, steps=4),
+    "forward100": Case(partial(cleaning, 100, 100), cleaning_in_jax, lambda: ForwardGradient(DIRECTIONS), steps=2),
+}
+
+
+class Ours:
+    """A training step of this library.
+
+    Args:
+        case: the problem.
+        compiles: whether inner steps are compiled.
+    """
+
+    def __init__(self, case: Case, compiles: bool) -> None:
+        self.case, self.compiles = case, compiles
+
+    def first(self, rows: Any) -> dict[str, torch.Tensor]:
+        """Return the hypergradient, along the directions that JAX's program has."""
+        module, batch = self.case.make()
+        module.compiles_steps = self.compiles
+        found = hypergradient(module, ReverseUnroll(), batch).grads
+        return found if rows is None else projected(found, rows)
+
+    def seconds(self) -> float:
+        """Return the least CPU seconds of a training step, after two that look at the module and compile."""
+        module, batch = self.case.make()
+        module.compiles_steps = self.compiles
+        stopwatch, steps = Stopwatch(), self.case.steps + 2
+        data: DataLoader = DataLoader([batch] * steps, batch_size=None)
+        with report.screen():
+            fit(module, data, self.case.strategy(), stopwatch, max_steps=steps)
+        return min(stopwatch.seconds[2:])
+
+
+class InJax:
+    """A step of one of JAX's programs."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def first(self, rows: Any) -> dict[str, torch.Tensor]:
+        """Return the estimate."""
+        return back(self.step())
+
+    def seconds(self) -> float:
+        """Return the least CPU seconds of some steps."""
+        return min(cpu_seconds(self.step) for _ in range(5))
+
+
+def projected(grads: dict[str, torch.Tensor], rows: Any) -> dict[str, torch.Tensor]:
+    v = {"example_logits": rows}
+    return tree.combine(tree.rows_dot(v, grads) / len(rows), v)
+
+
+def measure(case: Case, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield a row for each contender after each round of turns."""
+    module, batch = case.make()
+    forward = isinstance(case.strategy(), ForwardGradient)
+    rows = None
+    if forward:
+        generator = Key((0,)).generator(0)
+        rows = torch.randn(DIRECTIONS, module.example_logits.numel(), generator=generator)
+    contenders: dict[str, Any] = {
+        "lightning_bilevel": Ours(case, False),
+        "lightning_bilevel, compiled": Ours(case, True),
+    }
+    contenders |= {f"JAX, {name}": InJax(step) for name, step in case.in_jax(module, batch, rows).items()}
+    found: list[dict[str, Any]] = []
+    reference = contenders["lightning_bilevel"].first(rows)
+    for name, contender in contenders.items():
+        grads: list[dict[str, torch.Tensor]] = []
+        took = cpu_seconds(lambda contender=contender, grads=grads: grads.append(contender.first(rows)))
+        difference = float(tree.norm(tree.sub(grads[0], reference)) / tree.norm(reference))
+        found.append({"contender": name, "difference": difference, "first": took, "same": difference <= ROUNDING})
+        print(found[-1], flush=True)
+    running = [row for row in found if row["same"]]
+    for best in islice(turns({row["contender"]: contenders[row["contender"]].seconds for row in running}), rounds):
+        for row in running:
+            row["cpu seconds"] = best[row["contender"]]
+        yield found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = script.options(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="the other cases are kept")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
+    args = script.begin(parser, argv)
+    results: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in args.cases:
+            for turn, rows in enumerate(measure(CASES[name], args.rounds), start=1):
+                results = keep(NAME, {"directions": DIRECTIONS}, {"rounds": turn, "rows": rows}, name, order=CASES)
+            for row in rows:
+                print(name, " ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()
