@@ -245,13 +245,19 @@ def test_a_compiler_of_its_own_for_each_module() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
-@pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=2), lambda: ForwardGradient(2)])
+@pytest.mark.parametrize(
+    ("strategy", "norm"),
+    [(lambda: ReverseUnroll(checkpoint=2), nn.BatchNorm1d), (lambda: ForwardGradient(2), nn.LayerNorm)],
+)
 def test_inductor(
-    strategy: Callable[[], HypergradientStrategy], monkeypatch: pytest.MonkeyPatch, calls: list[int]
+    strategy: Callable[[], HypergradientStrategy],
+    norm: Callable[[int], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[int],
 ) -> None:
     monkeypatch.setattr(plan, "backend_for", lambda kind: "inductor")
     module = weighted(
-        net=lambda: stacked(nn.BatchNorm1d(HIDDEN), nn.Dropout(), nn.Tanh(), nn.Dropout()),
+        net=lambda: stacked(norm(HIDDEN), nn.Dropout(), nn.Tanh(), nn.Dropout()),
         optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9),
     )
     assert apart(*both(module, strategy())) < 1e-5
