@@ -18,7 +18,8 @@ from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
-from lightning_bilevel.modules.functional import FunctionalModule, scalar
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
 from lightning_bilevel.stacking import tensors_in
 

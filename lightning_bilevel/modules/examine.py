@@ -17,8 +17,9 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import combination_error, missing_error
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import LIBRARIES, rank_zero_warn
-from lightning_bilevel.modules.functional import FunctionalModule, names_reached, scalar, usable
+from lightning_bilevel.modules.functional import FunctionalModule, names_reached, usable
 from lightning_bilevel.modules.levels import abbreviate
+from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.modules.written import Written, versions_of, written_to_level
 from lightning_bilevel.problem import Episode
 from lightning_bilevel.stacking import copied

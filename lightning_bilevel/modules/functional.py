@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel import tree
-from lightning_bilevel.errors import combination_error, missing_error, no_loss_error, value_error
+from lightning_bilevel.errors import missing_error, value_error
 from lightning_bilevel.generators import generators_of, process_generators
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer, from_torch
@@ -24,6 +24,7 @@ from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.reset import check_all_drawn
+from lightning_bilevel.modules.returned import named, refuse_learned, refuse_scheduled, scalar, step_weights
 from lightning_bilevel.modules.swap import Swapper
 from lightning_bilevel.modules.whereabouts import Whereabouts
 from lightning_bilevel.modules.written import Standing, written_unseen
@@ -386,7 +387,7 @@ class FunctionalModule:
 
     def _outer_loss_weights(self, phi: Params) -> Tensor:
         with self.swapper.swapped(phi):
-            return _weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
+            return step_weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
 
     def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
         self._whereabouts.begin()
@@ -397,7 +398,7 @@ class FunctionalModule:
             chosen = self.module.initial_inner_parameters(*arguments)
         if arguments and self.module.inner_start == "reinit":
             check_all_drawn(self.module, set(self.levels.inner_only), set(chosen))
-        return _named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
+        return named(self.module, "initial_inner_parameters()", default, {**default, **dict(chosen)})
 
     def _init_opt_state(self, params: Params, phi: Params) -> OptState:
         if self._solves:
@@ -423,7 +424,7 @@ class FunctionalModule:
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
         with self.in_place({**phi, **params}):
             solution = self.module.solve_inner(copied(list(batches), tensors=self.writes_to_batches is not False))
-        solved = _named(self.module, "solve_inner(batches)", params, solution)
+        solved = named(self.module, "solve_inner(batches)", params, solution)
         wanted = self.module.differentiable_solve and torch.is_grad_enabled()
         if wanted and _require_grad(phi) and not _require_grad(solved):
             raise missing_error(
@@ -440,8 +441,8 @@ class FunctionalModule:
             return self._converted
         optimizer = self.module.configure_inner_optimizer()
         if isinstance(optimizer, torch.optim.Optimizer):
-            _refuse_learned(optimizer)
-            _refuse_scheduled(optimizer)
+            refuse_learned(optimizer)
+            refuse_scheduled(optimizer)
             self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
             return self._converted
         if not isinstance(optimizer, InnerOptimizer):
@@ -451,34 +452,6 @@ class FunctionalModule:
                 optimizer,
             )
         return optimizer
-
-
-def _refuse_learned(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a hyperparameter with a gradient: the instance is taken once, and would not follow φ."""
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name != "params" and any(isinstance(v, Tensor) and v.requires_grad for v in (value, *_entries(value))):
-                kind = type(optimizer).__name__
-                raise combination_error(
-                    f"`torch.optim.{kind}` with a learned `{name}` as the inner optimizer",
-                    "the instance is built once, so that its rate would not follow the outer parameters",
-                    f"Return `lightning_bilevel.{kind}({name}=...)`, which is built at every inner step",
-                )
-
-
-def _refuse_scheduled(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a learning-rate scheduler, which leaves its mark in the groups: nothing would step it."""
-    if any("initial_lr" in group for group in optimizer.param_groups):
-        kind = type(optimizer).__name__
-        raise combination_error(
-            f"a scheduler of `torch.optim.lr_scheduler` on the inner optimizer `{kind}`",
-            "the instance is taken once, and its rate would stay the first",
-            f"Return `lightning_bilevel.{kind}(lr=...)` with the rate of now, computed from `self.global_step`",
-        )
-
-
-def _entries(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
@@ -515,52 +488,6 @@ def names_reached(outputs: Sequence[Tensor], inputs: Params) -> set[str]:
         return set()
     grads = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, retain_graph=True)
     return {name for name, grad in zip(inputs, grads, strict=True) if grad is not None}
-
-
-def scalar(module: nn.Module, hook: str, loss: Any) -> Tensor:
-    """Return a loss, or the ``"loss"`` of a mapping, as Lightning takes both; raise unless it is one number."""
-    what = f"{type(module).__name__}.{hook}(batch)"
-    if loss is None:
-        raise no_loss_error(what)
-    if isinstance(loss, Mapping) and "loss" in loss:
-        loss = loss["loss"]
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise value_error(what, "a 0-dim tensor", got, "Reduce it with `.mean()` or `.sum()`.")
-    if not loss.is_floating_point():
-        hint = "A count has no gradient: take a smooth loss, or `.float()` of it with `ZerothOrder`."
-        raise value_error(what, "a tensor of floating-point numbers", f"a tensor of {loss.dtype}", hint)
-    return loss
-
-
-def _weights(module: BilevelHooks, weights: Any, like: Tensor) -> Tensor:
-    """Return what ``outer_loss_weights()`` returned as one tensor, after a check that it is a number a step."""
-    if isinstance(weights, (list, tuple)):
-        each = [torch.as_tensor(weight, dtype=like.real.dtype, device=like.device) for weight in weights]
-        weights = torch.stack(each) if each else None
-    if not isinstance(weights, Tensor) or weights.shape != (module.inner_steps,) or weights.is_complex():
-        got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else weights
-        expected = f"`inner_steps` = {module.inner_steps} real numbers, one for each of θ_1 … θ_T, or None"
-        raise value_error(f"{type(module).__name__}.outer_loss_weights()", expected, got)
-    return weights
-
-
-def _named(module: nn.Module, hook: str, expected: Params, got: Mapping[str, Any]) -> Params:
-    """Check that a hook returned the inner parameters, by name and shape, and put them in order."""
-    if not isinstance(got, Mapping) or set(got) != set(expected):
-        names = sorted(got) if isinstance(got, Mapping) else type(got).__name__
-        raise value_error(f"{type(module).__name__}.{hook}", f"a mapping with the keys {sorted(expected)}", names)
-    for name, value in got.items():
-        what, present = f"{type(module).__name__}.{hook}[{name!r}]", expected[name]
-        if not isinstance(value, Tensor):
-            hint = "Write `torch.as_tensor(...)` with the parameter's dtype and device."
-            raise value_error(what, "a tensor", type(value).__name__, hint)
-        if value.shape != present.shape:
-            raise value_error(what, f"of shape {tuple(present.shape)}", tuple(value.shape))
-        if value.dtype != present.dtype:
-            hint = "Convert it: `.to(parameter)`."
-            raise value_error(what, f"of {present.dtype}", value.dtype, hint)
-    return {name: got[name] for name in expected}
 
 
 def _require_grad(params: Params) -> bool:
