@@ -1,4 +1,5 @@
-"""What estimates cost and how good they are: `data_cleaning.py --strategy all`, `guided_error.py`, `remembering.py`."""
+"""What estimates cost and how good they are: `data_cleaning.py --strategy all`, `guided_error.py`, `remembering.py`,
+`wider_memories.py`."""
 
 from __future__ import annotations
 
@@ -50,6 +51,7 @@ def tables() -> dict[str, str]:
         "choosing_costs": markdown(["strategy", "time", "cosine", "AUROC"], costs),
         "choosing_guides": markdown(["guide", "its cosine", "squared error"], guides),
         "choosing_memory": memories(),
+        "choosing_wider": wider(),
     }
 
 
@@ -66,3 +68,13 @@ def memories() -> str:
                 in_time = f"{each[names[-1]][IN_TIME]['mean']:.3f}"
                 rows.append([problem, f"{optimizer} {rate}", losses["exact"], *cells, in_time])
     return markdown(["problem", "outer optimizer", "exact", "plain", "memory", "guide", "both", "both, in time"], rows)
+
+
+def wider() -> str:
+    """Return the cosines with more than one vector of memory."""
+    found = results("wider_memories")["results"]
+    rows = [
+        [name, *(f"{each[name]['mean']:.3f} ± {each[name]['half_width']:.3f}" for each in found.values())]
+        for name in next(iter(found.values()))
+    ]
+    return markdown(["what is known", *found], rows)
