@@ -52,24 +52,27 @@ class Makeup:
     def _now(self) -> tuple[Any, ...]:
         parts = [(id(child), type(child), _of_part(child)) for child in self._module.modules()]
         classes = [tuple(map(id, vars(kind).values())) for kind in self._classes]
-        return parts, classes, [_mark(namespace.get(name), 1) for namespace, name in self._names]
+        return parts, classes, [_mark(namespace.get(name), 1, set()) for namespace, name in self._names]
 
 
 def _of_part(child: nn.Module) -> list[Any]:
-    return [(name, _mark(value, _DEPTH)) for name, value in vars(child).items() if name not in _OWN]
+    seen: set[int] = set()
+    return [(name, _mark(value, _DEPTH, seen)) for name, value in vars(child).items() if name not in _OWN]
 
 
-def _mark(value: Any, depth: int) -> Any:
+def _mark(value: Any, depth: int, seen: set[int]) -> Any:
     kind: Any = type(value)
     if kind in _ATOMS:
         return value
     if isinstance(value, Tensor):
         return id(value), value.requires_grad, value.dtype, value.device
     inside: Any = None
-    if depth and isinstance(value, dict):
-        inside = [part for pair in value.items() for part in pair] if len(value) <= _WIDTH else len(value)
-    elif depth and isinstance(value, _CONTAINERS):
-        inside = list(value) if len(value) <= _WIDTH else len(value)
-    elif depth and (isinstance(value, (UserDict, UserList)) or is_users(kind)):
-        inside = [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
-    return id(value), [_mark(each, depth - 1) for each in inside] if isinstance(inside, list) else inside
+    if depth and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            inside = [part for pair in value.items() for part in pair] if len(value) <= _WIDTH else len(value)
+        elif isinstance(value, _CONTAINERS):
+            inside = list(value) if len(value) <= _WIDTH else len(value)
+        elif isinstance(value, (UserDict, UserList)) or is_users(kind):
+            inside = [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
+    return id(value), [_mark(each, depth - 1, seen) for each in inside] if isinstance(inside, list) else inside

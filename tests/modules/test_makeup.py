@@ -168,3 +168,20 @@ def test_nothing_is_kept_alive() -> None:
     del module.features
     hypergradient(module, ReverseUnroll(), _episode(module))
     assert features() is None
+
+
+class Node:
+    """Knows all others."""
+
+    def __init__(self, others: list[Node]) -> None:
+        self.others = others
+
+
+def test_objects_that_know_each_other_are_marked_once() -> None:
+    module, nodes = Toy(), list[Node]()
+    nodes += [Node(nodes) for _ in range(500)]
+    module.nodes = nodes  # type: ignore[assignment]
+    makeup = Makeup(module)
+    assert len(str(makeup._marks)) < 200_000
+    nodes.append(Node(nodes))
+    assert not makeup.holds()
