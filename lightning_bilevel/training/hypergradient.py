@@ -34,6 +34,9 @@ def hypergradient(
 ) -> Hypergradient:
     """Return one hypergradient estimate, without a Trainer; nothing in the module changes.
 
+    What a first look at the module tells is kept for the next call, while nothing that its code can read is another
+    thing: attributes, modes, parts, and the globals that its methods name.
+
     Args:
         module: a bilevel module, or a plain problem.
         strategy: the estimator.
