@@ -174,7 +174,7 @@ def test_an_outer_parameter_that_these_episodes_do_not_read() -> None:
     report = quiet(Spare())
     assert report["ReverseUnroll"].verdict == "zero"
     assert report["ReverseUnroll"].zero == ("spare",)
-    assert report.notes[0] == "These episodes do not read the outer parameters ['spare']: their estimates are zero."
+    assert "These episodes do not read the outer parameters ['spare']: their estimates are zero." in report.notes
 
 
 def test_a_broken_strategy() -> None:

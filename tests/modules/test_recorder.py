@@ -152,7 +152,7 @@ class Both(Cleaning):
 @pytest.mark.parametrize("strategy", [ReverseUnroll(), ForwardGradient(2, mode="forward")], ids=["reverse", "forward"])
 def test_of_a_name_in_both_losses_the_level_is_said_once(strategy: Any, caplog: pytest.LogCaptureFixture) -> None:
     fit = trainer(strategy)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "pytorch_lightning"):
         fit.fit(Both(), loader())
     said = [record.getMessage() for record in caplog.records if "Both losses log" in record.getMessage()]
     assert len(said) == 1

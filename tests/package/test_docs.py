@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from doctest import DocTestFinder
@@ -115,7 +116,9 @@ def marked(page: Path) -> Any:
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)])
 def test_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    left_out, namespace = set(), {"__name__": "__main__"}
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)  # where `torch.compile` looks globals up
+    left_out, namespace = set(), vars(main)
     with forked(0):
         for block in blocks(page):
             if block.mark == "not run":

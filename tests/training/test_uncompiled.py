@@ -57,7 +57,7 @@ def compiled(module: Any, graphs: list[Any]) -> Any:
 def test_a_fit_is_that_of_the_module(validated: bool, compilations: list[Any], caplog: Any) -> None:
     module, plain = seeded(Adapting), seeded(Adapting)
     data = (DATA, DATA) if validated else (DATA,)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "pytorch_lightning"):
         trainer(ReverseUnroll()).fit(compiled(module, compilations), *data)
     trainer(ReverseUnroll()).fit(plain, *data)
     assert differing(parameters(module), parameters(plain)) == []
