@@ -3,7 +3,8 @@
 Each estimator drives an outer optimization of its own, from the same start. Problems: `cleaning` (a weight for each of
 900 digits, half of them mislabelled, T = 5), `rates` (a learning rate for each of four tensors at each of 25 steps),
 `penalties` (a log penalty for each of 128 features, half of them noise, T = 10), `condensation` (ten images of 64
-pixels, a new net at every step, T = 20). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
+pixels, a new net at every step, T = 20), `camels` (the weights of a document's tokens, by a net of 60,000 parameters
+inside of a small GPT-2, T = 4 documents). Estimators: plain directions, a memory, a guide, both; `exact` is reverse
 mode.
 
 Slopes are reckoned from the exact gradient, ⟨∇h, v⟩: to an estimator the same numbers as its tangents give, in a
@@ -17,13 +18,16 @@ are the outer steps that an estimator takes in the time in which plain direction
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +60,12 @@ from support.results import keep
 
 import data_condensation
 import hyperparameters
+import report
+from camels_lm import synthetic
+from camels_lm.documents import Splits
+from camels_lm.encoding import Encoder, new_tokenizer
+from camels_lm.models import WeightModel, small_lm
+from camels_lm.stages import LanguageModelTraining, MetaTraining, episodes, text_batches
 from data_cleaning import CleaningData, DataCleaning
 
 NAME = "remembering"
@@ -147,6 +157,21 @@ class Rates(BilevelModule):
         return StepRates(0.6 * self.logits.sigmoid())
 
 
+@cache
+def language_model(seed: int, steps: int = 300) -> tuple[Any, Encoder, Splits]:
+    """Return a small GPT-2 that was trained on synthetic documents and their questions, and other documents."""
+    torch.manual_seed(seed)
+    splits = synthetic.documents((200, 120, 1, 1), seed)
+    tokenizer = new_tokenizer(splits.pretraining, vocabulary=512, window=64)
+    lm, encoder = small_lm(len(tokenizer), 64, 48, 1, tokenizer.eos_token_id), Encoder(tokenizer, 64)
+    documents = Splits(**{name: encoder.documents(getattr(splits, name), name) for name in Splits._fields})
+    batches = text_batches(encoder, documents.pretraining, steps, 16, seed, questions=True)
+    trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with report.screen():
+        trainer.fit(LanguageModelTraining(lm, steps, lr=3e-3), batches)
+    return lm.eval(), encoder, documents
+
+
 class Problem(NamedTuple):
     """A problem, and what suits it.
 
@@ -201,11 +226,21 @@ def condensation(seed: int) -> Any:
     return module, episode, dict
 
 
+def camels(seed: int) -> Any:
+    lm, encoder, documents = language_model(seed)
+    weights = WeightModel(copy.deepcopy(lm.base_model))
+    module = MetaTraining(copy.deepcopy(lm), weights, inner_lr=0.1, outer_lr=0.0, locality=1.0)
+    module.inner_steps, module.inner_start = 4, "reset"
+    batches = episodes(encoder, documents.training, documents.pretraining, [4] * 1_000, seed).dataset
+    return module, lambda step: module.episodes(batches[step])[0], dict
+
+
 PROBLEMS = {
     "cleaning": Problem(cleaning, 32, 100, {"Adam": (0.1,), "SGD": (1000,), "momentum": (100,)}),
     "rates": Problem(rates, 8, 30, {"Adam": (0.15,), "SGD": (100,), "momentum": (10,)}, "GammaGreedy(0.99)"),
     "penalties": Problem(penalties, 8, 40, {"Adam": (0.3,), "SGD": (1000,), "momentum": (100,)}),
     "condensation": Problem(condensation, 16, 40, {"Adam": (0.05,), "SGD": (3,), "momentum": (0.3,)}),
+    "camels": Problem(camels, 12, 40, {"Adam": (5e-4,), "SGD": (4e-4,), "momentum": (4e-5,)}),
 }
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "Adam": lambda phi, lr: torch.optim.Adam(phi, lr),
