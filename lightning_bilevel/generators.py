@@ -52,24 +52,26 @@ def generators_of(module: nn.Module) -> list[Any]:
     return [value for value in _reached(module) if _repeatable(value) and id(value) not in skipped]
 
 
-def names_read(module: nn.Module) -> tuple[list[type], list[tuple[Mapping[str, Any], str]]]:
+def names_read(module: nn.Module) -> tuple[list[type], list[tuple[Mapping[str, Any], str]], list[types.CellType]]:
     """Return what :func:`generators_of` goes by besides attributes: where another thing may stand later.
 
     Returns:
-        The user's classes that are met, and the globals that their methods and functions name, each with where it is
-        looked up.
+        The user's classes that are met, the globals that their methods and functions name, each with where it is looked
+        up, and the cells of their closures.
     """
     classes: dict[type, None] = {}
     names: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    cells: dict[int, types.CellType] = {}
     for value in _reached(module):
         if isinstance(value, types.FunctionType):
             if not is_others(value.__module__ or ""):
                 namespace = value.__globals__
                 names |= {(id(namespace), name): (namespace, name) for name in _globals_of(value)}
+                cells |= {id(cell): cell for cell in value.__closure__ or ()}
         elif not isinstance(value, _OF_CODE):
             kind: Any = type(value)
             classes |= dict.fromkeys(_users_classes(kind))
-    return list(classes), list(names.values())
+    return list(classes), list(names.values()), list(cells.values())
 
 
 def _reached(module: nn.Module) -> list[Any]:

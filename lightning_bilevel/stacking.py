@@ -83,6 +83,8 @@ def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
     tensors: list[Tensor] = []
     _collect(args, tensors)
     count = tensors[0].shape[0]
+    if any(tensor.shape[0] != count for tensor in tensors):  # which would be broadcast
+        raise ValueError(f"Expected a stack to have {count} of each tensor, got {[len(each) for each in tensors]}.")
     lazy_load_decompositions()  # of forward mode, once
     level = _vmap_increment_nesting(count, randomness)
     try:

@@ -253,3 +253,17 @@ class Own(Tensor):
 )
 def test_what_else_a_batch_may_hold_cannot_be_told_apart(batch):
     assert flattened(batch).rest is None
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 3), (2, 3)])
+def test_stacks_of_other_sizes_are_not_broadcast(sizes: tuple[int, int]) -> None:
+    first, second = (torch.ones(size, 2) for size in sizes)
+    with pytest.raises(ValueError, match="a stack"):
+        vectorized(lambda a, b: (a + b).sum(), first, second, randomness="same")
+
+
+def test_the_core_of_vmap_is_vmap() -> None:
+    x, y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.arange(3.0)
+    found = vectorized(lambda x, y: (x.sum() * y, {"x": x, "constant": torch.ones(2)}), x, y, randomness="same")
+    expected = torch.func.vmap(lambda x, y: (x.sum() * y, {"x": x, "constant": torch.ones(2)}))(x, y)
+    torch.testing.assert_close(found, expected)

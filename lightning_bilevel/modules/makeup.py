@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict, UserList, deque
+from types import CellType
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Makeup:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._classes, self._names = names_read(module)
+        self._classes, self._names, self._cells = names_read(module)
         self._marks = self._now()
 
     def holds(self) -> bool:
@@ -52,7 +53,15 @@ class Makeup:
     def _now(self) -> tuple[Any, ...]:
         parts = [(id(child), type(child), _of_part(child)) for child in self._module.modules()]
         classes = [tuple(map(id, vars(kind).values())) for kind in self._classes]
-        return parts, classes, [_mark(namespace.get(name), 1, set()) for namespace, name in self._names]
+        read = [*(namespace.get(name) for namespace, name in self._names), *map(_content, self._cells)]
+        return parts, classes, [_mark(value, 1, set()) for value in read]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
 
 
 def _of_part(child: nn.Module) -> list[Any]:

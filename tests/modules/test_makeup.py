@@ -185,3 +185,17 @@ def test_objects_that_know_each_other_are_marked_once() -> None:
     assert len(str(makeup._marks)) < 200_000
     nodes.append(Node(nodes))
     assert not makeup.holds()
+
+
+def test_what_a_closure_holds_is_seen() -> None:
+    factor = 1.0
+
+    class Closed(Toy):
+        def outer_loss(self, x: Tensor) -> Tensor:
+            return factor * super().outer_loss(x)
+
+    module = Closed()
+    makeup = Makeup(module)
+    assert makeup.holds()
+    factor = 2.0
+    assert not makeup.holds()
