@@ -249,6 +249,17 @@ class Masked(BilevelModule):
         return SGD(lr=0.05)
 
 
+def test_the_second_of_a_pair_of_normal_numbers_counts() -> None:
+    generator = np.random.RandomState(0)
+    for _ in range(3):
+        before = state_of(generator)
+        assert not moved(generator, before)
+        value = generator.normal()
+        assert moved(generator, before)
+        set_state(generator, before)
+        assert generator.normal() == value
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bits"])
 def test_runs_are_repeated_whoever_draws(kind: str) -> None:
     module, batch = Masked(kind), draw(3, seed=3)

@@ -136,6 +136,11 @@ def forward_mode_kernels() -> Iterator[None]:
 
 def _replace(stack: ExitStack, replacements: list[tuple[Any, str, Any]]) -> None:
     """Put functions in their places until the stack is left."""
-    for owner, name, ours in replacements:
-        stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, ours)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    stack.callback(_put, before)
+    _put(replacements)
+
+
+def _put(functions: list[tuple[Any, str, Any]]) -> None:
+    for owner, name, function in functions:
+        setattr(owner, name, function)

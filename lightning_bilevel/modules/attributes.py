@@ -97,6 +97,8 @@ class Attributes:
                 del home[name]
                 changed = True
             for name, entry in entries.items():
+                if name in home and home[name] is entry.value and entry.content is None and not entry.inside:
+                    continue
                 if not entry.same(_entry(home[name]) if name in home else None):
                     changed = True
                     home[name] = entry.value

@@ -167,6 +167,8 @@ class RecordedMetrics:
 
     def _plain(self, places: Sequence[int] | set[int] | range) -> State:
         """Return the state without graphs, in containers of its own."""
+        if not places:
+            return {}
         with torch._C._DisableFuncTorch():
             plain: State = tree_map_only(Tensor, torch.detach, self._state(places))
         return plain
@@ -230,8 +232,9 @@ def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
             if id(child) not in seen:
                 seen.add(id(child))
                 yield child
-                own = [value for name, value in vars(child).items() if name not in _OF_MODULES]
-                waiting += [value for value in own if isinstance(value, (nn.Module, list, tuple, dict))]
+                for name, value in vars(child).items():
+                    if name not in _OF_MODULES and isinstance(value, (nn.Module, list, tuple, dict)):
+                        waiting.append(value)
 
 
 @contextmanager
