@@ -362,7 +362,7 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], start: Sequence[float]) 
         right.plot(run["seconds"][width - 1 :], smooth, label=run["strategy"], color=COLORS[run["strategy"]])
     right.set(title="Outer loss, running mean", xlabel="CPU seconds", ylabel="cross-entropy of real images")
     if len(runs) > 1:
-        right.legend(fontsize=8)
+        right.legend()
     figure.savefig(path)
 
 

@@ -53,8 +53,9 @@ def draw_fit(axes: Axes, module: MetaLearner, task: Episode) -> None:
         with torch.no_grad(), module.adapted(task.inner, steps=steps):
             axes.plot(x.flatten(), module.net(x).flatten(), color=report.BLUE, ls=style, label=f"after {steps} steps")
     axes.plot(*(each.flatten() for each in support), "o", color=report.VERMILION, label="support")
-    axes.set(title="One of them", xlabel="x", ylabel="y")
-    axes.legend(fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set(title="One of them", xlabel="x", ylabel="y", ylim=(low, high + 0.4 * (high - low)))  # room for the legend
+    axes.legend(loc="upper center", ncols=2, handlelength=1.6, columnspacing=1)
 
 
 def draw_support(axes: Axes, module: MetaLearner, task: Episode) -> None:
