@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from scipy import stats
+
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.S)
-
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5% quantile of Student's t by the number of seeds."""
 
 
 def results(name: str) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def filled(report: str) -> str:
 
 def half_width(values: Sequence[float]) -> float:
     """Return half of the 95% interval of the mean of one number per seed."""
-    return STUDENT[len(values)] * stdev(values) / sqrt(len(values))
+    return stats.t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values))
 
 
 def interval(values: Sequence[float], digits: int = 1) -> str:
