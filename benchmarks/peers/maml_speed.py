@@ -1,9 +1,9 @@
-"""One meta-step of MAML: this library in a Trainer, against loops written for higher, TorchOpt and learn2learn.
+"""One meta-step of MAML: this library in a Trainer, against programs written for five others.
 
 Sinusoids (MLP 1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), images (28×28, 4 strided blocks of 32 channels,
 4 tasks of 5 ways and 5 + 3 examples, 5 inner steps), and ANIL on the latter. A meta-step is the meta-gradient and a
 step of Adam; ours includes everything the Trainer does for a batch, logging too, unless it is barebones. All take the
-same tasks; that they compute the same gradient is checked first. One thread, CPU seconds of the process; the contenders
+same tasks; how far their gradients are apart is measured first. One thread, CPU seconds of the process; the contenders
 take turns, and the least of all their steps counts.
 
     python benchmarks/peers/maml_speed.py
@@ -35,26 +35,32 @@ from support.results import plot, save
 import report
 from few_shot.learners import MetaLearner
 
+MOST = 1e-2
+"""Difference of two gradients that are meant to be one: `vmap` of a `grad` is off by 0.2% where there is BatchNorm."""
+
 Problem = Callable[[], tuple[MetaLearner, TaskLoader]]
 
 
-def check(make: Problem) -> None:
-    """Raise unless all compute one gradient."""
+def differences(make: Problem) -> dict[str, float]:
+    """Return how far each peer's gradient is from ours, relative to its length; raise where it is another one."""
     module, loader = make()
     tasks = next(iter(loader))
     ours = hypergradient(module, ReverseUnroll(), tasks).grads
+    found: dict[str, float] = {}
     for name, peer in PEERS.items():
         module.zero_grad()
         peer(module, tasks)
         theirs = {key: value.grad for key, value in module.named_parameters()}
-        error = float(tree.norm(tree.sub(ours, theirs)) / tree.norm(ours))
-        if error > 1e-3:
-            raise AssertionError(f"{name}: relative difference {error:.1e}")
+        found[name] = float(tree.norm(tree.sub(ours, theirs)) / tree.norm(ours))
+        if found[name] > MOST:
+            raise AssertionError(f"{name}: relative difference {found[name]:.1e}")
+    return found
 
 
-def time_ours(make: Problem, steps: int, barebones: bool = False) -> float:
+def time_ours(make: Problem, steps: int, barebones: bool = False, compiled: bool = False) -> float:
     """Return the seconds of the fastest step."""
     module, loader = make()
+    module.compiles_steps = compiled
     stopwatch = Stopwatch()
     with report.screen():
         fit(module, loader, ReverseUnroll(), stopwatch, max_steps=steps, barebones=barebones)
@@ -82,15 +88,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     for problem, make in {"sinusoids": sinusoids, "images": images}.items():
-        check(make)
+        differ = differences(make)
         contenders = {"lightning_bilevel": lambda make=make: time_ours(make, args.steps)}
         contenders |= {name: lambda p=peer, make=make: time_peer(p, make, args.steps) for name, peer in PEERS.items()}
         contenders["lightning_bilevel, barebones"] = lambda make=make: time_ours(make, args.steps, barebones=True)
+        contenders["lightning_bilevel, compiled"] = lambda make=make: time_ours(make, args.steps, compiled=True)
         if problem == "images":
             contenders["lightning_bilevel, ANIL"] = lambda: time_ours(lambda: images("head"), args.steps)
         *_, best = islice(turns(contenders), args.rounds)
         fastest = min(best[name] for name in PEERS)
-        results[problem] = {"cpu seconds": best, "of the fastest peer": best["lightning_bilevel"] / fastest}
+        results[problem] = {
+            "cpu seconds": best,
+            "of the fastest peer": best["lightning_bilevel"] / fastest,
+            "difference of the gradient": differ,
+        }
         for name, value in best.items():
             print(f"{problem:10s} {name:26s} {1000 * value:8.2f} ms", flush=True)
         print(f"{problem:10s} {'of the fastest peer':26s} {results[problem]['of the fastest peer']:8.3f}")

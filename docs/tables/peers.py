@@ -75,7 +75,8 @@ def ratios(cases: dict[str, Any]) -> str:
 
 def maml(found: dict[str, Any]) -> str:
     problems = {"sinusoids": "sinusoids", "images": "images"}
-    names = [OURS, "higher", "TorchOpt", "learn2learn"]
+    names = [OURS, f"{OURS}, compiled", "higher", "TorchOpt", "learn2learn", "iteryne", "parallel-metalearn"]
+    names = [name for name in names if name in found["sinusoids"]["cpu seconds"]]
     cells = []
     for problem, text in problems.items():
         seconds = found[problem]["cpu seconds"]
