@@ -4,6 +4,7 @@ from lightning_bilevel import directions, few_shot, inner_optimizers, linear_sol
 from lightning_bilevel.auditing import StrategyAudit, audit
 from lightning_bilevel.data.datamodule import bilevel_data
 from lightning_bilevel.data.loaders import EpisodeLoader
+from lightning_bilevel.data.numbered import NumberedBatch, numbered
 from lightning_bilevel.inner_optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from lightning_bilevel.problem import Carry, Episode, Hypergradient
 from lightning_bilevel.strategies import (
@@ -61,6 +62,7 @@ __all__ = [
     "Lion",
     "NAdam",
     "MEHA",
+    "NumberedBatch",
     "PZOBO",
     "PenaltyGradient",
     "RAdam",
@@ -79,5 +81,6 @@ __all__ = [
     "hypergradient",
     "inner_optimizers",
     "linear_solvers",
+    "numbered",
     "strategies",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.data.inputs import Batches, as_batches
+from lightning_bilevel.data.numbered import NumberedBatch
 from lightning_bilevel.problem import Episode
 
 
@@ -30,17 +31,23 @@ def holds_episodes(batch: Any) -> bool:
 
 
 def each_batch(episodes: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to every batch of what :func:`holds_episodes`.
+    """Apply a function to every batch of what :func:`holds_episodes`; a numbered one keeps its number.
 
     >>> each_batch([Episode(inner=[1, 2], outer=3)], lambda batch: 10 * batch)
     [Episode(inner=[10, 20], outer=30)]
     """
+
+    def applied(batch: Any) -> Any:
+        if isinstance(batch, NumberedBatch):
+            return batch._replace(batch=function(batch.batch))
+        return function(batch)
+
     if isinstance(episodes, Episode):
         inner = as_batches(episodes.inner)
         kind = Batches if isinstance(inner, Batches) else list
-        return Episode(kind(map(function, inner)), function(episodes.outer))
+        return Episode(kind(map(applied, inner)), applied(episodes.outer))
     if isinstance(episodes, Mapping):
-        return {level: function(batch) for level, batch in episodes.items()}
+        return {level: applied(batch) for level, batch in episodes.items()}
     return [each_batch(episode, function) for episode in episodes]
 
 
@@ -75,8 +82,8 @@ def _settled(value: Any, device: torch.device) -> Any:
         if value.device != device:
             raise _Other
         return value
-    if kind is Episode:
-        return Episode(_settled(value.inner, device), _settled(value.outer, device))
+    if kind is Episode or kind is NumberedBatch:
+        return kind(*(_settled(part, device) for part in value))
     if kind is list or kind is tuple or kind is Batches:
         return kind([_settled(part, device) for part in value])
     if kind is dict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from lightning_bilevel.data.numbered import placed, plain
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import Batch, Episode
@@ -32,7 +33,8 @@ def check_episodes(episodes: Sequence[Episode], owner: str) -> list[Episode]:
 
 
 def _checked(episode: Episode) -> Episode:
-    inner, outer = check_inner_batches(episode.inner), episode.outer
+    given, outer = as_batches(episode.inner), plain(episode.outer)
+    inner = check_inner_batches(given)
     if type(outer) in (list, tuple) and outer:
         if type(episode.inner) is not Batches:
             warn_of_parts(inner, parts(outer), "the outer batch")
@@ -41,7 +43,7 @@ def _checked(episode: Episode) -> Episode:
                 "`Episode(outer=...)` is a list of one entry, which looks like an inner batch. There is one outer "
                 "batch: write `Episode(inner=[batch], outer=batch)`, without brackets."
             )
-    return Episode(inner, _usable(outer))
+    return Episode(placed(inner, given, episode.outer), _usable(outer))
 
 
 class Batches(list[Batch]):
@@ -79,7 +81,7 @@ def check_inner_batches(batches: Any) -> list[Batch]:
             "Write a single batch as `[batch]`, and `[None]` where the inner problem has no data.",
         )
     check_no_batch("Episode(inner=...)", batches, "inner batches")
-    return [_usable(batch) for batch in batches]
+    return [_usable(plain(batch)) for batch in batches]
 
 
 def as_batches(batches: Any) -> Any:

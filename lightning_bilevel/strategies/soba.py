@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -11,15 +12,18 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss
 from lightning_bilevel.calculus.step import Condition, inner_step
+from lightning_bilevel.data.numbered import places_of
 from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, number, one_of, value_error
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
+from lightning_bilevel.strategies.gradient_table import GradientTable
 from lightning_bilevel.strategies.stationarity import distance
 from lightning_bilevel.strategies.value_gap import checked_outer_loss, refusals_of_joint_steps
 from lightning_bilevel.tree import Params
 
-Momentum = Literal["none", "average", "corrected", "recursive"]
+T = TypeVar("T")
+Momentum = Literal["none", "average", "corrected", "recursive", "table"]
 
 
 class SOBA(HypergradientStrategy):
@@ -35,27 +39,31 @@ class SOBA(HypergradientStrategy):
     D ← D(now; ξ) + (1 − η)(D_last − D(before; ξ)), whose noise falls where points change little from step to step
     (STORM; SUSTAIN and MRBO do this for θ and φ). ``"recursive"`` does it with η = 0, but at every ``period``-th step
     D = D(now; ξ) is taken as it is (SARAH; SRBA): let the batches of these steps be all there is, and no noise is left
-    where points rest; ``docs/methods.md`` has loaders that do. g is the inner loss with the weight decay of the inner
-    optimizer, and with the other sign where that ascends (see :meth:`BilevelProblem.stationary`); its steps are not
-    used.
+    where points rest; ``docs/methods.md`` has loaders that do. ``"table"`` keeps of every mini-batch the five gradients
+    that the directions are made of, and takes each as now − its row + the mean of the rows (SAGA; SABA), see
+    :class:`~lightning_bilevel.strategies.gradient_table.GradientTable`: no noise is left where points rest, at constant
+    steps and without a full batch. It needs to know which batch is which: see :func:`~lightning_bilevel.numbered`.
+    g is the inner loss with the weight decay of the inner optimizer, and with the other sign where that ascends (see
+    :meth:`BilevelProblem.stationary`); its steps are not used.
 
     Biased at every step; tracks ∇h as θ and v converge: ``inner_residual`` is logged, see :class:`FSLA`, which takes
-    the new θ and the new v in its hypergradient. Memory: O(M + N). Cost: 1 inner gradient with a graph for each of the
-    three samples, one Hessian and one mixed product, one outer gradient; twice that where there is a past. The value is
-    f at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
+    the new θ and the new v in its hypergradient. Memory: O(M + N); with a table of n inner and m outer batches
+    n (2M + N) + m (M + N) more, which a checkpoint holds and processes average. Cost: 1 inner gradient with a graph for
+    each of the three samples, one Hessian and one mixed product, one outer gradient; twice that where momentum looks
+    back. The value is f at the new θ. v diverges unless β < 2/λ_max of the inner Hessian.
 
     ξ₁, ξ₂, ξ₃ are the first three inner batches of the episode (cycled). Needs ``inner_start="warm"``,
     ``inner_steps=1``, no shared parameters, one episode a batch.
 
-    Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1 and eq. 5–7; MA-SOBA: Chen et al., 2023,
-    arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367; SRBA: Dagréou et al., AISTATS 2024,
-    arXiv 2302.08766, Algorithm 1. Without a table of past gradients (SABA), which needs to know which batch is which.
+    Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1, eq. 5–7, and section 3 (SABA); MA-SOBA: Chen et
+    al., 2023, arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367; SRBA: Dagréou et al., AISTATS
+    2024, arXiv 2302.08766, Algorithm 1.
 
     Args:
         tau: τ, the step of θ.
         beta: β, the step of v.
         eta: η in (0, 1], weight of the new sample.
-        momentum: ``"none"``, ``"average"``, ``"corrected"`` or ``"recursive"``.
+        momentum: ``"none"``, ``"average"``, ``"corrected"``, ``"recursive"`` or ``"table"``.
         period: with ``"recursive"``, the steps from one full batch to the next.
 
     Raises:
@@ -95,38 +103,42 @@ class SOBA(HypergradientStrategy):
     ) -> Hypergradient:
         """Return D_φ, and take both other steps; see :meth:`HypergradientStrategy.estimate`.
 
-        Carried: v, and with momentum the directions and the point of the last step.
+        Carried: v, and with momentum the directions and the point of the last step, or the table.
+
+        Raises:
+            MisconfigurationError: a table, and batches that are not numbered, or as many as there are rows.
         """
         last, start = carry.strategy, problem.start(carry.inner, phi)
         v = last.get("v", tree.zeros_like(start.params))
         masks = RngState(next(iter(phi.values())).device)
         loss, after = _inner_loss(problem, start, phi, episode)
         masks.restore()
-        now = _directions(problem, start, phi, v, episode)
-        used = now
+        at = _gradients(problem, start, phi, v, episode)
+        table = GradientTable(last if self.momentum == "table" else {})
+        used = now = _directions(_tabled(at, table, episode) if self.momentum == "table" else at)
         if self.momentum == "average" and last:
             used = now._replace(phi=tree.add(tree.scale(now.phi, self.eta), last["d phi"], alpha=1 - self.eta))
         if last and self._continues(start.steps):
             masks.restore()
             before = replace(start, params=last["theta"])
-            past = _directions(problem, before, last["phi"], last["last v"], episode)
-            used = now._replace(
-                theta=self._corrected(now.theta, last["d theta"], past.theta),
-                v=self._corrected(now.v, last["d v"], past.v),
-                phi=self._corrected(now.phi, last["d phi"], past.phi),
+            past = _directions(_gradients(problem, before, last["phi"], last["last v"], episode))
+            used = _Directions(
+                self._corrected(now.theta, last["d theta"], past.theta),
+                self._corrected(now.v, last["d v"], past.v),
+                self._corrected(now.phi, last["d phi"], past.phi),
             )
         moved = tree.add(start.params, used.theta, alpha=-self.tau)
         state = InnerState(moved, after, start.opt_state, start.steps + 1)
         value, observed = outer_value(problem, state, phi, episode)
-        metrics = {**loss, "inner_residual": distance(now.theta, v, now.d, start.params)}
+        metrics = {**loss, "inner_residual": distance(at.slope, v, at.d, start.params)}
         kept = {"v": tree.add(v, used.v, alpha=-self.beta)}
-        if self.momentum != "none":
+        if self.momentum in ("average", "corrected", "recursive"):
             kept["d phi"] = used.phi
         if self.momentum in ("corrected", "recursive"):
             kept |= {"d theta": used.theta, "d v": used.v, "theta": start.params, "phi": phi, "last v": v}
         # φ is stepped in place after this, and what is kept is averaged over processes, so all is copied.
         kept = {name: tree.map(torch.clone, values) for name, values in kept.items()}
-        return Hypergradient(value, used.phi, state, metrics, kept, observed)
+        return Hypergradient(value, used.phi, state, metrics, {**table.kept, **kept}, observed)
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the single loop cannot work with in ``problem``."""
@@ -144,24 +156,57 @@ class SOBA(HypergradientStrategy):
         return tree.add(now, tree.sub(last, past), alpha=1.0 if self.period is not None else 1 - self.eta)
 
 
+class _Gradients(NamedTuple):
+    """∂_θ g, ∂²_θ g v, ∂_φ∂_θ g v, ∂_θ f and ∂_φ f at a point."""
+
+    slope: Params
+    product: Params
+    mixed: Params
+    d: Params
+    c: Params
+
+
 class _Directions(NamedTuple):
-    """D_θ, D_v and D_φ at a point, and d = ∂f/∂θ there."""
+    """D_θ, D_v and D_φ at a point."""
 
     theta: Params
     v: Params
     phi: Params
-    d: Params
 
 
-def _directions(problem: BilevelProblem, state: InnerState, phi: Params, v: Params, episode: Episode) -> _Directions:
+def _gradients(problem: BilevelProblem, state: InnerState, phi: Params, v: Params, episode: Episode) -> _Gradients:
     conditions: dict[int, Condition] = {}
     for batch in episode.inner[:3]:
         if id(batch) not in conditions:
             conditions[id(batch)] = inner_step(problem.stationary()).stationarity(state, phi, batch)
-    first, second, third = (conditions[id(episode.inner[i % len(episode.inner)])] for i in range(3))
+    first, second, third = (conditions[id(batch)] for batch in _three(episode.inner))
     value, d, c, _ = outer_value_and_grads(problem, state, phi, episode)
     checked_outer_loss(value)
-    return _Directions(first.residual, tree.sub(second.transposed(v), d), tree.sub(c, third.mixed(v)), d)
+    return _Gradients(first.residual, second.transposed(v), third.mixed(v), d, c)
+
+
+def _directions(at: _Gradients) -> _Directions:
+    return _Directions(at.slope, tree.sub(at.product, at.d), tree.sub(at.c, at.mixed))
+
+
+def _tabled(at: _Gradients, table: GradientTable, episode: Episode) -> _Gradients:
+    """Return the gradients corrected by their rows."""
+    inner, outer = places_of(episode)
+    places = [*_three(inner), outer, outer]
+    if None in places:
+        raise combination_error(
+            "`SOBA(momentum='table')` with batches that have no number",
+            "its table has a row for each, of the inner and of the outer level",
+            "Number them: `EpisodeLoader(inner=numbered(inner), outer=numbered(outer))`, with each list as it is or, "
+            "to be shuffled, in a `DataLoader(..., batch_size=None, shuffle=True)`",
+        )
+    rows = zip(_Gradients._fields, at, filter(None, places), strict=True)
+    return _Gradients(*(table.corrected(name, now, place) for name, now, place in rows))
+
+
+def _three(values: Sequence[T]) -> list[T]:
+    """Return what belongs to ξ₁, ξ₂ and ξ₃."""
+    return [values[number % len(values)] for number in range(3)]
 
 
 def _inner_loss(

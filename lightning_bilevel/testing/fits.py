@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_bilevel import tree
+from lightning_bilevel.data.numbered import with_numbers
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import Trainer
 from lightning_bilevel.problem import Carry, Episode, Hypergradient, InnerState
@@ -129,7 +130,8 @@ def fitted(
         ckpt_path: a checkpoint to resume from.
         options: of the Trainer.
     """
-    loader: DataLoader[Any] = DataLoader(list(episodes), batch_size=None)  # type: ignore[arg-type]
+    data = list(map(with_numbers, episodes))
+    loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
     with _quiet():
         trainer = Trainer(callbacks=[callback], **{**_OPTIONS, **options})
         torch.manual_seed(seed)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bilevel.problem import Batch, Episode
-from lightning_bilevel.testing.solved import MOMENTUM, Solution, SolvedModule, drawn
+from lightning_bilevel.testing.solved import MOMENTUM, Solution, SolvedModule, drawn, placed_episode
 from lightning_bilevel.tree import Params
 
 
@@ -59,7 +59,7 @@ class Quadratic(SolvedModule):
 
     def episode(self, seed: int = 0, size: int = 4) -> Episode:
         """Return one inner batch of shape ``(size, 4)`` and an outer one of shape ``(4, 5)``."""
-        return Episode([self.drawn(size, 4, seed=100 + seed)], self.drawn(4, 5, seed=200 + seed))
+        return placed_episode([self.drawn(size, 4, seed=100 + seed)], self.drawn(4, 5, seed=200 + seed), seed)
 
     def solution(self, episode: Episode, seed: int = 0) -> Solution:
         """Return θ_T, h and ∇h in closed form; see :meth:`SolvedModule.solution`.
@@ -130,7 +130,7 @@ class Initialization(SolvedModule):
 
     def episode(self, seed: int = 0, size: int = 4) -> Episode:
         """Return one inner batch of shape ``(size, 4)`` and an outer one of shape ``(4, 5)``."""
-        return Episode([self.drawn(size, 4, seed=300 + seed)], self.drawn(4, 5, seed=400 + seed))
+        return placed_episode([self.drawn(size, 4, seed=300 + seed)], self.drawn(4, 5, seed=400 + seed), seed)
 
     def solution(self, episode: Episode, seed: int = 0) -> Solution:
         """Return θ_T, h and ∇h in closed form; see :meth:`SolvedModule.solution`.
@@ -183,7 +183,7 @@ class Rates(SolvedModule):
     def episode(self, seed: int = 0, size: int = 4) -> Episode:
         """Return two inner batches of shape ``(size, 2)`` and an outer one of shape ``(4, 2)``."""
         inner = [self.drawn(size, 2, seed=500 + 10 * seed + number) for number in range(2)]
-        return Episode(inner, self.drawn(4, 2, seed=600 + seed))
+        return placed_episode(inner, self.drawn(4, 2, seed=600 + seed), seed)
 
 
 class Ridge(SolvedModule):
@@ -221,7 +221,7 @@ class Ridge(SolvedModule):
             (self.drawn(count, 3, seed=first + seed), self.drawn(count, seed=first + 50 + seed))
             for count, first in ((2 * size, 700), (6, 800))
         )
-        return Episode([inner], outer)
+        return placed_episode([inner], outer, seed)
 
     def optimum(self, episode: Episode) -> Solution:
         """Return w* = H⁻¹ Xᵀy/n, f there and ∇h, from dw*/dφ_i = −H⁻¹ e_i e^{φ_i} w*_i."""
@@ -414,4 +414,4 @@ def _regression(module: SolvedModule, seed: int, size: int, first: int) -> Episo
         )
         for number, count in enumerate((size, size, 5))
     ]
-    return Episode(batches[:2], batches[2])
+    return placed_episode(batches[:2], batches[2], seed)

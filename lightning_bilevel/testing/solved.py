@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bilevel.data.numbered import Place, PlacedBatches
 from lightning_bilevel.errors import value_error
 from lightning_bilevel.inner_optimizers import SGD, Adam, InnerOptimizer
 from lightning_bilevel.inner_optimizers.base import OptState
@@ -283,6 +284,16 @@ def drawn(*shape: int, seed: int) -> Tensor:
     torch.float64
     """
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def placed_episode(inner: Sequence[Batch], outer: Batch, seed: int) -> Episode:
+    """Return an episode whose batches have numbers, of eight in all, for strategies that remember something of each.
+
+    >>> placed_episode(["a", "b"], "c", seed=1).inner.inner
+    [Place(number=2, of=8), Place(number=3, of=8)]
+    """
+    places = [Place((seed * len(inner) + number) % 8, 8) for number in range(len(inner))]
+    return Episode(PlacedBatches(inner, places, Place(seed % 8, 8)), outer)
 
 
 def _masks(seed: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes, settled
-from lightning_bilevel.data.inputs import check_inner_batches, warn_of_parts
+from lightning_bilevel.data.inputs import check_episodes, check_inner_batches, warn_of_parts
 from lightning_bilevel.errors import integer, missing_error, number, one_of, value_error
 from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
@@ -239,7 +239,7 @@ class BilevelModule(BilevelHooks):
     def _evaluated(self, batch: Any) -> Any:
         """Return the outer loss, with nothing trained: a pass of Lightning's for the statistics of BatchNorm (SWA)."""
         with torch.no_grad():
-            for episode in self.episodes(batch):
+            for episode in check_episodes(self.episodes(batch), type(self).__name__):
                 for inner in () if self.has_solver else episode.inner:
                     self.inner_loss(inner)
                 value = self.outer_loss(episode.outer)

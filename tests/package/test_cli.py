@@ -212,6 +212,7 @@ OBJECTS: list[tuple[type, Any]] = [
     (HypergradientStrategy, ImplicitGradient(Neumann(4, step_size=0.1), batches="fresh")),
     (HypergradientStrategy, SOBA(tau=0.1, beta=0.2, eta=0.5, momentum="average")),
     (HypergradientStrategy, SOBA(momentum="recursive", period=10)),
+    (HypergradientStrategy, SOBA(momentum="table")),
     (HypergradientStrategy, BOME(lr=0.1, eta=0.2, barrier="gap")),
     (HypergradientStrategy, MEHA(gamma=2.0, penalty=5.0, power=0.1)),
     (HypergradientStrategy, DARTS(radius=0.1)),

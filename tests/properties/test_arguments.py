@@ -151,7 +151,7 @@ ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     (SOBA, {"tau": 0.0}, "tau", "a positive number"),
     (SOBA, {"beta": -1.0}, "beta", "a positive number"),
     (SOBA, {"eta": 1.5}, "eta", "a number in (0, 1]"),
-    (SOBA, {"momentum": "nesterov"}, "momentum", "'none' or 'average' or 'corrected' or 'recursive'"),
+    (SOBA, {"momentum": "nesterov"}, "momentum", "'none' or 'average' or 'corrected' or 'recursive' or 'table'"),
     (BOME, {"lr": 0.0}, "lr", "a positive number"),
     (BOME, {"eta": 0.0}, "eta", "a positive number"),
     (BOME, {"barrier": "log"}, "barrier", "'gradient' or 'gap'"),

@@ -52,7 +52,7 @@ FAST = {
     "PZOBO-remembering": PZOBO(3, guide=FirstOrder(), remember=True),
     "HypergradientSchedule": HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)]),
 }
-JOINT = {"BOME": BOME(eta=5.0), "MEHA": MEHA(), "SOBA": SOBA()}
+JOINT = {"BOME": BOME(eta=5.0), "MEHA": MEHA(), "SOBA": SOBA(), "SOBA-table": SOBA(momentum="table")}
 """Their step of θ is not that of the inner run alone. With a smaller η, BOME's λ is 0 there, and no mask reaches it."""
 SLOW = {
     "ForwardUnroll-forward": ForwardUnroll(chunk_size=2, mode="forward"),
