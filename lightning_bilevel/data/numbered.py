@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from torch.utils._pytree import register_pytree_node
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lightning_bilevel.errors import value_error
@@ -76,19 +77,31 @@ def numbered(batches: Iterable[Batch]) -> list[NumberedBatch]:
 class PlacedBatches(list[Batch]):
     """The plain inner batches of an episode, with the places of all its batches, as far as they were numbered.
 
+    What makes a list anew, as Lightning does to move a batch, drops the places: they are for episodes that are there.
+
     Args:
         batches: inner batches.
-        inner: the place of each.
+        inner: the place of each; default: unknown.
         outer: that of the outer batch.
 
-    >>> batches = PlacedBatches(["a"], [Place(1, 3)], None)
+    >>> batches = PlacedBatches(["a"], [Place(1, 3)])
     >>> batches, batches.inner
-    (['a'], [Place(number=1, of=3)])
+    (['a'], (Place(number=1, of=3),))
     """
 
-    def __init__(self, batches: Iterable[Batch], inner: Sequence[Place | None], outer: Place | None) -> None:
+    def __init__(
+        self, batches: Iterable[Batch] = (), inner: Sequence[Place | None] = (), outer: Place | None = None
+    ) -> None:
         super().__init__(batches)
-        self.inner, self.outer = list(inner), outer
+        self.inner, self.outer = tuple(inner) or (None,) * len(self), outer
+
+
+# torch's trees know lists, not what derives from them.
+register_pytree_node(
+    PlacedBatches,
+    lambda batches: (list(batches), (batches.inner, batches.outer)),
+    lambda batches, places: PlacedBatches(batches, *places),
+)
 
 
 def plain(batch: Batch) -> Batch:
@@ -112,7 +125,7 @@ def placed(batches: list[Batch], given: Sequence[Batch], outer: Batch) -> list[B
         ValueError: a number that is none.
 
     >>> placed(["a"], [NumberedBatch("a", 1, 3)], "b").inner
-    [Place(number=1, of=3)]
+    (Place(number=1, of=3),)
     """
     if isinstance(given, PlacedBatches):
         return PlacedBatches(batches, given.inner, given.outer)
@@ -123,7 +136,7 @@ def placed(batches: list[Batch], given: Sequence[Batch], outer: Batch) -> list[B
 def with_numbers(episode: Episode) -> Episode:
     """Return a checked episode as a loader yields it: batches with numbers, which outlive collating and moving.
 
-    >>> with_numbers(Episode(PlacedBatches(["a"], [Place(1, 3)], None), "b"))
+    >>> with_numbers(Episode(PlacedBatches(["a"], [Place(1, 3)]), "b"))
     Episode(inner=[NumberedBatch(batch='a', number=1, of=3)], outer='b')
     """
     inner, outer = places_of(episode)
@@ -132,15 +145,15 @@ def with_numbers(episode: Episode) -> Episode:
     return Episode(batches[:-1], batches[-1])
 
 
-def places_of(episode: Episode) -> tuple[list[Place | None], Place | None]:
+def places_of(episode: Episode) -> tuple[tuple[Place | None, ...], Place | None]:
     """Return the places of the inner batches and of the outer batch of a checked episode, ``None`` where unknown.
 
     >>> places_of(Episode(["a"], "b"))
-    ([None], None)
+    ((None,), None)
     """
     if isinstance(episode.inner, PlacedBatches):
         return episode.inner.inner, episode.inner.outer
-    return [None] * len(episode.inner), None
+    return (None,) * len(episode.inner), None
 
 
 def _place(batch: Batch) -> Place | None:

@@ -290,7 +290,7 @@ def placed_episode(inner: Sequence[Batch], outer: Batch, seed: int) -> Episode:
     """Return an episode whose batches have numbers, of eight in all, for strategies that remember something of each.
 
     >>> placed_episode(["a", "b"], "c", seed=1).inner.inner
-    [Place(number=2, of=8), Place(number=3, of=8)]
+    (Place(number=2, of=8), Place(number=3, of=8))
     """
     places = [Place((seed * len(inner) + number) % 8, 8) for number in range(len(inner))]
     return Episode(PlacedBatches(inner, places, Place(seed % 8, 8)), outer)

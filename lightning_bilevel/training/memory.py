@@ -90,7 +90,7 @@ class FitMemory:
             episodes: their number; what is warm goes on with one only.
         """
         kept = functional.buffers(buffers)
-        if episodes == 1:
+        if episodes == 1 and functional.module.goes_on:
             # A callback's ``setup`` and a checkpoint's load come before Lightning moves the module.
             opt_state = {slot: tree.to(values, functional.device) for slot, values in self.opt_state.items()}
             return [InnerState(self.values(functional), kept, opt_state, self.steps)]
@@ -140,6 +140,8 @@ class FitMemory:
                 slot: {k: v for k, v in values.items() if k in own} for slot, values in state.opt_state.items()
             }
             self.steps = state.steps
+        else:  # set during a fit, a start that goes on begins with a fresh optimizer, not with one of long ago
+            self.opt_state, self.steps = {}, 0
         kept = [functional.swapper.current(name) for name in (*state.buffers, *own)]
         return kept + [value for values in self.opt_state.values() for value in values.values()]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bilevel import SGD, BilevelModule, Episode, EpisodeLoader, FirstOrder, NumberedBatch, numbered
@@ -115,10 +119,10 @@ def test_numbers_stay_with_their_batches() -> None:
 def test_checked_episodes_have_plain_batches() -> None:
     one, two = (NumberedBatch([ONES, ONES], number, 2) for number in range(2))
     for given, inner, outer in (
-        (Episode([two, one], one), [Place(1, 2), Place(0, 2)], Place(0, 2)),
-        (Episode(two, one.batch), [Place(1, 2)], None),
-        (Episode([[ONES, ONES], two], one.batch), [None, Place(1, 2)], None),
-        (Episode([[ONES, ONES]], two), [None], Place(1, 2)),
+        (Episode([two, one], one), (Place(1, 2), Place(0, 2)), Place(0, 2)),
+        (Episode(two, one.batch), (Place(1, 2),), None),
+        (Episode([[ONES, ONES], two], one.batch), (None, Place(1, 2)), None),
+        (Episode([[ONES, ONES]], two), (None,), Place(1, 2)),
     ):
         (checked,) = check_episodes([given], "Net")
         assert places_of(checked) == (inner, outer)
@@ -149,3 +153,13 @@ def test_batches_are_not_collated() -> None:
 def test_no_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^Expected `numbered\(batches\)` to be a loader of one or more"):
         numbered([])
+
+
+def test_placed_batches_are_a_list_to_others(tmp_path) -> None:
+    places = PlacedBatches([ONES], [Place(1, 2)], Place(0, 3))
+    episode = Episode(places, ONES)
+    for again in (pickle.loads(pickle.dumps(episode)), copy.deepcopy(episode), tree_map(lambda leaf: leaf, episode)):
+        assert places_of(again) == ((Place(1, 2),), Place(0, 3))
+    assert len(tree_leaves(episode)) == 2
+    moved = move_data_to_device(episode, torch.device("cpu"))
+    assert (type(moved.inner), places_of(moved)) == (PlacedBatches, ((None,), None))

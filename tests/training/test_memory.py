@@ -10,8 +10,10 @@ import pytest
 import torch
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_bilevel import Adam, BilevelModule, ForwardGradient, ReverseUnroll, TruncatedReverse
+from lightning_bilevel.testing import Quadratic
 from tests.support.modules import Calls, Cleaning, differing, identical, loader, parameters, trainer
 from tests.support.seeds import seeded
 
@@ -92,3 +94,28 @@ def test_inner_steps_may_change_during_a_fit():
     calls = Calls(lambda module: module.fit_context.memory.steps)
     trainer(ReverseUnroll(), calls, max_epochs=2).fit(Module(), loader())
     assert calls.seen == [1, 2, 3, 4, 6, 8, 10, 12]
+
+
+class Planned(Quadratic):
+    """Whose inner level starts as is written down for each batch; φ stays."""
+
+    def __init__(self, *plan: str) -> None:
+        super().__init__("momentum", inner_start=plan[0])
+        self.plan = plan
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.inner_start = self.plan[batch_idx]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.outer_parameters(), lr=0.0)
+
+
+def test_a_run_that_starts_anew_has_no_momentum_of_long_ago() -> None:
+    modules = [Planned("reset"), Planned("reset", "warm", "reset"), Planned("reset", "warm", "warm", "reset", "warm")]
+    for module in modules:
+        data = [module.episode()] * len(module.plan)
+        trainer(ReverseUnroll()).fit(module, DataLoader(data, batch_size=None))
+    alone, after, on = modules
+    assert torch.equal(alone.theta, after.theta)
+    assert after.fit_context.memory.opt_state == {}
+    assert on.fit_context.memory.steps == on.inner_steps
