@@ -212,7 +212,7 @@ def _compressed_rows(x: scipy.sparse.csr_matrix) -> Tensor:
 
 
 PENALTY_GRID = np.logspace(-7, -1, 13)
-L1_GRID = np.logspace(-5, -2, 13)
+L1_GRID = np.logspace(-6, -2, 13)
 
 
 class Logistic(BilevelModule):
@@ -577,7 +577,7 @@ def draw_losses(axes: Any, rows: Sequence[dict]) -> None:
     low = min(min(row["curve"]["validation loss"]) for row in learned)
     axes.set(title="Loss on the validation examples", xlabel="CPU seconds", ylabel="cross-entropy")
     axes.set_ylim(0.9 * min(low, grid["validation loss"]), 2.5 * grid["validation loss"])
-    axes.legend(fontsize=8)
+    axes.legend()
 
 
 def draw_digits(axes: Any, rows: Sequence[dict]) -> None:
@@ -598,7 +598,7 @@ def draw_sorted(axes: Any, rows: Sequence[dict]) -> None:
         axes.plot(np.sort(row["penalties"])[::-1], label=row["method"], **LINES[row["method"]])
     axes.axhline(rows[0]["penalty"], color=report.GREY, ls="--", lw=1.2, label="best single penalty")
     axes.set(title="Penalties, sorted", xlabel="feature", ylabel="penalty", yscale="log")
-    axes.legend(fontsize=8)
+    axes.legend()
 
 
 def draw_paths(axes: Any, rows: Sequence[dict]) -> None:
@@ -619,7 +619,7 @@ def draw_paths(axes: Any, rows: Sequence[dict]) -> None:
     axes.set_yticks([0.5, 0.2, 0.1, 0.05, 0.02, 0.01], ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99"])
     axes.minorticks_off()
     axes.grid(visible=False)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(loc="upper right")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from tables import interval, markdown, results
+from tables import difference, interval, markdown, results
 
 
 def tables() -> dict[str, str]:
@@ -11,6 +11,7 @@ def tables() -> dict[str, str]:
         "few_shot_sinusoids": sinusoids(),
         "few_shot_omniglot": omniglot(),
         "few_shot_gamma_greedy": gamma_greedy(),
+        "few_shot_images": images(),
         "few_shot_backbone": backbone(),
         "few_shot_estimates": estimates(),
         "few_shot_speed": speed(),
@@ -75,6 +76,35 @@ def gamma_greedy() -> str:
                 rows.append([f"{data}, {ways}", method, spread, against, str(len(runs)), f"{seconds:.0f}"])
     heads = ["data", "method", "accuracy %", "minus that of FO, by seed", "seeds", "CPU seconds"]
     return markdown(heads, rows)
+
+
+def of_images(name: str = "digits", ways: str = "5-way") -> dict[str, list[dict[str, float]]]:
+    """Return accuracy and seconds of learned features and of what needs no outer level, seed by seed."""
+    learned = results("gamma_greedy_table")["results"][name][ways]
+    others = results("few_shot_baselines")["results"][name]
+    found = {
+        f"features by {method}": [
+            {"score": learned[key][seed]["accuracy"], "CPU seconds": learned[key][seed]["cpu seconds"]}
+            for seed in others
+        ]
+        for method, key in (("`ReverseUnroll`", "reverse"), ("`FirstOrder`", "FO"))
+    }
+    return found | {name: [run[name] for run in others.values()] for name in next(iter(others.values()))}
+
+
+def images() -> str:
+    heads, columns = ["5-way, 10 shots"], []
+    for data in (name for name in ("digits", "omniglot") if name in results("few_shot_baselines")["results"]):
+        accuracy = {name: [100 * run["score"] for run in runs] for name, runs in of_images(data).items()}
+        ours = next(iter(accuracy.values()))
+        heads += [f"{data}, % ({len(ours)} seeds)", "first row minus it"]
+        columns.append(
+            {
+                name: [interval(values, 2), "" if values is ours else difference(ours, values, 2)]
+                for name, values in accuracy.items()
+            }
+        )
+    return markdown(heads, [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]])
 
 
 def speed() -> str:

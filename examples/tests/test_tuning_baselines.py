@@ -28,6 +28,19 @@ def test_a_search_tries_one_point_at_least() -> None:
     assert trials == 1
 
 
+@pytest.mark.parametrize("name", baselines.SEARCHES)
+def test_a_search_may_begin_at_a_point(name: str) -> None:
+    tried: list[Sequence[float]] = []
+
+    def objective(point: Sequence[float]) -> float:
+        tried.append(point)
+        return abs(point[0] - 0.3)
+
+    best, _ = baselines.SEARCHES[name](objective, [(0.0, 1.0)], seconds=0.0, seed=0, first=[0.25])
+    assert tried == [[0.25]]
+    assert best == [0.25]
+
+
 def test_features_that_say_nothing_are_penalized_more() -> None:
     data = example.noisy_digits(0)
     penalties = baselines.by_relevance(data.train.x, data.train.y)
