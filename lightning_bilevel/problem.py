@@ -253,8 +253,34 @@ class Observer(Protocol):
         """End the estimate of ``count`` episodes, of which ``observed`` counts; return the buffers it left."""
 
 
+Slopes = tuple[Tensor, Params, Params]
+"""The value of a loss, and its gradients by θ and by φ, all detached."""
+
+
+class CompiledLosses(Protocol):
+    """Evaluates losses at a state by graphs, see :class:`lightning_bilevel.compiled.CompiledLosses`.
+
+    Each function returns ``None`` where the loss has to be evaluated operation by operation.
+    """
+
+    def outer_value(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Tensor | None:
+        """Return f."""
+
+    def outer_slopes(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Slopes | None:
+        """Return f, ∂f/∂θ and ∂f/∂φ."""
+
+    def inner_slopes(
+        self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, by_theta: bool
+    ) -> Slopes | None:
+        """Return g, ∂g/∂θ where ``by_theta``, and ∂g/∂φ."""
+
+
 class Compiler(Protocol):
-    """Makes compiled inner steps, see :class:`lightning_bilevel.compiled.Compiler`."""
+    """Makes compiled inner steps and losses, see :class:`lightning_bilevel.compiled.Compiler`."""
+
+    @property
+    def losses(self) -> CompiledLosses:
+        """Evaluates the losses outside of steps."""
 
     def compiled(self, step: Any) -> Any:
         """Return a step in place of one that is computed operation by operation, with the same functions."""
@@ -309,7 +335,7 @@ class BilevelProblem:
         traits: see :class:`Traits`.
         observer: watches what evaluations of the losses leave behind.
         findings: what was found out about these losses once, so that later estimates need not try again.
-        compiler: makes compiled inner steps; ``None``: steps are computed operation by operation.
+        compiler: makes compiled inner steps and losses; ``None``: all is computed operation by operation.
         stacked: episodes that a batch is stacked of; 0: it is that of one.
 
     That of a module is ``module.functional().problem``. One by hand, with gradient descent at the rate 0.5:

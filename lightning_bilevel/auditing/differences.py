@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -254,6 +255,7 @@ class _Values(HypergradientStrategy):
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Look at h; the estimate is zero."""
+        problem = replace(problem, compiler=None)  # whose graphs tell of no dtype
         with CoarsestDtype() as seen:
             runs = PerturbedRuns(problem, carry.inner, phi, episode, 1)
             value, observed = outer_value(problem, runs.base.state, phi, episode)

@@ -58,6 +58,11 @@ def inner_value_and_grads(
         often[id(batch)] = batch, count + 1
     parts: list[InnerEvaluation] = []
     for batch, count in often.values():
+        if problem.compiler is not None and (
+            (slopes := problem.compiler.losses.inner_slopes(problem, state, phi, batch, by_theta)) is not None
+        ):
+            parts.append(_weighed(InnerEvaluation(*slopes), count / len(batches)))
+            continue
         theta, outer = tree.leaves(state.params) if by_theta else {}, tree.leaves(phi)
         with torch.enable_grad():
             loss, _ = problem.inner_loss(theta or state.params, outer, batch, state.buffers)
@@ -67,3 +72,9 @@ def inner_value_and_grads(
     for part in parts[1:]:
         value, d, c = value + part.value, tree.add(d, part.d), tree.add(c, part.c)
     return InnerEvaluation(value, d, c)
+
+
+def _weighed(found: InnerEvaluation, weight: float) -> InnerEvaluation:
+    if weight == 1:
+        return found
+    return InnerEvaluation(found.value * weight, tree.scale(found.d, weight), tree.scale(found.c, weight))

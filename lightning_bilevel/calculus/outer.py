@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState
+from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, Slopes
 from lightning_bilevel.tree import Params
 
 
@@ -49,12 +50,20 @@ def outer_value_and_grads(problem: BilevelProblem, state: InnerState, phi: Param
     """
     if problem.outer_loss_weights is not None:
         total = _total(state)
-        observed = problem.observer.observe() if problem.observer is not None else None
-        return OuterEvaluation(total, {TOTAL: torch.ones_like(total)}, tree.zeros_like(phi), observed)
+        return OuterEvaluation(total, {TOTAL: torch.ones_like(total)}, tree.zeros_like(phi), _observed(problem))
+    slopes = None
+    if problem.compiler is not None:
+        slopes = problem.compiler.losses.outer_slopes(problem, state, phi, episode.outer)
+    if slopes is None:
+        slopes = _outer_slopes(problem, state, phi, episode)
+    return OuterEvaluation(*slopes, observed=_observed(problem))
+
+
+def _outer_slopes(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> Slopes:
     theta, outer = tree.leaves(state.params), tree.leaves(phi)
-    value, observed = outer_graph(problem, replace(state, params=theta), outer, episode)
-    d, c = gradients(value, theta, outer)
-    return OuterEvaluation(value.detach(), d, c, observed)
+    with torch.enable_grad():
+        value = problem.outer_loss(theta, outer, episode.outer, state.buffers)
+    return value.detach(), *gradients(value, theta, outer)
 
 
 def outer_graph(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
@@ -69,11 +78,14 @@ def outer_graph(problem: BilevelProblem, state: InnerState, phi: Params, episode
     True
     """
     if problem.outer_loss_weights is not None:
-        value = _total(state)
-    else:
-        with torch.enable_grad():
-            value = problem.outer_loss(state.params, phi, episode.outer, state.buffers)
-    return value, problem.observer.observe() if problem.observer is not None else None
+        return _total(state), _observed(problem)
+    if problem.compiler is not None:
+        slopes = problem.compiler.losses.outer_slopes(problem, state.detach(), tree.detach(phi), episode.outer)
+        if slopes is not None:
+            return _with_slopes(slopes, state.params, phi), _observed(problem)
+    with torch.enable_grad():
+        value = problem.outer_loss(state.params, phi, episode.outer, state.buffers)
+    return value, _observed(problem)
 
 
 def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode: Episode) -> tuple[Tensor, Any]:
@@ -86,8 +98,15 @@ def outer_value(problem: BilevelProblem, state: InnerState, phi: Params, episode
     >>> value.requires_grad, observed
     (False, None)
     """
-    value, observed = outer_graph(problem, replace(state, params=tree.leaves(state.params)), tree.leaves(phi), episode)
-    return value.detach(), observed
+    if problem.outer_loss_weights is not None:
+        return _total(state).detach(), _observed(problem)
+    value = None
+    if problem.compiler is not None:
+        value = problem.compiler.losses.outer_value(problem, state, phi, episode.outer)
+    if value is None:
+        with torch.enable_grad():
+            value = problem.outer_loss(tree.leaves(state.params), tree.leaves(phi), episode.outer, state.buffers)
+    return value.detach(), _observed(problem)
 
 
 def outer_weights(problem: BilevelProblem, phi: Params) -> Tensor:
@@ -117,12 +136,38 @@ def weighed(problem: BilevelProblem, phi: Params, number: int) -> BilevelProblem
         value = problem.outer_loss(theta, phi, batch, buffers)
         return problem.weighed(outer_weights(problem, phi), number).to(value) * value
 
-    return replace(problem.judged_at_the_end(), outer_loss=outer_loss, observer=None)
+    return replace(problem.judged_at_the_end(), outer_loss=outer_loss, observer=None, compiler=None)
 
 
 def _total(state: InnerState) -> Tensor:
     assert state.total is not None, "the steps of this run have left out the outer losses on the way"
     return state.total
+
+
+def _observed(problem: BilevelProblem) -> Any:
+    return problem.observer.observe() if problem.observer is not None else None
+
+
+class _WithSlopes(torch.autograd.Function):
+    """A value whose derivative by some tensors is known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slopes: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.slopes = slopes
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return None, None, *(cotangent * slope for slope in ctx.slopes)
+
+
+def _with_slopes(slopes: Slopes, theta: Params, phi: Params) -> Tensor:
+    """Return f, which hangs on the graphs of ``theta`` and ``phi`` by its gradients."""
+    value, d, c = slopes
+    with torch.enable_grad():
+        found: Tensor = _WithSlopes.apply(value, [*d.values(), *c.values()], *theta.values(), *phi.values())
+    return found
 
 
 def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel.compiled.program import Functions, Part
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
-from lightning_bilevel.randomness import RngState
+from lightning_bilevel.randomness import RngState, generator_state
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Relative difference of an output that rounding may make, also where sums cancel."""
@@ -19,12 +18,7 @@ TRIES = 3
 
 
 def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int, dtype: torch.dtype) -> None:
-    """Raise unless a part computes what eager does at one of some points, with the same random draws.
-
-    At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
-    derivative jumps there. A wrong graph is wrong everywhere. Cotangents, tangents and directions are random ones.
-    Outputs that are 0 but for rounding (the gradient of a
-    bias before a batch norm) count by the largest output.
+    """Raise unless a part of a step computes what eager does; see :func:`alike`.
 
     Args:
         functions: those of the step.
@@ -37,6 +31,37 @@ def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps
     Raises:
         NotCompiled: it does not; the words say which output is apart, and by how much.
     """
+    function = getattr(functions, name)
+    alike(
+        lambda args: function(list(args), steps),
+        lambda args: _computed(functions, name, part, args, steps),
+        functions,
+        args,
+        dtype,
+    )
+
+
+Run = Callable[[list[Tensor]], Sequence[Tensor | None]]
+
+
+def alike(eager: Run, graph: Run, functions: Functions, args: list[Tensor], dtype: torch.dtype) -> None:
+    """Raise unless a graph computes what eager does at one of some points, with the same random draws, and no more.
+
+    At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
+    derivative jumps there. A wrong graph is wrong everywhere. Cotangents, tangents and directions are random ones.
+    Outputs that are 0 but for rounding (the gradient of a
+    bias before a batch norm) count by the largest output.
+
+    Args:
+        eager: of the arguments.
+        graph: of the arguments.
+        functions: say what an output is, and which arguments are state and vectors.
+        args: all that they take.
+        dtype: the lowest precision that they compute in.
+
+    Raises:
+        NotCompiled: it does not.
+    """
     generator = torch.Generator().manual_seed(0)
     message, own = "", functions.layout.inputs
     args = [
@@ -47,14 +72,22 @@ def agree(functions: Functions, name: str, part: Part, args: list[Tensor], steps
         if turn:
             args = [_moved(arg, generator) if i < len(functions.layout.names) else arg for i, arg in enumerate(args)]
         try:
-            expected = _drawn_alike(args, partial(getattr(functions, name), list(args), steps))
-            found = _drawn_alike(args, partial(_computed, functions, name, part, args, steps))
+            expected, end = _drawn_alike(eager, args)
+            found, other = _drawn_alike(graph, args)
         except Exception as error:
             raise NotCompiled(reason(error)) from error
+        if not torch.equal(end, other):
+            raise NotCompiled("compiled, it draws other random numbers than it does")
         message = _apart(functions, expected, found, TOLERANCE[dtype])
         if not message:
             return
     raise NotCompiled(f"compiled, it is not what it is: {message}")
+
+
+def precision(args: Sequence[Tensor], autocast: torch.dtype | None) -> torch.dtype:
+    """Return the lowest precision among arguments and what the losses are cast to."""
+    found = [arg.dtype for arg in args if arg.dtype in TOLERANCE]
+    return max([*found, *([] if autocast is None else [autocast])], key=TOLERANCE.__getitem__)
 
 
 def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -65,9 +98,13 @@ def _moved(arg: Tensor, generator: torch.Generator) -> Tensor:
     return arg * (1 + 1e-3 * _drawn(arg, generator))
 
 
-def _drawn_alike(args: Sequence[Tensor], run: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:
-    with RngState(args[0].device).fork():
-        return [value for value in run() if value is not None]
+def _drawn_alike(run: Run, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return what a function returns, and where the generators stand then; they are put back."""
+    device = args[0].device
+    with RngState(device).fork():
+        values = [value for value in run(list(args)) if value is not None]
+        there = generator_state(device)
+        return values, torch.cat([torch.get_rng_state(), *([] if there is None else [there.cpu()])])
 
 
 def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int) -> list[Tensor]:
@@ -93,15 +130,5 @@ def _apart(functions: Functions, expected: Sequence[Tensor], found: Sequence[Ten
         else:
             apart = float((a - b).norm() / (b.norm() + 1e-3 * size + torch.finfo(b.dtype).tiny))
         if not apart <= tolerance:
-            return f"{_described(functions, number)} is apart by {apart:.0e} of its size"
+            return f"{functions.described(number)} is apart by {apart:.0e} of its size"
     return ""
-
-
-def _described(functions: Functions, number: int) -> str:
-    layout = functions.layout
-    names = [*layout.names, *layout.buffers]
-    if number < len(names):
-        return f"`{names[number]}` after a step"
-    if number < functions.outputs:
-        return "the inner loss" if number == len(names) else "what the loss logs"
-    return f"derivative {number - functions.outputs} of a step"

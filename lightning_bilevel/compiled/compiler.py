@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import torch
-
-from lightning_bilevel.calculus.step import GradientStep, InnerStep
+from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
+from lightning_bilevel.compiled.losses import CompiledLosses, shapes
 from lightning_bilevel.compiled.plan import FIRST, Graphs, Plan, takes_number
 from lightning_bilevel.compiled.program import Layout
-from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.reasons import NotCompiled, Refusals
+from lightning_bilevel.compiled.sight import Sight, Sights
 from lightning_bilevel.compiled.step import CompiledStep
-from lightning_bilevel.compiled.watch import Watchman
-from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import Batch, InnerState
-from lightning_bilevel.stacking import Flat, flattened, replaced
 from lightning_bilevel.tree import Params
-
-LEAST_TORCH = (2, 13)
-"""What this has been tested with: guards of older versions see less."""
-
-MOST_KINDS = 8
-"""Kinds of batches that are compiled; each takes seconds."""
-
-
-MOST_CHANGES = 8
-"""States of the user's Python that are compiled for one kind of batch."""
 
 
 class Compiler:
@@ -36,27 +23,32 @@ class Compiler:
 
     What cannot be compiled is eager, with one warning that says why. Each graph is compared with the eager step when it
     is made.
+
+    Attributes:
+        losses: values and derivatives of the losses, by graphs.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, Graphs] = {}
-        self._watchmen: dict[Hashable, Watchman] = {}
-        self._counts: dict[Hashable, int] = {}
-        self._refused = False
-        self._said: set[str] = set()
+        self._sights, self._refusals = Sights(), Refusals()
+        self.losses = CompiledLosses(self._sights, self._refusals)
 
     def compiled(self, step: GradientStep) -> InnerStep:
         """Return a step that is computed by graphs where there are some."""
-        return step if self._refused else CompiledStep(step, self)
+        return step if self._refusals.holds("steps") else CompiledStep(step, self)
+
+    def condition(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
+        """Return the condition that ∇g is zero; ``None`` where it has to be eager."""
+        return self.losses.condition(step.problem, state, phi, batch)
 
     def plan(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
         """Return the graphs for a batch, ``None`` where the step has to be eager."""
-        if self._refused:
+        if self._refusals.holds("steps"):
             return None
         try:
             made_of = fingerprint(step.problem)
         except NotCompiled as error:  # of this strategy; what else the fit has may go on
-            self._say(error)
+            self._refusals.say("steps", error)
             return None
         try:
             return self._plan(step, made_of, state, phi, batch)
@@ -66,51 +58,25 @@ class Compiler:
 
     def refuse(self, error: NotCompiled) -> None:
         """Take no step by graphs any more, and say why."""
-        self._refused = True
-        self._graphs, self._watchmen = {}, {}
-        self._say(error)
+        self._graphs = {}
+        self._refusals.refuse("steps", error)
 
     def _plan(self, step: CompiledStep, made_of: Fingerprint, state: InnerState, phi: Params, batch: Batch) -> Plan:
-        if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < LEAST_TORCH:
-            raise NotCompiled(f"that takes PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer")
-        functional, flat = made_of.functional, flattened(batch)
-        if flat.rest is None:
-            raise NotCompiled("a batch holds something else than tensors, numbers and texts in containers")
-        watchman = self._watchman(functional, step.problem.stacked, batch, flat)
+        functional = made_of.functional
+        sight, flat = self._sights.of(made_of, step.problem.stacked, batch, "inner")
         optimizer = functional.inner_optimizer()
-        where = (made_of.key, step.eager.mode, flat.rest, _shapes(state.flat()), _shapes(phi), _shapes(state.buffers))
-        present = self._present(watchman, functional, optimizer)
+        where = (made_of.key, step.eager.mode, flat.rest, shapes(state.flat()), shapes(phi), shapes(state.buffers))
+        present = self._present(sight, functional, optimizer)
         graphs = self._graphs.get((where, present))
+        tensors = [*(tensor.detach().contiguous() for tensor in flat.tensors), *made_of.held]
         if graphs is None:
-            if self._present(watchman, functional, optimizer) != present:
+            if self._present(sight, functional, optimizer) != present:
                 raise NotCompiled("it does something else at every call")
-            self._counts[where] = self._counts.get(where, 0) + 1
-            if self._counts[where] > MOST_CHANGES:
-                raise NotCompiled("hooks, or what else surrounds the losses, change from step to step")
-            graphs = Graphs(watchman, Layout(state, phi, batch, flat.tensors), optimizer)
-            self._graphs[where, present] = graphs
-        tensors = [tensor.detach().contiguous() for tensor in flat.tensors]
-        return Plan(graphs, step.eager, functional, tensors, step.known)
-
-    def _watchman(self, functional: FunctionalModule, stacked: int, batch: Batch, flat: Flat) -> Watchman:
-        kind = stacked, flat.rest
-        if kind not in self._watchmen:
-            if len(self._watchmen) == MOST_KINDS:
-                raise NotCompiled(f"there are more than {MOST_KINDS} kinds of batches, by their shapes and numbers")
-            one = replaced(batch, lambda x: torch.empty_like(x[0] if stacked else x).contiguous())
-            self._watchmen[kind] = Watchman(functional, one)
-        return self._watchmen[kind]
+            self._sights.count(where)
+            graphs = self._graphs[where, present] = Graphs(sight, Layout(state, phi, batch, tensors), optimizer)
+        return Plan(graphs, step.eager, functional, tensors, step.known, made_of.held)
 
     @staticmethod
-    def _present(watchman: Watchman, functional: FunctionalModule, optimizer: InnerOptimizer) -> Hashable:
-        update = watchman.look_at_update(functional, FIRST) if takes_number(optimizer) else 0
-        return watchman.look(functional), type(optimizer), update
-
-    def _say(self, error: NotCompiled) -> None:
-        if str(error) not in self._said:
-            self._said.add(str(error))
-            rank_zero_warn(f"The inner steps are not compiled: {error}. They are computed as without `compile=True`.")
-
-
-def _shapes(values: Params) -> Hashable:
-    return tuple((name, value.shape, value.dtype, value.device) for name, value in values.items())
+    def _present(sight: Sight, functional: FunctionalModule, optimizer: InnerOptimizer) -> Hashable:
+        update = sight.look_at_update(functional, FIRST) if takes_number(optimizer) else 0
+        return sight.look(functional), type(optimizer), update

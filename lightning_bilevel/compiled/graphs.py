@@ -44,7 +44,8 @@ class Traced(NamedTuple):
 def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tensor]) -> Traced:
     """Return the graph of ``fn`` at arguments of these shapes.
 
-    The arguments are copied: a tensor that comes twice (a shared parameter in θ and in φ) would be one input.
+    The arguments are copied: a tensor that comes twice (a shared parameter in θ and in φ) would be one input. Where
+    ``fn`` reads one of them besides, as a closure that holds it does, that is the argument.
     A branch on data raises, for fake tensors have none.
 
     >>> traced = trace(lambda args: [2 * args[0].square(), None], [torch.ones(2)])
@@ -62,6 +63,7 @@ def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tens
     with torch.enable_grad():
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*copies)
     read, literal = _lifted(graph)
+    read, literal = _without_arguments(graph, args, read, literal)
     if any(_writes(node) for node in graph.graph.nodes):  # BatchNorm's statistics, `clamp_`: written out of place
         with torch.no_grad():
             functional = torch.func.functionalize(graph, remove="mutations")
@@ -99,6 +101,23 @@ def _lifted(graph: fx.GraphModule) -> tuple[list[Tensor], list[bool]]:
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     return list(held.values()), list(literal.values())
+
+
+def _without_arguments(
+    graph: fx.GraphModule, args: Sequence[Tensor], read: list[Tensor], literal: list[bool]
+) -> tuple[list[Tensor], list[bool]]:
+    """Take the arguments in the places of inputs that are the same tensors; return the other ones."""
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    given = {id(arg): place for arg, place in zip(args, places, strict=False)}
+    others: list[tuple[Tensor, bool]] = []
+    for value, plain, place in zip(read, literal, places[len(args) :], strict=True):
+        if id(value) in given:
+            place.replace_all_uses_with(given[id(value)])
+            graph.graph.erase_node(place)
+        else:
+            others.append((value, plain))
+    graph.recompile()
+    return [value for value, _ in others], [plain for _, plain in others]
 
 
 def _tidy(graph: fx.GraphModule) -> fx.GraphModule:

@@ -65,6 +65,13 @@ def cut(graph: fx.GraphModule, inputs: int, outputs: int, read: int) -> Halves:
     return Halves(forward, _copied(graph, [*given[:inputs], *kept, *given[inputs:], *both], list(results[outputs:])))
 
 
+def taken(graph: fx.GraphModule, which: Sequence[int]) -> fx.GraphModule:
+    """Return the graph of some of the outputs, which takes all that the whole takes."""
+    nodes = list(graph.graph.nodes)
+    results = nodes[-1].args[0]
+    return _copied(graph, [node for node in nodes if node.op == "placeholder"], [results[each] for each in which])
+
+
 def _ancestors(roots: Sequence[Any], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     waiting = [root for root in roots if root is not None]

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_bilevel.calculus.step import GradientStep
-from lightning_bilevel.compiled.agree import TOLERANCE, agree
+from lightning_bilevel.compiled.agree import agree, precision
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
-from lightning_bilevel.compiled.watch import Place, Watchman, drawn_beside_torch
+from lightning_bilevel.compiled.sight import Sight
+from lightning_bilevel.compiled.watch import Place, drawn_beside_torch
 from lightning_bilevel.host import rank_zero_info
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.inner_optimizers.base import is_ours
@@ -36,12 +36,12 @@ class Graphs:
     """The graphs for one kind of batch and one state of the user's Python.
 
     Args:
-        watchman: sees what changes.
+        sight: sees what changes.
         layout: names the tensors.
         optimizer: the inner optimizer.
 
     Attributes:
-        watchman: as given.
+        sight: as given.
         layout: as given.
         numbered: whether the number of a step is an input of its graphs.
         parts: the graphs, by function, number and shapes.
@@ -50,8 +50,8 @@ class Graphs:
         firsts: the number of an update of each kind, which its graphs are made for.
     """
 
-    def __init__(self, watchman: Watchman, layout: Layout, optimizer: InnerOptimizer) -> None:
-        self.watchman, self.layout = watchman, layout
+    def __init__(self, sight: Sight, layout: Layout, optimizer: InnerOptimizer) -> None:
+        self.sight, self.layout = sight, layout
         self.numbered = takes_number(optimizer)
         self.parts: dict[Hashable, Part] = {}
         self.updates: dict[Hashable, int] = {}
@@ -71,8 +71,9 @@ class Plan(NamedTuple):
         graphs: those that hold now.
         step: the eager step.
         functional: the module.
-        tensors: those of the batch.
+        tensors: those of the batch, and those that a strategy's own loss holds.
         known: what the watch said in this run of steps, by number of update.
+        held: the last ones of the tensors.
     """
 
     graphs: Graphs
@@ -80,6 +81,7 @@ class Plan(NamedTuple):
     functional: FunctionalModule
     tensors: list[Tensor]
     known: dict[Hashable, int]
+    held: list[Tensor]
 
     @property
     def layout(self) -> Layout:
@@ -131,7 +133,7 @@ class Plan(NamedTuple):
                 raise NotCompiled(reason(error)) from error
             if drawn_beside_torch(functional, before):
                 raise NotCompiled("it draws from NumPy, `random` or a generator of its own")
-            agree(functions, name, part, args, steps, self._precision(args))
+            agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype))
         took, kind = time.perf_counter() - began, type(functional.module).__name__
         rank_zero_info(f"Compiled an inner step of `{kind}` ({_WORDS[name]}, {backend}) in {took:.1f} s.")
         return part
@@ -144,20 +146,14 @@ class Plan(NamedTuple):
         return True
 
     def _places(self, number: int) -> Callable[[Traced], list[Place]]:
-        watchman = self.graphs.watchman
-        return lambda traced: watchman.places(traced.read, traced.literal, self.functional, self.layout.buffers, number)
-
-    def _precision(self, args: list[Tensor]) -> torch.dtype:
-        found = [arg.dtype for arg in args if arg.dtype in TOLERANCE]
-        if self.functional.autocast_dtype is not None:
-            found.append(self.functional.autocast_dtype)
-        return max(found, key=TOLERANCE.__getitem__)
+        sight, functional, buffers = self.graphs.sight, self.functional, self.layout.buffers
+        return lambda traced: sight.places(traced.read, traced.literal, functional, buffers, self.held, number)
 
     def _kind(self, number: int, args: list[Tensor]) -> int:
         """Return which of the different updates the one with this number is."""
         graphs = self.graphs
         if (id(graphs), number) not in self.known:
-            key = number, graphs.watchman.look_at_update(self.functional, number)
+            key = number, graphs.sight.look_at_update(self.functional, number)
             if key not in graphs.updates:
                 graphs.updates[key] = graphs.codes.setdefault(self._code(number, args), len(graphs.codes))
             kind = self.known[id(graphs), number] = graphs.updates[key]

@@ -152,6 +152,15 @@ class Functions:
         """How many tensors a function returns before its derivatives, by the last call."""
         return self.layout.outputs + sum(each.value is None for each in self.logged)
 
+    def described(self, number: int) -> str:
+        """Return what an output is."""
+        names = [*self.layout.names, *self.layout.buffers]
+        if number < len(names):
+            return f"`{names[number]}` after a step"
+        if number < self.outputs:
+            return "the inner loss" if number == len(names) else "what the loss logs"
+        return f"derivative {number - self.outputs} of a step"
+
     def take(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the step."""
         before, phi, batch, _ = self.layout.opened(args, steps)

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_bilevel import tree
 from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep, Pulled, append_loss
 from lightning_bilevel.calculus.tangents import Pushed
 from lightning_bilevel.compiled.plan import Plan
+from lightning_bilevel.compiled.products import at_fixed_point
 from lightning_bilevel.compiled.program import Layout, Part
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.problem import Batch, InnerState
@@ -22,6 +24,9 @@ class Planner(Protocol):
 
     def plan(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
         """Return the graphs for a batch; ``None`` where the step has to be eager."""
+
+    def condition(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
+        """Return the condition that ∇g is zero; ``None`` where it has to be eager."""
 
     def refuse(self, error: NotCompiled) -> None:
         """Take no step by graphs any more."""
@@ -110,8 +115,23 @@ class CompiledStep(InnerStep):
         return Pushed(after, loss, dict(zip(layout.names, results[part.outputs :], strict=True)))
 
     def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
-        """Return the condition of the step it was made from."""
-        return self.eager.fixed_point(state, phi, batch)
+        """Take a step that can be run backward, any number of times, and return how far it goes."""
+        plan = self._plan(state, phi, batch)
+        with torch.no_grad():
+            part = None if plan is None else self._pull(state, phi, plan, 0)
+            if plan is None or part is None:
+                return self.eager.fixed_point(state, phi, batch)
+            args = [*_flat(state, phi), *plan.tensors]
+            results = list(part(state.steps, args))
+            after, _ = _ended(plan, part, state, results)
+            residual = tree.sub(state.flat(), after.flat())
+        kept = results[part.outputs :]
+        return at_fixed_point(residual, phi, part.live, lambda d: part.backward(state.steps, args, kept, d))
+
+    def stationarity(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
+        """Return the condition by graphs of its own, of the inner loss alone."""
+        found = self._planner.condition(self, state, phi, batch)
+        return self.eager.stationarity(state, phi, batch) if found is None else found
 
     def _plan(self, state: InnerState, phi: Params, batch: Batch) -> Plan | None:
         """Return the graphs for a batch, looked up anew where an outer loss may have changed what they are."""

@@ -7,9 +7,9 @@ compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
 from lightning_bilevel.stacking import tensors_in
+
+Level = Literal["inner", "outer"]
 
 MOST_STATES = 4
 """Different things that a loss or an update may do before it is left to eager; each takes seconds to compile."""
@@ -88,19 +90,25 @@ class Watch:
 
 
 class Watchman:
-    """Watches the inner loss of a module on batches of one kind, and the inner optimizer's update.
+    """Watches a loss of a module on batches of one kind, and the inner optimizer's update and penalty.
 
     Args:
         functional: the module.
         batch: an example of one episode: tensors of the right shapes, whatever their numbers, and all else as it is;
             it is kept.
+        level: of the loss.
+
+    Attributes:
+        loss: the watch of the loss.
+        examples: tensors that are only examples of what the losses get.
     """
 
-    def __init__(self, functional: FunctionalModule, batch: Batch) -> None:
+    def __init__(self, functional: FunctionalModule, batch: Batch, level: Level = "inner") -> None:
         module = functional.module
+        hook = f"{level}_loss"
 
         def loss(batch: Batch) -> Tensor:  # with the module's own parameters: guards do not look at values
-            return scalar(module, "inner_loss", module.inner_loss(batch))
+            return scalar(module, hook, module.inner_loss(batch) if level == "inner" else module.outer_loss(batch))
 
         def update(theta: Any, converted: Any, number: int) -> Tensor:
             optimizer: Any = module.configure_inner_optimizer() if converted is None else converted
@@ -108,14 +116,19 @@ class Watchman:
             values = [*after.values(), *(value for values in opt_state.values() for value in values.values())]
             return torch.stack([value.real.sum() for value in values]).sum()
 
+        def penalty(theta: Any, converted: Any) -> Tensor:
+            optimizer: Any = module.configure_inner_optimizer() if converted is None else converted
+            value = optimizer.penalty(theta)
+            return value + torch.zeros(()) if isinstance(value, Tensor) else torch.zeros(()) + value
+
         self._module, self._batch, self._update = module, batch, update
-        self._loss = Watch(loss, module)
+        self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
         self._updates: dict[int, Watch] = {}
         self._theta = functional.theta()
-        self._examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
+        self.examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
 
     def look(self, functional: FunctionalModule) -> Hashable:
-        """Return what tells the present of the inner loss, and of all around, from other times.
+        """Return what tells the present of the loss, and of all around, from other times.
 
         Args:
             functional: the module, whose session is entered.
@@ -124,7 +137,7 @@ class Watchman:
             NotCompiled: Dynamo cannot follow.
         """
         with functional.recorder.apart(_looked_at), functional.in_place({}):  # under the user's autocast
-            return self._loss.look(self._batch), _surroundings(self._module, functional)
+            return self.loss.look(self._batch), _surroundings(self._module, functional)
 
     def look_at_update(self, functional: FunctionalModule, number: int) -> int:
         """Return what tells the present of an update from other times, like :meth:`look`.
@@ -133,44 +146,22 @@ class Watchman:
             functional: the module.
             number: of the update, from 1.
         """
+        return self.update(number).look(self._theta, functional.converted(), number)
+
+    def look_at_penalty(self, functional: FunctionalModule) -> int:
+        """Return what tells the present of the inner optimizer's penalty from other times, like :meth:`look`."""
+        return self._penalty.look(self._theta, functional.converted())
+
+    def update(self, number: int) -> Watch:
+        """Return the watch of an update."""
         if number not in self._updates:
             self._updates[number] = Watch(self._update, self._module)
-        return self._updates[number].look(self._theta, functional.converted(), number)
+        return self._updates[number]
 
-    def places(
-        self,
-        read: Sequence[Tensor],
-        literal: Sequence[bool],
-        functional: FunctionalModule,
-        buffers: Sequence[str],
-        number: int,
-    ) -> list[Place]:
-        """Return where tensors that a graph reads besides its arguments stand among those that the watch saw.
-
-        Args:
-            read: the tensors.
-            literal: which of these are written in the code.
-            functional: the module.
-            buffers: names of those that are arguments.
-            number: of the update in the graph.
-
-        Raises:
-            NotCompiled: one is not among them; or what the losses read is not among these, so that its numbers have
-                become a part of the graph.
-        """
-        watches = self._loss, self._updates[number]
-        seen = {id(value): Place(watch, n) for watch in watches for n, value in enumerate(watch.inputs)}
-        levels, current = functional.levels, functional.swapper.current
-        used = {id(current(name)) for name in (*levels.inner, *levels.outer, *buffers)} | self._examples
-        found: list[Place] = []
-        for value, plain in zip(read, literal, strict=True):
-            if not plain and id(value) not in seen:
-                raise NotCompiled(f"it reads a tensor of shape {tuple(value.shape)} that cannot be followed")
-            used.add(id(value))
-            found.append(Place(None, 0, value) if plain else seen[id(value)])
-        for value in (value for watch in watches for value in watch.inputs if id(value) not in used):
-            raise NotCompiled(f"it takes numbers out of an array or a tensor of shape {tuple(value.shape)}")
-        return found
+    @property
+    def penalty(self) -> Watch:
+        """The watch of the penalty."""
+        return self._penalty
 
 
 def _looked_at(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

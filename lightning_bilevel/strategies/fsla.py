@@ -156,13 +156,14 @@ class FSLA(HypergradientStrategy):
 
     def _descent(self, problem: BilevelProblem) -> Update:
         """Return the plain step at the rate τ on what ``problem`` makes stationary."""
+        maximize, penalty, tau = problem.maximize, problem.penalty, self.tau
+        assert tau is not None
 
         def update(
             params: Params, grads: Params, opt_state: dict[str, Params], phi: Params, step: int
         ) -> tuple[Params, dict[str, Params]]:
-            assert self.tau is not None
-            slope = gradient_of_stationary(problem, grads, params, phi)
-            return tree.add(params, slope, alpha=-self.tau), opt_state
+            slope = gradient_of_stationary(maximize, penalty, grads, params, phi)
+            return tree.add(params, slope, alpha=-tau), opt_state
 
         return update
 

@@ -94,7 +94,7 @@ class MEHA(HypergradientStrategy):
         checked_outer_loss(before)
         at_theta, at_omega = inner(theta), inner(omega)
         grads = tree.add(c, tree.sub(at_theta.c, at_omega.c), alpha=weight)
-        both = with_outer_loss(problem, episode, 1 / weight)
+        both = with_outer_loss(problem, episode, torch.tensor(1 / weight, dtype=torch.float64))
         after = step(theta, _pulled(both, omega.params, -1 / self.gamma))
         value, observed = outer_value(problem, after, phi, episode)
         metrics = last_loss(problem, [at_theta.value])

@@ -159,8 +159,10 @@ class _End(NamedTuple):
     c: Params
 
 
-def with_outer_loss(problem: BilevelProblem, episode: Episode, weight: float) -> BilevelProblem:
+def with_outer_loss(problem: BilevelProblem, episode: Episode, weight: float | Tensor) -> BilevelProblem:
     """Return the problem whose inner steps minimize what they did, and ``weight`` times the outer loss.
+
+    A weight that is another one at every outer step is a tensor: graphs of the steps hold for all of them.
 
     What the outer loss draws leaves no trace: masks of the inner loss are those of a run without it.
 
@@ -179,7 +181,8 @@ def with_outer_loss(problem: BilevelProblem, episode: Episode, weight: float) ->
     def inner_loss(theta: Params, outer: Params, batch: Batch, buffers: Params) -> tuple[Tensor, Params]:
         loss, after = problem.inner_loss(theta, outer, batch, buffers)
         with RngState(loss.device).fork():
-            return loss + weight * problem.outer_loss(theta, outer, episode.outer, after), after
+            of_outer = weight.to(loss) if isinstance(weight, Tensor) else weight
+            return loss + of_outer * problem.outer_loss(theta, outer, episode.outer, after), after
 
     return replace(problem, inner_loss=inner_loss)
 

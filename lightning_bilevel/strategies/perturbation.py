@@ -11,10 +11,12 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value
 from lightning_bilevel.calculus.runs import Run, run
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from lightning_bilevel.randomness import RngState
+from lightning_bilevel.strategies.rounding import CoarsestDtype
 from lightning_bilevel.tree import Params
 
 _Read = Callable[[BilevelProblem, InnerState, Params], Params]
@@ -109,6 +111,28 @@ class PerturbedRuns:
         self._rng.restore()
         final = run(problem, problem.start(carried, phi), phi, problem.batches(self.episode)).state
         return read(problem, final, phi)
+
+
+def computed_in(
+    problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, judged: bool
+) -> torch.dtype | None:
+    """Return the floating dtype of least precision in a step, as it is without graphs; see :class:`CoarsestDtype`.
+
+    Args:
+        problem: the problem.
+        carried: the inner state that runs start from.
+        phi: outer parameters.
+        episode: inner and outer batches.
+        judged: whether in the outer loss, too.
+    """
+    problem = replace(problem.judged_at_the_end(), compiler=None)
+    with CoarsestDtype() as seen, RngState(next(iter(phi.values())).device).fork():
+        state = problem.start(carried, phi)
+        if problem.solver is None:
+            state, _ = inner_step(problem)(state, phi, problem.batches(episode)[0])
+        if judged:
+            outer_value(problem, state, phi, episode)
+    return seen.dtype
 
 
 _LOOPED = "the losses do not vectorize over phi"

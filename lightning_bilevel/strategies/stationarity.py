@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.errors import MisconfigurationError, combination_error
-from lightning_bilevel.problem import BilevelProblem, InnerState
+from lightning_bilevel.problem import BilevelProblem, InnerState, Penalty
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
 
@@ -39,10 +39,12 @@ def distance(residual: Params, x: Params, d: Params, theta: Params) -> Tensor:
     return tree.norm(residual) * tree.norm(x) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
-def gradient_of_stationary(problem: BilevelProblem, gradient: Params, theta: Params, phi: Params) -> Params:
+def gradient_of_stationary(
+    maximize: bool, penalty: Penalty | None, gradient: Params, theta: Params, phi: Params
+) -> Params:
     """Return the gradient of :meth:`BilevelProblem.stationary` from that of g: ±∇g + ∇penalty, without a graph."""
-    gradient = tree.scale(gradient, -1.0) if problem.maximize else gradient
-    return gradient if problem.penalty is None else tree.add(gradient, _of_penalty(problem, theta, phi))
+    gradient = tree.scale(gradient, -1.0) if maximize else gradient
+    return gradient if penalty is None else tree.add(gradient, _of_penalty(penalty, theta, phi))
 
 
 def unseen_by_the_minimum(
@@ -113,7 +115,7 @@ def warn_of_another_map(
 def _ways(problem: BilevelProblem, state: InnerState, phi: Params, residual: Params) -> tuple[Tensor, Tensor]:
     """Return how far from θ updates come whose ``residual`` stays as it is, and such where it has the other sign."""
     sign = -1.0 if problem.maximize else 1.0
-    other = _of_penalty(problem, state.params, phi)
+    other = _of_penalty(problem.penalty, state.params, phi)
     furthest = []
     with torch.no_grad(), RngState(next(iter(phi.values())).device).fork():
         for direction in (1.0, -1.0):
@@ -128,10 +130,10 @@ def _ways(problem: BilevelProblem, state: InnerState, phi: Params, residual: Par
     return along, against
 
 
-def _of_penalty(problem: BilevelProblem, theta: Params, phi: Params) -> Params:
+def _of_penalty(penalty: Penalty | None, theta: Params, phi: Params) -> Params:
     """Return the gradient of the penalty."""
-    if problem.penalty is None:
+    if penalty is None:
         return tree.zeros_like(theta)
     theta = tree.leaves(theta)
     with torch.enable_grad():
-        return tree.grad(problem.penalty(theta, phi), theta)
+        return tree.grad(penalty(theta, phi), theta)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch._dynamo.guards
 
-from lightning_bilevel.compiled import plan, program
+from lightning_bilevel.compiled import losses, plan, program
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave Inductor out, and Dynamo without a trace of a test."""
-    monkeypatch.setattr(plan, "backend_for", lambda kind: "flat")
+    for module in (plan, losses):
+        monkeypatch.setattr(module, "backend_for", lambda kind: "flat")
     monkeypatch.setattr(
         torch._dynamo.guards, "profile_guard_manager", lambda *args: 0.0
     )  # flushes caches, half the time

@@ -293,5 +293,6 @@ def test_what_is_logged_is_that_of_the_last_step() -> None:
 def test_messages_tell_what_was_compiled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         both(weighted())
-    (message,) = [each for each in caplog.messages if "Compiled" in each]
-    assert message.startswith("Compiled an inner step of `Weighted` (with its derivative, flat) in ")
+    step, outer = [each for each in caplog.messages if "Compiled" in each]
+    assert step.startswith("Compiled an inner step of `Weighted` (with its derivative, flat) in ")
+    assert outer.startswith("Compiled the outer loss with its gradients of `Weighted` (flat) in ")

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,10 +30,10 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.calculus import inner_step, run
-from lightning_bilevel.compiled import CompiledStep, Compiler, plan
+from lightning_bilevel.compiled import CompiledStep, Compiler, losses, plan
 from lightning_bilevel.compiled.graphs import backend_for
 from lightning_bilevel.linear_solvers import Neumann
-from lightning_bilevel.problem import Episode, InnerState
+from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, weighted
 from tests.support.modules import Maml
 
@@ -181,17 +182,24 @@ def test_float64(calls: list[int]) -> None:
     assert calls
 
 
-def test_a_loss_of_a_strategy_of_its_own_is_eager() -> None:
-    module = weighted()
-    with pytest.warns(UserWarning, match="the strategy steps on a loss of its own"):
-        assert apart(*both(module, PenaltyGradient(penalty=2.0))) < 2e-6
+class Own(PenaltyGradient):
+    """Steps on a loss of its own, which holds an object."""
+
+    def estimate(self, problem: BilevelProblem, *args: Any) -> Any:
+        settings = {"weight": SimpleNamespace(value=2.0)}
+
+        def inner_loss(*args: Any) -> Any:
+            loss, after = problem.inner_loss(*args)
+            return settings["weight"].value * loss, after
+
+        return super().estimate(replace(problem, inner_loss=inner_loss), *args)
 
 
 def test_a_strategy_that_is_not_compiled_leaves_the_others_compiled(calls: list[int]) -> None:
     module = weighted()
-    with pytest.warns(UserWarning, match="the strategy steps on a loss of its own"):
-        both(module, PenaltyGradient(penalty=2.0))
-    calls.clear()
+    with pytest.warns(UserWarning, match="the strategy steps on a loss of its own, which holds an object, SimpleName"):
+        assert apart(*both(module, Own(penalty=2.0))) < 2e-6
+    assert not calls
     both(module)
     assert calls
 
@@ -255,7 +263,8 @@ def test_inductor(
     monkeypatch: pytest.MonkeyPatch,
     calls: list[int],
 ) -> None:
-    monkeypatch.setattr(plan, "backend_for", lambda kind: "inductor")
+    for each in (plan, losses):
+        monkeypatch.setattr(each, "backend_for", lambda kind: "inductor")
     module = weighted(
         net=lambda: stacked(norm(HIDDEN), nn.Dropout(), nn.Tanh(), nn.Dropout()),
         optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9),

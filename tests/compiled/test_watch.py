@@ -76,19 +76,6 @@ def test_a_compiler_that_is_switched_off_sees_nothing() -> None:
         watch.look(torch.ones(2))
 
 
-def test_a_tensor_that_the_watch_has_not_seen_cannot_be_followed() -> None:
-    functional = weighted().functional()
-    batch = episode().outer
-    watchman = Watchman(functional, batch)
-    with functional.session():
-        watchman.look(functional)
-        watchman.look_at_update(functional, 2)
-        with pytest.raises(NotCompiled, match=r"it reads a tensor of shape \(3,\) that cannot be followed"):
-            watchman.places([torch.ones(3)], [False], functional, [], 2)
-        (place,) = watchman.places([known := torch.ones(3)], [True], functional, [], 2)
-        assert place.value() is known
-
-
 def test_hooks_and_autocast_are_seen() -> None:
     module: Any = weighted()
     functional = module.functional()

@@ -1,0 +1,191 @@
+"""Graphs of the losses at a state: values, gradients, and products with the second derivatives of the inner loss.
+
+A graph takes, in this order: θ, φ, buffers, the tensors of the batch, then vectors, and last what the losses read
+besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.inner import inner_value_and_grads
+from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
+from lightning_bilevel.calculus.step import Condition, GradientStep
+from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
+from lightning_bilevel.compiled.passes import cut, taken
+from lightning_bilevel.compiled.program import Functions, Layout, Logged, traced_at
+from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.watch import Place
+from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.problem import BilevelProblem, Episode
+
+
+class Evaluations(Functions):
+    """What is traced: values and derivatives of a problem's losses, of lists of tensors.
+
+    Each returns what comes first, then what the loss logs, then what a second half may compute from vectors.
+
+    Args:
+        problem: whose losses these are.
+        layout: names the tensors.
+        recorder: of what the losses log.
+    """
+
+    def __init__(self, problem: BilevelProblem, layout: Layout, recorder: LogRecorder) -> None:
+        self.problem = replace(problem, compiler=None, observer=None)
+        super().__init__(GradientStep(self.problem), layout, recorder)
+        self._first = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many tensors come first, with what is logged, by the last call."""
+        return self._first + sum(each.value is None for each in self.logged)
+
+    def described(self, number: int) -> str:
+        """Return what an output is."""
+        return f"output {number} of the losses and their derivatives"
+
+    def outer(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Return f, and the buffers that it leaves."""
+        state, phi, batch, _ = self.layout.opened(args, steps)
+        with self._logging():
+            value, _ = outer_value(self.problem, state, phi, Episode([], batch))
+            buffers = self._left()
+        return self._found([value, *buffers])
+
+    def outer_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Return f, the buffers that it leaves, ∂f/∂θ and ∂f/∂φ."""
+        state, phi, batch, _ = self.layout.opened(args, steps)
+        with self._logging():
+            value, d, c, _ = outer_value_and_grads(self.problem, state, phi, Episode([], batch))
+            buffers = self._left()
+        return self._found([value, *buffers, *d.values(), *c.values()])
+
+    def inner_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Return g, ∂g/∂θ and ∂g/∂φ."""
+        return self._inner_slopes(args, steps, by_theta=True)
+
+    def inner_slopes_by_phi(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Return g and ∂g/∂φ."""
+        return self._inner_slopes(args, steps, by_theta=False)
+
+    def curvature(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Return ∂g/∂θ; then ∂²g/∂θ² v and v ∂²g/∂θ∂φ."""
+        condition, vector = self._condition(args, steps)
+        first = self._found(list(condition.residual.values()))
+        return [*first, *condition.transposed(vector).values(), *condition.mixed(vector).values()]
+
+    def _condition(self, args: list[Tensor], steps: int | Tensor) -> tuple[Condition, tree.Params]:
+        state, phi, batch, vectors = self.layout.opened(args, steps)
+        with self._logging():
+            condition = self.step.stationarity(state, phi, batch)
+        return condition, dict(zip(self.layout.names, vectors, strict=True))
+
+    def _inner_slopes(self, args: list[Tensor], steps: int | Tensor, by_theta: bool) -> list[Tensor | None]:
+        state, phi, batch, _ = self.layout.opened(args, steps)
+        with self._logging():
+            value, d, c = inner_value_and_grads(self.problem, state, phi, [batch], by_theta)
+        return self._found([value, *d.values(), *c.values()])
+
+    def _left(self) -> list[Tensor]:
+        buffers, beside = self._recorder.left()
+        if beside:
+            raise NotCompiled("it returns something beside its value")
+        return [buffers[name] for name in self.layout.buffers]
+
+    def _found(self, values: list[Tensor]) -> list[Tensor | None]:
+        """Return values, and what is logged."""
+        self._first = len(values)
+        logged = [value.detach() for value, _, _ in self._log.values() if isinstance(value, Tensor)]
+        return [*(value.detach().contiguous() for value in values), *logged]
+
+
+class Evaluation(NamedTuple):
+    """A graph of the losses at a state.
+
+    Attributes:
+        outputs: how many tensors it returns first: what is asked for, and what is logged.
+        logged: what is logged.
+        call: the graph; it also returns what later ones are given.
+        places: where it finds what the losses read besides its arguments.
+        own: how many arguments it takes, but for vectors.
+        later: the graphs of (arguments, kept, vectors) to products; none of values and gradients.
+    """
+
+    outputs: int
+    logged: list[Logged]
+    call: Call
+    places: list[Place]
+    own: int
+    later: tuple[Call, ...] = ()
+
+    def __call__(self, args: list[Tensor]) -> list[Tensor]:
+        """Return what the graph returns."""
+        return list(self.call([*args, *self.read()]))
+
+    @property
+    def logs(self) -> int:
+        """How many tensors are logged."""
+        return sum(each.value is None for each in self.logged)
+
+    def all_of(self, args: list[Tensor]) -> list[Tensor]:
+        """Return what the function returns that the graphs were made of, all products with the same vectors."""
+        if not self.later:
+            return self(args)
+        own, vectors = args[: self.own], args[self.own :]
+        results = self(own)
+        first, kept = results[: self.outputs], results[self.outputs :]
+        return first + [value for which in range(len(self.later)) for value in self.product(which, own, kept, vectors)]
+
+    def product(self, which: int, args: list[Tensor], kept: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+        """Return what one of the later graphs returns."""
+        return list(self.later[which]([*args, *kept, *vectors, *self.read()]))
+
+    def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
+        """Log what the loss logs."""
+        values = iter(results[self.outputs - self.logs : self.outputs])
+        for name, value, args, kwargs in self.logged:
+            log(name, next(values) if value is None else value, *args, **kwargs)
+
+    def read(self) -> list[Tensor]:
+        """Return what the losses read besides the arguments, as it is now."""
+        return [place.value() for place in self.places]
+
+
+def evaluation(
+    functions: Evaluations,
+    name: str,
+    args: list[Tensor],
+    backend: Backend,
+    places: Callable[[Traced], list[Place]],
+) -> Evaluation:
+    """Trace and compile one of the functions.
+
+    Args:
+        functions: those of a problem.
+        name: of the function.
+        args: all that it takes, for their shapes.
+        backend: what compiles.
+        places: where what the losses read is found; raises where that cannot be.
+
+    Raises:
+        NotCompiled: something cannot be traced or compiled.
+    """
+    traced = traced_at(getattr(functions, name), args, 0)
+    where, own = places(traced), functions.layout.inputs
+    if len(args) == own:
+        call = compiled(traced.graph, [*args, *traced.read], backend)
+        return Evaluation(functions.outputs, functions.logged, call, where, own)
+    outputs, names = functions.outputs, len(functions.layout.names)
+    halves = cut(traced.graph, own, outputs, len(traced.read))
+    forward = compiled(halves.forward, [*args[:own], *traced.read], backend)
+    kept = list(forward([*args[:own], *traced.read]))[outputs:]
+    given = [*args[:own], *kept, *args[own:], *traced.read]
+    parts = taken(halves.backward, range(names)), taken(halves.backward, range(names, len(traced.present) - outputs))
+    later = tuple(compiled(part, given, backend) for part in parts)
+    return Evaluation(outputs, functions.logged, forward, where, own, later)

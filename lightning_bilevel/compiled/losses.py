@@ -1,0 +1,189 @@
+"""Values and derivatives of the losses outside of steps, by graphs: the outer loss, and the inner one at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel.calculus.step import Condition
+from lightning_bilevel.compiled import evaluation
+from lightning_bilevel.compiled.agree import alike, precision
+from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations
+from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
+from lightning_bilevel.compiled.graphs import Traced, backend_for
+from lightning_bilevel.compiled.products import stationarity
+from lightning_bilevel.compiled.program import Layout
+from lightning_bilevel.compiled.reasons import NotCompiled, Refusals, What, reason
+from lightning_bilevel.compiled.sight import Sight, Sights
+from lightning_bilevel.compiled.watch import Level, Place, drawn_beside_torch
+from lightning_bilevel.host import rank_zero_info
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Slopes
+from lightning_bilevel.tree import Params
+
+
+class CompiledLosses:
+    """Values, gradients and products by graphs where there are some.
+
+    Args:
+        sights: watches what losses do.
+        refusals: what is eager.
+    """
+
+    def __init__(self, sights: Sights, refusals: Refusals) -> None:
+        self._sights, self._refusals = sights, refusals
+        self._parts: dict[Hashable, dict[str, Evaluation]] = {}
+
+    def outer_value(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Tensor | None:
+        """Return f; ``None`` where it has to be eager."""
+        found = self._found("outer", "outer", problem, state, phi, batch)
+        return None if found is None else self._judged(*found, state)[0]
+
+    def outer_slopes(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Slopes | None:
+        """Return f, ∂f/∂θ and ∂f/∂φ; ``None`` where they have to be eager."""
+        if (found := self._found("outer", "outer_slopes", problem, state, phi, batch)) is None:
+            return None
+        value, *slopes = self._judged(*found, state)
+        return value, *_trees(slopes, state.params, phi)
+
+    def inner_slopes(
+        self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, by_theta: bool
+    ) -> Slopes | None:
+        """Return g, ∂g/∂θ where that is wanted, and ∂g/∂φ; ``None`` where they have to be eager."""
+        name = "inner_slopes" if by_theta else "inner_slopes_by_phi"
+        if (found := self._found("gradients", name, problem, state, phi, batch)) is None:
+            return None
+        part, functional, args = found
+        results = part(args)
+        part.log(results, functional.recorder.log)
+        value, *slopes = results[: part.outputs - part.logs]
+        return value, *_trees(slopes, state.params if by_theta else {}, phi)
+
+    def condition(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
+        """Return the condition that ∇g is zero; ``None`` where it has to be eager."""
+        theta = list(state.params.values())
+        if (found := self._found("products", "curvature", problem, state, phi, batch, theta)) is None:
+            return None
+        part, functional, args = found
+        return stationarity(part, functional.recorder, args, state.params, phi)
+
+    def _found(
+        self,
+        what: What,
+        name: str,
+        problem: BilevelProblem,
+        state: InnerState,
+        phi: Params,
+        batch: Batch,
+        vectors: Sequence[Tensor] = (),
+    ) -> tuple[Evaluation, FunctionalModule, list[Tensor]] | None:
+        """Return a graph of a loss, the module and the arguments; ``None`` where it has to be eager."""
+        if self._refusals.holds(what):
+            return None
+        try:
+            made_of = fingerprint(problem, "outer_loss" if what == "outer" else "inner_loss")
+        except NotCompiled as error:  # of this strategy
+            self._refusals.say(what, error)
+            return None
+        at = InnerState(state.params, state.buffers)
+        try:
+            with torch.no_grad():
+                return self._part(what, name, problem, made_of, at, phi, batch, vectors)
+        except NotCompiled as error:
+            self._refusals.refuse(what, error)
+            return None
+
+    def _part(
+        self,
+        what: What,
+        name: str,
+        problem: BilevelProblem,
+        made_of: Fingerprint,
+        state: InnerState,
+        phi: Params,
+        batch: Batch,
+        vectors: Sequence[Tensor],
+    ) -> tuple[Evaluation, FunctionalModule, list[Tensor]]:
+        functional = made_of.functional
+        level: Level = "outer" if what == "outer" else "inner"
+        sight, flat = self._sights.of(made_of, problem.stacked, batch, level)
+        where = (level, made_of.key, flat.rest, shapes(state.params), shapes(phi), shapes(state.buffers))
+        present = sight.look(functional)
+        if (where, present) not in self._parts:
+            if sight.look(functional) != present:
+                raise NotCompiled("it does something else at every call")
+            self._sights.count(where)
+            self._parts[where, present] = {}
+        parts = self._parts[where, present]
+        values = (*state.params.values(), *phi.values(), *state.buffers.values(), *flat.tensors)
+        args = [*(value.detach().contiguous() for value in values), *made_of.held]
+        if name not in parts:
+            layout = Layout(state, phi, batch, [*flat.tensors, *made_of.held])
+            functions = Evaluations(problem, layout, functional.recorder)
+            places = _places(sight, functional, layout, made_of.held)
+            parts[name] = _made(functions, name, [*args, *vectors], functional, places)
+        return parts[name], functional, args
+
+    @staticmethod
+    def _judged(part: Evaluation, functional: FunctionalModule, args: list[Tensor], state: InnerState) -> list[Tensor]:
+        """Return what a graph of the outer loss returns, but for what it leaves, which is noted."""
+        recorder, results = functional.recorder, part(args)
+        recorder.before_outer_loss(writes=False)
+        part.log(results, recorder.log)
+        value, n = results[0], 1 + len(state.buffers)
+        recorder.after_outer_loss(dict(zip(state.buffers, results[1:n], strict=True)), value)
+        return [value, *results[n : part.outputs - part.logs]]
+
+
+def _places(
+    sight: Sight, functional: FunctionalModule, layout: Layout, held: list[Tensor]
+) -> Callable[[Traced], list[Place]]:
+    return lambda traced: sight.places(traced.read, traced.literal, functional, layout.buffers, held)
+
+
+def _made(
+    functions: Evaluations,
+    name: str,
+    args: list[Tensor],
+    functional: FunctionalModule,
+    places: Callable[[Traced], list[Place]],
+) -> Evaluation:
+    began, before, backend = time.perf_counter(), functional.snapshot(), backend_for(args[0].device.type)
+    with before.fork():
+        try:
+            part = evaluation.evaluation(functions, name, args, backend, places)
+        except NotCompiled:
+            raise
+        except Exception as error:  # torch's, of many kinds
+            raise NotCompiled(reason(error)) from error
+        if drawn_beside_torch(functional, before):
+            raise NotCompiled("it draws from NumPy, `random` or a generator of its own")
+        function = getattr(functions, name)
+        eager = lambda args: function(args, 0)  # noqa: E731
+        alike(eager, part.all_of, functions, args, precision(args, functional.autocast_dtype))
+    took, kind = time.perf_counter() - began, type(functional.module).__name__
+    rank_zero_info(f"Compiled the {_WORDS[name]} of `{kind}` ({backend}) in {took:.1f} s.")
+    return part
+
+
+_WORDS = {
+    "outer": "outer loss",
+    "outer_slopes": "outer loss with its gradients",
+    "inner_slopes": "inner loss with its gradients",
+    "inner_slopes_by_phi": "inner loss with its outer gradient",
+    "curvature": "products with second derivatives",
+}
+
+
+def _trees(values: Sequence[Tensor], theta: Params, phi: Params) -> tuple[Params, Params]:
+    """Return gradients by θ and by φ."""
+    n = len(theta)
+    return dict(zip(theta, values[:n], strict=True)), dict(zip(phi, values[n:], strict=True))
+
+
+def shapes(values: Params) -> Hashable:
+    """Return what a graph depends on of tensors."""
+    return tuple((name, value.shape, value.dtype, value.device) for name, value in values.items())

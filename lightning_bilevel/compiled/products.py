@@ -1,0 +1,66 @@
+"""Products with second derivatives by graphs: one at a time, and the terms of a Neumann series together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bilevel import tree
+from lightning_bilevel.calculus.step import Condition
+from lightning_bilevel.compiled.evaluation import Evaluation
+from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.tree import Params
+
+
+def stationarity(part: Evaluation, recorder: LogRecorder, args: list[Tensor], theta: Params, phi: Params) -> Condition:
+    """Return the condition that ∇g is zero.
+
+    Args:
+        part: the graphs.
+        recorder: of what the loss logs.
+        args: all that they take.
+        theta: names θ.
+        phi: names φ.
+    """
+    results = part(args)
+    part.log(results, recorder.log)
+    residual, kept = results[: part.outputs - part.logs], results[part.outputs :]
+
+    def product(which: int, like: Params, vector: Params) -> Params:
+        vectors = [vector[name].detach().contiguous() for name in theta]
+        return dict(zip(like, part.product(which, args, kept, vectors), strict=True))
+
+    return Condition(
+        dict(zip(theta, residual, strict=True)), lambda v: product(0, theta, v), lambda v: product(1, phi, v)
+    )
+
+
+def at_fixed_point(
+    residual: Params, phi: Params, live: Sequence[bool], backward: Callable[[list[Tensor]], list[Tensor]]
+) -> Condition:
+    """Return the condition that r = s − Ω(s, φ) is zero.
+
+    Args:
+        residual: r.
+        phi: outer parameters.
+        live: which of these Ω depends on.
+        backward: cotangents of Ω to those of s and of the outer parameters that it depends on.
+    """
+
+    def pulled(vector: Params) -> tuple[Params, Params]:
+        with torch.no_grad():
+            found = iter(backward([vector[name].detach().contiguous() for name in residual]))
+            by_state = {name: next(found) for name in residual}
+            by_phi = {
+                name: next(found) if there else torch.zeros_like(value)
+                for (name, value), there in zip(phi.items(), live, strict=True)
+            }
+        return by_state, by_phi
+
+    return Condition(
+        residual,
+        lambda v: tree.sub(v, pulled(v)[0]),
+        lambda v: tree.scale(pulled(v)[1], -1.0),
+    )

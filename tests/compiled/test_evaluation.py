@@ -1,0 +1,101 @@
+"""The functions of the losses on lists of tensors, and what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_bilevel import SGD
+from lightning_bilevel.calculus import inner_step
+from lightning_bilevel.calculus.inner import inner_value_and_grads
+from lightning_bilevel.calculus.outer import outer_value_and_grads
+from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations, evaluation
+from lightning_bilevel.compiled.program import Layout
+from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.problem import Episode, InnerState
+from lightning_bilevel.stacking import tensors_in
+from tests.support.compiled import episode, weighted
+
+
+class At:
+    """The losses of a problem, and all that their functions take."""
+
+    def __init__(self, **options: Any) -> None:
+        self.module = weighted(optimizer=lambda module: SGD(lr=0.1, weight_decay=0.1), **options)
+        self.functional = self.module.functional()
+        self.problem, self.phi = replace(self.functional.problem, compiler=None), self.functional.phi()
+        self.state, self.batch = InnerState(self.functional.theta()), episode().outer
+        tensors = list(tensors_in(self.batch))
+        layout = Layout(self.state, self.phi, self.batch, tensors)
+        self.functions = Evaluations(self.problem.stationary(), layout, self.functional.recorder)
+        self.args = [*self.state.params.values(), *self.phi.values(), *tensors]
+
+    def made(self, name: str, vectors: list[Tensor] | None = None) -> Evaluation:
+        return evaluation(self.functions, name, [*self.args, *(vectors or [])], "flat", lambda traced: [])
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_outer_loss_and_its_gradients() -> None:
+    at = At()
+    with at.functional.session():
+        value, d, c, _ = outer_value_and_grads(at.problem, at.state, at.phi, Episode([], at.batch))
+        same(at.made("outer_slopes")(at.args), [value, *d.values(), *c.values()])
+        same(at.made("outer")(at.args), [value])
+
+
+def test_the_inner_loss_and_its_gradients() -> None:
+    at = At()
+    with at.functional.session():
+        value, d, c = inner_value_and_grads(at.problem.stationary(), at.state, at.phi, [at.batch])
+        same(at.made("inner_slopes")(at.args), [value, *d.values(), *c.values()])
+        same(at.made("inner_slopes_by_phi")(at.args), [value, *c.values()])
+
+
+def test_products_are_those_of_the_step() -> None:
+    at = At()
+    with at.functional.session():
+        expected = inner_step(at.problem.stationary()).stationarity(at.state, at.phi, at.batch)
+        vectors = [torch.randn_like(value) for value in at.state.params.values()]
+        part = at.made("curvature", vectors)
+        results = part(at.args)
+        same(results[: part.outputs], list(expected.residual.values()))
+        v = dict(zip(at.state.params, vectors, strict=True))
+        for which, product in enumerate((expected.transposed, expected.mixed)):
+            same(part.product(which, at.args, results[part.outputs :], vectors), list(product(v).values()))
+        same(
+            part.all_of([*at.args, *vectors])[part.outputs :],
+            [*expected.transposed(v).values(), *expected.mixed(v).values()],
+        )
+
+
+def test_what_is_logged_comes_out_of_the_graph() -> None:
+    def logged(self: Any, loss: Tensor) -> Tensor:
+        self.log("twice", 2 * loss, prog_bar=True)
+        self.log("number", 3)
+        return loss
+
+    at, seen = At(term=logged), []
+    with at.functional.session():
+        part = at.made("inner_slopes")
+        part.log(part(at.args), lambda *args, **kwargs: seen.append((args, kwargs)))
+        (value, *_) = inner_value_and_grads(at.problem, at.state, at.phi, [at.batch])
+    (twice, options), (number, _) = seen
+    assert part.logs == 1
+    assert options == {"prog_bar": True}
+    torch.testing.assert_close(twice[1], 2 * value)
+    assert number == ("number", 3)
+
+
+def test_what_is_returned_beside_the_value_cannot_be_compiled() -> None:
+    at = At()
+    at.module.outer_loss = lambda batch: {"loss": at.module.net.weight.sum(), "more": 1}  # type: ignore[method-assign]
+    with at.functional.session(), pytest.raises(NotCompiled, match="it returns something beside its value"):
+        at.made("outer")
