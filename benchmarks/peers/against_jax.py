@@ -1,4 +1,4 @@
-"""One outer step, as it is, with ``compile=True``, and in JAX: MAML, data cleaning, forward gradients.
+"""One outer step, as it is, with ``compile=True``, and in JAX: MAML, data cleaning, forward and implicit gradients.
 
 Ours is a training step of a Trainer with all that Lightning does for it; JAX's is one jitted function with the outer
 optimizer inside (optax), its state made beforehand, of several programs the fastest. That all compute the same
@@ -8,7 +8,7 @@ Time: CPU seconds of the process, one thread; the contenders take turns and the 
 compiling takes is listed beside: CPU seconds of this process in the first step, without those of a C++ compiler.
 
     pip install jax optax
-    python benchmarks/peers/against_jax.py [--cases sinusoids images cleaning100 cleaning1000 forward100]
+    python benchmarks/peers/against_jax.py [--cases sinusoids images cleaning100 cleaning1000 forward100 implicit]
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from data_cleaning_speed import CASES as CLEANING
 from data_cleaning_speed import Cleaning
 from torch.utils.data import DataLoader
 
-from lightning_bilevel import ForwardGradient, HypergradientStrategy, ReverseUnroll, hypergradient, tree
+from lightning_bilevel import (
+    ForwardGradient,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    hypergradient,
+    tree,
+)
+from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.randomness import Key
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.few_shot_problems import images, sinusoids
 from support.fits import Stopwatch, fit
-from support.in_jax import Step, back, cleaning_step, image_loss, meta_step, of, sinusoid_loss
+from support.in_jax import Step, back, cleaning_step, image_loss, implicit_step, meta_step, of, sinusoid_loss
 from support.measure import cpu_seconds, turns
+from support.penalties import LR, TERMS, penalties
 from support.results import keep
 
 import report
@@ -91,12 +100,19 @@ def cleaning_in_jax(module: Any, episode: Any, rows: Any) -> dict[str, Step]:
     return {"scan": step}
 
 
+def implicit_in_jax(module: Any, episode: Any, rows: Any) -> dict[str, Step]:
+    p = {name: of(value) for name, value in module.named_parameters()}
+    data = [of(value) for value in (*episode.inner[0], *episode.outer)]
+    return {"products": implicit_step(p, data, LR, TERMS)}
+
+
 CASES = {
     "sinusoids": Case(partial(maml, sinusoids), partial(maml_in_jax, sinusoid_loss, ["vmap"]), steps=100),
     "images": Case(partial(maml, images), partial(maml_in_jax, image_loss, ["vmap", "written out"])),
     "cleaning100": Case(partial(cleaning, 100, 20), cleaning_in_jax, steps=20),
     "cleaning1000": Case(partial(cleaning, 1000, 20), cleaning_in_jax, steps=4),
     "forward100": Case(partial(cleaning, 100, 100), cleaning_in_jax, lambda: ForwardGradient(DIRECTIONS), steps=2),
+    "implicit": Case(penalties, implicit_in_jax, lambda: ImplicitGradient(Neumann(TERMS, step_size=LR)), steps=300),
 }
 
 
@@ -115,7 +131,8 @@ class Ours:
         """Return the hypergradient, along the directions that JAX's program has."""
         module, batch = self.case.make()
         module.compiles_steps = self.compiles
-        found = hypergradient(module, ReverseUnroll(), batch).grads
+        strategy = ReverseUnroll() if rows is not None else self.case.strategy()
+        found = hypergradient(module, strategy, batch).grads
         return found if rows is None else projected(found, rows)
 
     def seconds(self) -> float:

@@ -127,3 +127,37 @@ def cleaning_step(p: Any, data: Sequence[Any], steps: int, lr: float, decay: flo
 
     run = jax.jit(step)
     return lambda: {"example_logits": jax.block_until_ready(run(logits, p, *data))[1]}
+
+
+def implicit_step(p: Any, data: Sequence[Any], lr: float, terms: int) -> Step:
+    """Return an inner step on penalties of a logistic regression, and one of Adam along the implicit gradient there.
+
+    Args:
+        p: ``weight`` and ``log_penalty``.
+        data: x and signs of the inner batch, then of the outer one.
+        lr: inner rate, and α of the Neumann series.
+        terms: of the series.
+    """
+    jax, jnp, _, optax = modules()
+    adam = optax.adam(1e-3)
+    theta, phi = p["weight"], p["log_penalty"]
+
+    def outer(theta: Any, x: Any, sign: Any) -> Any:
+        return jax.nn.softplus(-sign * (x @ theta)).mean()
+
+    def step(theta: Any, phi: Any, state: Any, x: Any, sign: Any, x_outer: Any, sign_outer: Any) -> Any:
+        def slope(theta: Any, phi: Any) -> Any:
+            return jax.grad(lambda w: outer(w, x, sign) + (jnp.exp(phi) * w**2).sum() / 2)(theta)
+
+        theta = theta - lr * slope(theta, phi)
+        term = total = jax.grad(outer)(theta, x_outer, sign_outer)
+        for _ in range(terms - 1):
+            term = term - lr * jax.jvp(lambda theta: slope(theta, phi), (theta,), (term,))[1]
+            total = total + term
+        _, pull = jax.vjp(lambda phi: slope(theta, phi), phi)
+        grads = -pull(lr * total)[0]
+        updates, state = adam.update(grads, state, phi)
+        return theta, optax.apply_updates(phi, updates), state, grads
+
+    run, state = jax.jit(step), adam.init(phi)
+    return lambda: {"log_penalty": jax.block_until_ready(run(theta, phi, state, *data))[3]}

@@ -28,6 +28,7 @@ from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, pu
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
+from lightning_bilevel.linear_solvers.base import Series
 from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, WeighedBatch
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
@@ -78,11 +79,13 @@ class Condition(NamedTuple):
         residual: r, detached.
         transposed: v ↦ (∂r/∂s)ᵀ v.
         mixed: v ↦ v ∂r/∂φ.
+        series: terms of the Neumann series of ``transposed``, where they are to be had at once.
     """
 
     residual: Params
     transposed: Product
     mixed: Product
+    series: Series | None = None
 
 
 class InnerStep(ABC):
@@ -170,8 +173,8 @@ class InnerStep(ABC):
 
     def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
         """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, those of :meth:`stationarity`."""
-        _, hessian, mixed = self.stationarity(state, phi, batch)
-        return hessian, mixed
+        condition = self.stationarity(state, phi, batch)
+        return condition.transposed, condition.mixed
 
 
 class GradientStep(InnerStep):

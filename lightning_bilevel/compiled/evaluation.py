@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner import inner_value_and_grads
@@ -20,6 +20,7 @@ from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.passes import cut, taken
 from lightning_bilevel.compiled.program import Functions, Layout, Logged, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.problem import BilevelProblem, Episode
@@ -115,6 +116,9 @@ class Evaluation(NamedTuple):
         places: where it finds what the losses read besides its arguments.
         own: how many arguments it takes, but for vectors.
         later: the graphs of (arguments, kept, vectors) to products; none of values and gradients.
+        product_graph: the first of these, not compiled.
+        series: graphs of several terms of a series, by their number and α; ``None``: there is none.
+        backend: what compiles.
     """
 
     outputs: int
@@ -123,6 +127,9 @@ class Evaluation(NamedTuple):
     places: list[Place]
     own: int
     later: tuple[Call, ...] = ()
+    product_graph: fx.GraphModule | None = None
+    series: dict[tuple[int, float], Call | None] = {}  # noqa: RUF012  # each has its own
+    backend: Backend = "flat"
 
     def __call__(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the graph returns."""
@@ -145,6 +152,20 @@ class Evaluation(NamedTuple):
     def product(self, which: int, args: list[Tensor], kept: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
         """Return what one of the later graphs returns."""
         return list(self.later[which]([*args, *kept, *vectors, *self.read()]))
+
+    def terms(
+        self, count: int, step_size: float, args: list[Tensor], kept: list[Tensor], vectors: list[Tensor]
+    ) -> list[Tensor] | None:
+        """Return terms of the Neumann series of the first product, see :func:`written_out`."""
+        given = [*args, *kept, *vectors, *self.read()]
+        if (count, step_size) not in self.series:
+            assert self.product_graph is not None
+            first, n = len(args) + len(kept), len(vectors)
+            self.series[count, step_size] = written_out(
+                self.product_graph, given, first, n, count, step_size, self.backend
+            )
+        call = self.series[count, step_size]
+        return None if call is None else list(call(given))
 
     def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the loss logs."""
@@ -188,4 +209,4 @@ def evaluation(
     given = [*args[:own], *kept, *args[own:], *traced.read]
     parts = taken(halves.backward, range(names)), taken(halves.backward, range(names, len(traced.present) - outputs))
     later = tuple(compiled(part, given, backend) for part in parts)
-    return Evaluation(outputs, functions.logged, forward, where, own, later)
+    return Evaluation(outputs, functions.logged, forward, where, own, later, parts[0], {}, backend)

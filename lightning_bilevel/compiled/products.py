@@ -32,8 +32,16 @@ def stationarity(part: Evaluation, recorder: LogRecorder, args: list[Tensor], th
         vectors = [vector[name].detach().contiguous() for name in theta]
         return dict(zip(like, part.product(which, args, kept, vectors), strict=True))
 
+    def series(vector: Params, terms: int, step_size: float) -> tuple[Params, Params, Params] | None:
+        vectors, n = [vector[name].detach().contiguous() for name in theta], len(theta)
+        found = part.terms(terms, step_size, args, kept, vectors)
+        if found is None:
+            return None
+        total, last, before = (dict(zip(theta, found[i : i + n], strict=True)) for i in (0, n, 2 * n))
+        return total, last, before
+
     return Condition(
-        dict(zip(theta, residual, strict=True)), lambda v: product(0, theta, v), lambda v: product(1, phi, v)
+        dict(zip(theta, residual, strict=True)), lambda v: product(0, theta, v), lambda v: product(1, phi, v), series
     )
 
 

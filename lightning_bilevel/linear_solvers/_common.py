@@ -108,6 +108,11 @@ def _rewritten(system: LinearSystem, widen: MatVec, narrow: MatVec, dot: Dot) ->
     def through(fn: MatVec) -> MatVec:
         return lambda v: widen(fn(narrow(v)))
 
+    def at_once(v: Params, terms: int, step_size: float) -> tuple[Params, Params, Params] | None:
+        found = None if system.series is None else system.series(narrow(v), terms, step_size)
+        return None if found is None else (widen(found[0]), widen(found[1]), widen(found[2]))
+
+    exact = all(value.dtype == _widest(system.b) for value in system.b.values())  # terms keep the precision of here
     rewritten = LinearSystem(
         through(system.matvec),
         widen(system.b),
@@ -115,6 +120,7 @@ def _rewritten(system: LinearSystem, widen: MatVec, narrow: MatVec, dot: Dot) ->
         None if system.precondition is None else through(system.precondition),
         dot,
         system.symmetric,
+        at_once if system.series is not None and exact else None,
     )
     return rewritten, narrow
 

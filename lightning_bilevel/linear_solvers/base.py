@@ -14,6 +14,8 @@ from lightning_bilevel.tree import Params
 
 MatVec = Callable[[Params], Params]
 Dot = Callable[[Params, Params], Tensor]
+Series = Callable[[Params, int, float], tuple[Params, Params, Params] | None]
+"""(v, K, α) to Σ_{k<K} (I − αA)ᵏ v, its last term and the one before (v where K = 1); ``None``: product by product."""
 
 
 class LinearSystem(NamedTuple):
@@ -32,6 +34,7 @@ class LinearSystem(NamedTuple):
             a part of the vectors, it sums over the processes.
         symmetric: whether A is symmetric with respect to ``dot``, as a Hessian is. The system of a fixed point,
             (I − ∂Ω/∂θ)ᵀ x = b, is not.
+        series: sums terms of a Neumann series at once, where that takes less time than one product after the other.
 
     >>> import torch
     >>> LinearSystem(lambda v: {"w": 2 * v["w"]}, {"w": torch.tensor([8.0])}).symmetric
@@ -44,6 +47,7 @@ class LinearSystem(NamedTuple):
     precondition: MatVec | None = None
     dot: Dot = tree.dot
     symmetric: bool = True
+    series: Series | None = None
 
 
 class Solution(NamedTuple):

@@ -11,6 +11,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.errors import integer, number
 from lightning_bilevel.linear_solvers._common import normalized, same, start, warn_once
 from lightning_bilevel.linear_solvers.base import LinearSolver, LinearSystem, Solution
+from lightning_bilevel.tree import Params
 
 GROWTH = 0.01
 """By how much terms may grow before a series counts as divergent: rounding and noisy products stay below it.
@@ -69,11 +70,7 @@ class Neumann(LinearSolver):
         unit, restored = normalized(system)
         precondition = unit.precondition or same
         x, first, products = start(unit)
-        total = before = term = first
-        for _ in range(self.terms - 1):
-            before = term
-            term = tree.add(term, unit.matvec(precondition(term)), alpha=-self.step_size)
-            total = tree.add(total, term)
+        total, term, before = self._terms(unit, first)
         log_convex = unit.symmetric and unit.precondition is None  # see GROWTH
         other = before if log_convex else first
         pairs = (term, term), (other, other), (term, other)
@@ -84,6 +81,20 @@ class Neumann(LinearSolver):
             warn_once(self, f"`Neumann(step_size={self.step_size})` diverges: {reason}")
         value = restored(tree.add(x, precondition(total), alpha=self.step_size))
         return Solution(value, False if diverges else None, products + self.terms - 1, None)
+
+    def _terms(self, system: LinearSystem, first: Params) -> tuple[Params, Params, Params]:
+        """Return the sum of the terms, the last one and the one before."""
+        if system.series is not None and system.precondition is None:
+            found = system.series(first, self.terms, self.step_size)
+            if found is not None:
+                return found
+        precondition = system.precondition or same
+        total = before = term = first
+        for _ in range(self.terms - 1):
+            before = term
+            term = tree.add(term, system.matvec(precondition(term)), alpha=-self.step_size)
+            total = tree.add(total, term)
+        return total, term, before
 
 
 def _reason(last: float, earlier: float, cosine: float, log_convex: bool) -> str:

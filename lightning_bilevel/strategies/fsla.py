@@ -189,5 +189,5 @@ def _tracking(
 ) -> tuple[OuterEvaluation, Params, Params]:
     """Return f with its gradients, ∂_ω g, and ∂_λ f − ∂_λ∂_ω g v."""
     outer = outer_value_and_grads(problem, state, phi, episode)
-    residual, _, mixed = inner_step(problem.stationary()).stationarity(state, phi, batch)
-    return outer, residual, tree.sub(outer.c, mixed(v))
+    condition = inner_step(problem.stationary()).stationarity(state, phi, batch)
+    return outer, condition.residual, tree.sub(outer.c, condition.mixed(v))

@@ -128,14 +128,15 @@ class ImplicitGradient(HypergradientStrategy):
         right = {**tree.zeros_like(condition.residual), **d}
         precondition = _preconditioner(self.solver, problem, state, phi, first)
         symmetric = self.form == "gradient"
-        product = condition.transposed
+        product, series = condition.transposed, condition.series
         if others:
+            series = None
             rest = cycle([*others, first])
             products = chain([product], (self._condition(problem, state, phi, batch).transposed for batch in rest))
             product = lambda v: next(products)(v)  # noqa: E731
         guess = carry.strategy.get("x")
         x0 = guess if guess is not None and guess.keys() == right.keys() else None
-        system = LinearSystem(product, right, x0, precondition, symmetric=symmetric and not others)
+        system = LinearSystem(product, right, x0, precondition, symmetric=symmetric and not others, series=series)
         x, _, _, left = self.solver.solve(system)
         at = {name: value for name, value in state.flat().items() if name in right}
         metrics = {**metrics, "inner_residual": distance(condition.residual, x, right, at)}
