@@ -22,7 +22,7 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ from lightning_bilevel import (
 from lightning_bilevel.errors import value_error
 from pde import pinn
 from pde.equations import EQUATIONS, grid, observe
-from pde.search import search
+from pde.search import Search, adam, search
 from pde.spectral import SCHEMES, solve
 
 
@@ -82,10 +82,7 @@ class Discovery(BilevelModule):
         return [self.log_nu]
 
     def configure_optimizers(self):
-        # The gradient grows and shrinks by orders of magnitude within a few steps on the way from a far start:
-        # Adam's moments have to forget as fast, or its steps become too small long before the end.
-        optimizer = torch.optim.Adam([self.log_nu], lr=self.hparams.outer_lr, betas=(0.5, 0.5))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams.steps)
+        optimizer, schedule = adam(self.log_nu, self.hparams.outer_lr, self.hparams.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -246,15 +243,15 @@ def discover(args: argparse.Namespace, name: str, start: float, truth: np.ndarra
     return Found(row, u, [start, *logged["nu"][1]])
 
 
-def searched(name: str, truth: np.ndarray) -> dict[str, Any]:
-    """Return what a search over ν finds, and what it takes."""
+def without(name: str, truth: np.ndarray, find: Callable[[np.ndarray], Search], start: float | None) -> dict[str, Any]:
+    """Return what is found from the observations without a hypergradient, and what it takes."""
     began, cpu = time.perf_counter(), time.process_time()
-    found = search(name, observe(truth))
+    found = find(observe(truth))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     u = solve(name, found.nu)
     return {
         "equation": name,
-        "start": None,
+        "start": start,
         "nu": found.nu,
         "error of nu": abs(found.nu / EQUATIONS[name].nu - 1),
         "error of u": float(np.linalg.norm(u - truth) / np.linalg.norm(truth)),
@@ -263,6 +260,11 @@ def searched(name: str, truth: np.ndarray) -> dict[str, Any]:
         "seconds": seconds,
         "CPU seconds": cpu,
     }
+
+
+def searched(name: str, truth: np.ndarray) -> dict[str, Any]:
+    """Return what a search over ν finds."""
+    return without(name, truth, lambda observed: search(name, observed), None)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -307,15 +309,17 @@ def draw(path: Path, found: Mapping[str, Sequence[Found]], truths: Mapping[str, 
             middle.plot(observe(x[None])[0], observe(truth)[(when + 1) // 32 - 1], "o", ms=4, color=report.VERMILION)
         middle.plot([], [], color=report.GREY, lw=4, alpha=0.45, label="true")
         middle.plot([], [], "o", ms=4, color=report.VERMILION, label="observed")
+        low, high = middle.get_ylim()
         middle.set(title=f"Solution, error {best.row['error of u']:.1g}", xlabel="x", ylabel="u")
-        middle.legend(fontsize=8)
+        middle.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+        middle.legend(loc="upper center", ncols=2, handlelength=1.2, columnspacing=0.8, handletextpad=0.5)
 
         for run in runs:
             right.plot(run.curve, color=report.BLUE, lw=1.5, alpha=1 if run is best else 0.45)
             right.plot(0, run.curve[0], "o", ms=4, color=report.BLUE, clip_on=False)
         right.axhline(equation.nu, color=report.VERMILION, ls="--", lw=1.2, label=rf"true $\nu$ = {equation.nu:.3g}")
         right.set(title=rf"$\nu$ from {len(runs)} starts", xlabel="outer step", ylabel=r"$\nu$", yscale="log")
-        right.legend(fontsize=8)
+        right.legend()
     figure.savefig(path)
 
 

@@ -56,14 +56,20 @@ def spread(values: list[float], unit: float) -> str:
 
 
 def searches(found: dict[str, Any]) -> str:
-    """Return the runs that find ν, from the errors above, beside a search over one number."""
-    heads = ("equation", "`ZerothOrder`: solutions", "CPU s", "error of ν", "search: solutions", "CPU s", "error of ν")
+    """Return what finds ν without a hypergradient beside the runs above, of those starts that find it."""
+    heads = ("equation", "method", "starts that find ν", "solutions", "error of ν")
     rows = []
     for name, title in NAMES.items():
-        good, one = [row for row in found[name]["rows"] if row["loss"] < FOUND], found["search"][name]
-        cells = [f"{2 * good[0]['steps']}", f"{mean(row['CPU seconds'] for row in good):.1f}"]
-        cells += [f"{mean(row['error of nu'] for row in good):.0e}", str(one["solutions"])]
-        rows.append([title, *cells, f"{one['CPU seconds']:.1f}", f"{one['error of nu']:.0e}"])
+        ways = {
+            "`ZerothOrder`": [{"solutions": 2 * row["steps"], **row} for row in found[name]["rows"]],
+            "Adam on central differences": found["differences"][name],
+            "grid and Brent's method": [found["search"][name]],
+        }
+        for way, every in ways.items():
+            good = [row for row in every if row["loss"] < FOUND]
+            share = "no start" if way.startswith("grid") else f"{len(good)} of {len(every)}"
+            error = mean(row["error of nu"] for row in good)
+            rows.append([title, way, share, str(good[0]["solutions"]), f"{error:.0e}"])
     return markdown(heads, rows)
 
 

@@ -1,4 +1,4 @@
-"""The search over ν, on an equation solved in closed form in place of the spectral solver."""
+"""The search over ν and the descent along differences, on fields in closed form in place of the spectral solver."""
 
 from __future__ import annotations
 
@@ -34,4 +34,18 @@ def test_a_solution_that_is_not_finite_is_no_answer(monkeypatch: pytest.MonkeyPa
 def test_the_least_may_be_at_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "solve", lambda name, nu: np.full(tuple(map(len, grid())), nu))
     found = module.search("kdv", np.full((8, 8), 1.0))
+    assert found.nu == pytest.approx(EQUATIONS["kdv"].largest_start)
+
+
+def test_differences_go_downhill_to_the_nearest_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "solve", wave)
+    near, far = (module.descend("kdv", observe(wave("kdv", 0.0031)), start) for start in (0.0025, 0.0003))
+    assert near.nu == pytest.approx(0.0031, rel=1e-3)
+    assert near.loss < 1e-5 < 1e-2 < far.loss
+    assert near.solutions == 300
+
+
+def test_a_descent_ends_at_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "solve", lambda name, nu: np.full(tuple(map(len, grid())), math.log(nu)))
+    found = module.descend("kdv", np.full((8, 8), 1.0), start=0.005, steps=20)
     assert found.nu == pytest.approx(EQUATIONS["kdv"].largest_start)
