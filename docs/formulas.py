@@ -33,6 +33,9 @@ FORMULAS = {
     "EvoGrad": r"\hat g = c - \frac{1}{\tau} \sum_{k=1}^{K} w_k\, \langle d, \theta_k - \theta^* \rangle\, "
     r"\partial_\varphi g(\theta_k, \varphi), \qquad w = \mathrm{softmax}_k (-g(\theta_k, \varphi) / \tau), "
     r"\qquad \theta^* = \sum_k w_k \theta_k",
+    "PES": r"\hat g = \frac{1}{2 b \mu} \sum_{i=1}^{b} "
+    r"\big( h(\varphi + \mu v_i;\, s_i^+) - h(\varphi - \mu v_i;\, s_i^-) \big)\, V_i, "
+    r"\qquad V_i = \sum_{k} v_i^{(k)}",
     "PZOBO": r"\hat g = c + \frac{1}{Q} \sum_{j=1}^{Q} \langle "
     r"\frac{\theta_T(\varphi + \mu u_j) - \theta_T(\varphi)}{\mu},\, d \rangle\, u_j, \qquad u_j \sim N(0, I)",
     "ZerothOrder": r"\hat g = \frac{1}{b} \sum_{i=1}^{b} \frac{h(\varphi + \mu v_i) - h(\varphi)}{\mu}\, v_i",

@@ -485,7 +485,7 @@ class BilevelProblem:
 
         def initial(carried: Params, phi: Params) -> Params:
             if each_phi:
-                return vmap(self.initial, in_dims=(None, 0))(carried, phi)
+                return vmap(self.initial)(carried, phi)
             if carried:
                 return vmap(self.initial, in_dims=(0, None), randomness="different")(carried, phi)
             # All is shared: the starts are equal, unless the user's hook draws.
@@ -502,7 +502,7 @@ class BilevelProblem:
             one_from = self.initial_from
             assert one_from is not None
             if each_phi:
-                return vmap(lambda outer: one_from(carried, outer, batches))(phi)
+                return vmap(lambda own, outer: one_from(own, outer, batches))(carried, phi)
             one = lambda carried, batches: one_from(carried, phi, batches)  # noqa: E731
             return vectorized(one, carried, batches, randomness="different")
 

@@ -61,6 +61,7 @@ class Call:
         key: of its random directions.
         shard: (i, n): this process evaluates the i-th of n shards of the directions.
         step: outer optimizer steps taken so far; does not change what is drawn.
+        together: of draws that all processes make alike, where each has a key of its own; see :attr:`common`.
 
     >>> Call(Key((1,)), shard=(1, 2)).bounds(5)
     (3, 5)
@@ -69,6 +70,12 @@ class Call:
     key: Key = Key()
     shard: tuple[int, int] = (0, 1)
     step: int = 0
+    together: Key | None = None
+
+    @property
+    def common(self) -> Key:
+        """The key of draws that all processes make alike, for what is carried is averaged over them."""
+        return self.key if self.together is None else self.together
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return the range of direction numbers in this call's shard of ``range(count)``.

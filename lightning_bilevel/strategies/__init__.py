@@ -12,6 +12,7 @@ from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
 from lightning_bilevel.strategies.meha import MEHA
 from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
+from lightning_bilevel.strategies.pes import PES
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
 from lightning_bilevel.strategies.schedule import HypergradientSchedule
@@ -32,6 +33,7 @@ __all__ = [
     "HypergradientStrategy",
     "ImplicitGradient",
     "MEHA",
+    "PES",
     "PZOBO",
     "PenaltyGradient",
     "ReverseUnroll",

@@ -104,7 +104,7 @@ class DirectionalStrategy(HypergradientStrategy):
         span, kept = Span(phi, min(self.num_directions - 1, len(members) + self.remember)), dict[str, Params]()
         for name, guide in members.items():
             # Every process needs the same q, so the guide's own directions are not sharded. They are none of ours.
-            own = Call(call.key.fold_in(name), step=call.step)
+            own = Call(call.key.fold_in(name), step=call.step, together=call.common.fold_in(name))
             if rng is not None:
                 rng.restore()  # a guide sees the dropout masks of the run at φ
             guess = guide.estimate(problem, carry.of(name), phi, episode, own)

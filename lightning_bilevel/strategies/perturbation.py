@@ -66,14 +66,34 @@ class PerturbedRuns:
 
         return self._each(directions, mu, judged)["h"]
 
-    def _each(self, directions: Params, mu: float, read: _Read) -> Params:
+    def ends(self, directions: Params, mu: float, states: InnerState) -> tuple[Tensor, InnerState]:
+        """Return h at φ + μ v_i, shape ``(n,)``, and the ends of the runs, each from a state of its own.
+
+        Args:
+            directions: v, stacked: ``(n, *shape)`` per outer parameter.
+            mu: μ.
+            states: the states that the runs start from, stacked.
+        """
+
+        def judged(problem: BilevelProblem, final: InnerState, phi: Params) -> Params:
+            value, _ = outer_value(problem, final, phi, self.episode)
+            buffers = {f"{_BUFFER}{name}": buffer for name, buffer in final.buffers.items()}
+            return {_H: value, **replace(final, total=None).flat(), **buffers}
+
+        found = self._each(directions, mu, judged, states)
+        buffers = {name: found[f"{_BUFFER}{name}"] for name in self.base.state.buffers}
+        return found[_H], replace(self.base.state, buffers=buffers).unflat(found)
+
+    def _each(self, directions: Params, mu: float, read: _Read, states: InnerState | None = None) -> Params:
         count = next(iter(directions.values())).shape[0]
+        # Views, where all start from the same.
+        starts = self.carried.map(lambda value: value.expand(count, *value.shape)) if states is None else states
         with RngState(self._device).fork():
             if count > 1 and not self.problem.findings.get(_LOOPED):
                 try:
-                    found = self._vectorized(directions, mu, count, read)
+                    found = self._vectorized(directions, mu, starts, read)
                     if not self.problem.findings.get(_COMPARED):
-                        self._compare(directions, mu, read, found)
+                        self._compare(directions, mu, starts, read, found)
                     return found
                 except MisconfigurationError:
                     raise
@@ -83,13 +103,17 @@ class PerturbedRuns:
                         "The losses cannot be vectorized over directions, so the perturbed runs are looped: "
                         f"{str(error).splitlines()[0]} Set `chunk_size=1` to choose this without a warning."
                     )
-            moved = (tree.add(self.phi, tree.index(directions, number), alpha=mu) for number in range(count))
-            return tree.stack([self._run(self.problem, self.carried, phi, read) for phi in moved])
+            return tree.stack([self._alone(number, directions, mu, starts, read) for number in range(count)])
 
-    def _compare(self, directions: Params, mu: float, read: _Read, found: Params) -> None:
+    def _alone(self, number: int, directions: Params, mu: float, starts: InnerState, read: _Read) -> Params:
+        moved = tree.add(self.phi, tree.index(directions, number), alpha=mu)
+        return self._run(self.problem, starts.map(lambda value: value[number]), moved, read)
+
+    def _compare(self, directions: Params, mu: float, starts: InnerState, read: _Read, found: Params) -> None:
         """Raise unless the first of the vectorized runs is that of a loop: hooks, for one, are not called there."""
-        moved = tree.add(self.phi, tree.index(directions, 0), alpha=mu)
-        alone, first = self._run(self.problem, self.carried, moved, read), tree.index(found, 0)
+        alone = self._alone(0, directions, mu, starts, read)
+        alone = {name: value for name, value in alone.items() if not _counts(value)}
+        first = {name: found[name][0] for name in alone}
         difference, size = tree.norm(tree.sub(alone, first)), tree.norm(alone)
         half = torch.finfo(size.dtype).bits < 32 or torch.is_autocast_enabled(self._device.type)
         if not difference <= (_ALIKE_IN_HALF if half else _ALIKE) * size:
@@ -98,14 +122,10 @@ class PerturbedRuns:
             )
         self.problem.findings[_COMPARED] = True
 
-    def _vectorized(self, directions: Params, mu: float, count: int, read: _Read) -> Params:
+    def _vectorized(self, directions: Params, mu: float, starts: InnerState, read: _Read) -> Params:
         phi = {name: value + mu * directions[name] for name, value in self.phi.items()}
-        carried = replace(
-            self.carried,
-            buffers=tree.expand(self.carried.buffers, count),
-            opt_state={slot: tree.expand(values, count) for slot, values in self.carried.opt_state.items()},
-        )
-        return self._run(self.problem.vmapped(count, over="phi"), carried, phi, read)
+        count = next(iter(phi.values())).shape[0]
+        return self._run(self.problem.vmapped(count, over="phi"), starts, phi, read)
 
     def _run(self, problem: BilevelProblem, carried: InnerState, phi: Params, read: _Read) -> Params:
         self._rng.restore()
@@ -134,6 +154,13 @@ def computed_in(
             outer_value(problem, state, phi, episode)
     return seen.dtype
 
+
+def _counts(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex())
+
+
+_H, _BUFFER = ":h", ":buffer:"
+"""Names beside those of :meth:`InnerState.flat`."""
 
 _LOOPED = "the losses do not vectorize over phi"
 _COMPARED = "vectorized over phi, a run was that of a loop"

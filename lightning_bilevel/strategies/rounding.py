@@ -108,6 +108,22 @@ def first_look(problem: BilevelProblem, strategy: str, mu: float) -> bool:
     return first
 
 
+def look_at_differences(strategy: str, mu: float, value: Tensor, computed: torch.dtype | None) -> None:
+    """Warn where differences of the outer loss over μ are mostly rounding: where μ² < ε h.
+
+    Args:
+        strategy: the class name.
+        mu: μ.
+        value: h.
+        computed: the least precise dtype that anything was computed in, as :class:`CoarsestDtype` has seen.
+    """
+    dtype = value.dtype if computed is None else coarser(value.dtype, computed)
+    rounding = torch.finfo(dtype).eps * abs(value.item())
+    if mu**2 < rounding:
+        reason = f"differences of an outer loss of {value.item():.3g} are mostly rounding"
+        warn_of_rounding(strategy, mu, dtype, reason, f"about {math.sqrt(rounding):.1g}")
+
+
 def warn_of_rounding(strategy: str, mu: float, dtype: torch.dtype, reason: str, enough: str) -> None:
     """Say that μ is too small for differences, and what to do.
 
@@ -120,5 +136,6 @@ def warn_of_rounding(strategy: str, mu: float, dtype: torch.dtype, reason: str, 
     """
     finer = "float64" if dtype == torch.float32 else "float32 or float64"
     warnings.warn(
-        f"`{strategy}(mu={mu})` is small for {dtype}: {reason}. Raise `mu` to {enough}, or use {finer}.", stacklevel=3
+        f"`{strategy}(mu={mu})` is small for {dtype}: {reason}. Raise `mu` to {enough}, or use {finer}.",
+        stacklevel=3,
     )

@@ -55,7 +55,7 @@ class SOBA(HypergradientStrategy):
     ξ₁, ξ₂, ξ₃ are the first three inner batches of the episode (cycled). Needs ``inner_start="warm"``,
     ``inner_steps=1``, no shared parameters, one episode a batch.
 
-    Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1, eq. 5–7, and section 3 (SABA); MA-SOBA: Chen et
+    Source: Dagréou et al., NeurIPS 2022, arXiv 2201.13409, Algorithm 1, eq. 5–7, and SABA; MA-SOBA: Chen et
     al., 2023, arXiv 2306.12067; SUSTAIN: Khanduri et al., NeurIPS 2021, arXiv 2102.07367; SRBA: Dagréou et al., AISTATS
     2024, arXiv 2302.08766, Algorithm 1.
 

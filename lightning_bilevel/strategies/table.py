@@ -17,6 +17,7 @@ from lightning_bilevel.strategies.gamma_greedy import GammaGreedy
 from lightning_bilevel.strategies.implicit_gradient import ImplicitGradient
 from lightning_bilevel.strategies.meha import MEHA
 from lightning_bilevel.strategies.penalty_gradient import PenaltyGradient
+from lightning_bilevel.strategies.pes import PES
 from lightning_bilevel.strategies.pzobo import PZOBO
 from lightning_bilevel.strategies.reverse_unroll import ReverseUnroll
 from lightning_bilevel.strategies.soba import SOBA
@@ -71,6 +72,7 @@ def one_of_each() -> list[HypergradientStrategy]:
         MEHA(),
         PZOBO(2),  # two runs at once: one alone is not vectorized
         ZerothOrder(2),
+        PES(),
     ]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,7 +13,7 @@ from lightning_bilevel.errors import number, one_of
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
 from lightning_bilevel.strategies.perturbation import PerturbedRuns, computed_in
-from lightning_bilevel.strategies.rounding import coarser, first_look, warn_of_rounding
+from lightning_bilevel.strategies.rounding import first_look, look_at_differences
 from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
 
@@ -84,15 +82,8 @@ class ZerothOrder(DirectionalStrategy):
         computed = computed_in(problem, start, phi, episode, judged=True) if look else None
         slopes = _Differences(problem, start, phi, episode, self)
         if look:
-            self._look_at_rounding(slopes.value, computed)
+            look_at_differences("ZerothOrder", self.mu, slopes.value, computed)
         return slopes
-
-    def _look_at_rounding(self, value: Tensor, computed: torch.dtype | None) -> None:
-        dtype = value.dtype if computed is None else coarser(value.dtype, computed)
-        rounding = torch.finfo(dtype).eps * abs(value.item())
-        if self.mu**2 < rounding:
-            reason = f"differences of an outer loss of {value.item():.3g} are mostly rounding"
-            warn_of_rounding("ZerothOrder", self.mu, dtype, reason, f"about {math.sqrt(rounding):.1g}")
 
 
 class _Differences(Slopes):

@@ -177,7 +177,8 @@ def by_hand(
     optimizer = module.configure_optimizers()
     carry: Carry | None = None
     for number, episodes in enumerate(steps):
-        calls = [Call(Key((SEED, number, 0, rank)), step=number // accumulate) for rank in range(len(episodes))]
+        keys = [Key((SEED, number, 0, rank)) for rank in range(len(episodes))]
+        calls = [Call(key, step=number // accumulate, together=keys[0]) for key in keys]
         results = [
             estimated(functional, memory, strategy, [episode], call, carry=carry)
             for episode, call in zip(episodes, calls, strict=True)

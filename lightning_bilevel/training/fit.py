@@ -355,7 +355,7 @@ class Fit:
         if self._epoch != module.current_epoch:
             self._epoch, memory.modes = module.current_epoch, modes_of(module)
         key = Key((memory.seed, memory.estimates, 0, ranks.rank))
-        call = Call(key, ranks.shard, module.global_step)
+        call = Call(key, ranks.shard, module.global_step, Key((memory.seed, memory.estimates, 0, 0)))
         episodes: list[Episode] = []
 
         def own() -> Hypergradient:

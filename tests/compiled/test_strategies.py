@@ -59,6 +59,7 @@ PARTS = {
     "SOBA-corrected": PRODUCTS | VALUE | OUTER,
     "FSLA": STEP | PRODUCTS | OUTER,
     "ZerothOrder": STEP | VALUE,
+    "PES": STEP | VALUE,
     "PZOBO": STEP | OUTER,
     "HypergradientSchedule": STEP | BACK | OUTER,
 }

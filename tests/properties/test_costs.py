@@ -20,6 +20,7 @@ from lightning_bilevel import (
     DARTS,
     FSLA,
     MEHA,
+    PES,
     PZOBO,
     SOBA,
     EvoGrad,
@@ -116,6 +117,8 @@ COSTS: dict[str, tuple[HypergradientStrategy, dict[str, int]]] = {
     "central": (ZerothOrder(4, scheme="central", chunk_size=1), expected(9 * T, 9, gradients=9 * T)),
     # The base run, all others at once, and at the first estimate one of them alone to compare with.
     "zeroth order, vectorized": (ZerothOrder(4), expected(3 * T, 3, gradients=3 * T)),
+    # Pairs, whether their states have gone on or not.
+    "PES": (PES(2, chunk_size=1), expected(5 * T, 5, gradients=5 * T)),
     # The outer loss is differentiated once, and evaluated nowhere else.
     "PZOBO": (PZOBO(4, chunk_size=1), expected(5 * T, 1, gradients=5 * T + 1)),
     # The first term is free.

@@ -16,7 +16,7 @@ DERIVATIVES = {name: row for name, row in ROWS.items() if name not in DIFFERENCE
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 every_derivative = pytest.mark.parametrize("row", DERIVATIVES.values(), ids=DERIVATIVES)
 every_difference = pytest.mark.parametrize("row", DIFFERENCES.values(), ids=DIFFERENCES)
-expected_words = pytest.mark.filterwarnings("ignore:With `Trainer.precision", "ignore:`(PZOBO|ZerothOrder)")
+expected_words = pytest.mark.filterwarnings("ignore:With `Trainer.precision", "ignore:`(PES|PZOBO|ZerothOrder)")
 
 
 @every_row
@@ -50,7 +50,7 @@ def with_larger_mu(row: Row) -> tuple[Problem, HypergradientStrategy]:
 @every_difference
 def test_bf16_mixed_differences_want_a_larger_mu(row: Row) -> None:
     module, strategy = made(row)
-    with pytest.warns(UserWarning, match=r"^`(PZOBO|ZerothOrder)\(mu=0\.001\)` is small for torch\.bfloat16"):
+    with pytest.warns(UserWarning, match=r"^`(PES|PZOBO|ZerothOrder)\(mu=0\.001\)` is small for torch\.bfloat16"):
         wrong = fitted(module, strategy, precision="bf16-mixed")
     expected = by_hand(*made(row), torch.float32)
     assert error(wrong, expected) > 0.1

@@ -17,7 +17,7 @@ from tests.support.seeds import seeded
 
 SECOND_ORDER = ("ReverseUnroll", "TruncatedReverse", "ForwardUnroll", "ForwardGradient", "ImplicitGradient")
 FORWARD = "ForwardGradient(mode='forward')"
-PERTURBED = ("PZOBO", "ZerothOrder")
+PERTURBED = ("PES", "PZOBO", "ZerothOrder")
 
 
 class Net(BilevelModule):

@@ -12,6 +12,7 @@ from lightning_bilevel import (
     DARTS,
     FSLA,
     MEHA,
+    PES,
     PZOBO,
     SOBA,
     BilevelModule,
@@ -112,6 +113,7 @@ ROWS: dict[str, Row] = {
     "PZOBO-guided-remembering": Row(
         lambda T, N: PZOBO(4, mu=1e-3, guide=ZerothOrder(1, mu=1e-3), remember=True), tolerance=1e-7
     ),
+    "PES": Row(lambda T, N: PES(num_directions=3, mu=1e-3), tolerance=1e-7),
     "HypergradientSchedule": Row(lambda T, N: HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)])),
 }
 

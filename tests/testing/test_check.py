@@ -15,6 +15,7 @@ from lightning_bilevel import (
     DARTS,
     FSLA,
     MEHA,
+    PES,
     PZOBO,
     SOBA,
     EvoGrad,
@@ -49,6 +50,7 @@ FAST = {
     "EvoGrad": EvoGrad(3),
     "ZerothOrder": ZerothOrder(3),
     "PZOBO": PZOBO(3),
+    "PES": PES(2),
     "PZOBO-remembering": PZOBO(3, guide=FirstOrder(), remember=True),
     "HypergradientSchedule": HypergradientSchedule([(TruncatedReverse(1), 1), (FirstOrder(), None)]),
 }
