@@ -113,13 +113,14 @@ class CompiledLosses:
         where = (level, made_of.key, flat.rest, shapes(state.params), shapes(phi), shapes(state.buffers))
         present = sight.look(functional)
         if (where, present) not in self._parts:
+            functional.turns += 1
             if sight.look(functional) != present:
                 raise NotCompiled("it does something else at every call")
             self._sights.count(where)
             self._parts[where, present] = {}
         parts = self._parts[where, present]
         values = (*state.params.values(), *phi.values(), *state.buffers.values(), *flat.tensors)
-        args = [*(value.detach().contiguous() for value in values), *made_of.held]
+        args = [*map(plain, values), *made_of.held]
         if name not in parts:
             layout = Layout(state, phi, batch, [*flat.tensors, *made_of.held])
             functions = Evaluations(problem, layout, functional.recorder)
@@ -182,6 +183,11 @@ def _trees(values: Sequence[Tensor], theta: Params, phi: Params) -> tuple[Params
     """Return gradients by θ and by φ."""
     n = len(theta)
     return dict(zip(theta, values[:n], strict=True)), dict(zip(phi, values[n:], strict=True))
+
+
+def plain(value: Tensor) -> Tensor:
+    """Return a tensor as a graph takes it."""
+    return value if not value.requires_grad and value.is_contiguous() else value.detach().contiguous()
 
 
 def shapes(values: Params) -> Hashable:

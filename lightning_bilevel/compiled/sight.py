@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -23,7 +24,7 @@ MOST_KINDS = 8
 MOST_CHANGES = 8
 """States of the user's Python that are compiled for one kind of batch."""
 
-MOST_LOSSES = 64
+MOST_LOSSES = 32
 """Losses of a strategy's own, stacks of other sizes among them, that are compiled."""
 
 
@@ -93,6 +94,11 @@ class Sight:
         return [*(watchman.loss for watchman in self._watchmen), *of_optimizer, *([first.penalty] * self._penalty)]
 
 
+@functools.cache
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("+")[0].split(".")[:2]))
+
+
 class Sights:
     """Watches what losses do on each kind of batch, and counts how much there is to compile."""
 
@@ -113,7 +119,7 @@ class Sights:
         Raises:
             NotCompiled: that cannot be watched.
         """
-        if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < LEAST_TORCH:
+        if _version(torch.__version__) < LEAST_TORCH:
             raise NotCompiled(f"that takes PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer")
         flat = flattened(batch)
         if flat.rest is None:

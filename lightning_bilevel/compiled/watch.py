@@ -8,6 +8,7 @@ compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, Literal
 
@@ -124,6 +125,7 @@ class Watchman:
         self._module, self._batch, self._update = module, batch, update
         self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
         self._updates: dict[int, Watch] = {}
+        self._seen: dict[Hashable, tuple[Hashable, int]] = {}
         self._theta = functional.theta()
         self.examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
 
@@ -136,8 +138,14 @@ class Watchman:
         Raises:
             NotCompiled: Dynamo cannot follow.
         """
-        with functional.recorder.apart(_looked_at), functional.in_place({}):  # under the user's autocast
-            return self.loss.look(self._batch), _surroundings(self._module, functional)
+        around = _surroundings(self._module, functional)
+
+        def look() -> int:
+            under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
+            with functional.recorder.apart(_looked_at), under:
+                return self.loss.look(self._batch)
+
+        return self._once("loss", functional, around, look), around
 
     def look_at_update(self, functional: FunctionalModule, number: int) -> int:
         """Return what tells the present of an update from other times, like :meth:`look`.
@@ -146,11 +154,20 @@ class Watchman:
             functional: the module.
             number: of the update, from 1.
         """
-        return self.update(number).look(self._theta, functional.converted(), number)
+        watch, converted = self.update(number), functional.converted()
+        return self._once(number, functional, 0, lambda: watch.look(self._theta, converted, number))
 
     def look_at_penalty(self, functional: FunctionalModule) -> int:
         """Return what tells the present of the inner optimizer's penalty from other times, like :meth:`look`."""
-        return self._penalty.look(self._theta, functional.converted())
+        converted = functional.converted()
+        return self._once("penalty", functional, 0, lambda: self._penalty.look(self._theta, converted))
+
+    def _once(self, what: Hashable, functional: FunctionalModule, around: Hashable, look: Callable[[], int]) -> int:
+        """Return the state, looked up anew where code of the user's may have changed it since."""
+        now = functional.turns, around
+        if self._seen.get(what, (None, 0))[0] != now:
+            self._seen[what] = now, look()
+        return self._seen[what][1]
 
     def update(self, number: int) -> Watch:
         """Return the watch of an update."""

@@ -67,6 +67,7 @@ class FunctionalModule:
             evaluation gets copies.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
         compiler: makes compiled steps of the problem's, see :attr:`BilevelProblem.compiler`.
+        turns: how often code of the user's has run, or may have: what it reads stays the same in between.
     """
 
     def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
@@ -79,6 +80,7 @@ class FunctionalModule:
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
         self.compiler: Compiler | None = None
+        self.turns = 0
         self.writes_to_batches: bool | None = None
         self._whereabouts = Whereabouts(type(module).__name__)
         self._autocast_dtype: torch.dtype | None = None
@@ -280,6 +282,7 @@ class FunctionalModule:
             Where all generators stood at the beginning, and stand now.
         """
         kind = self.device.type
+        self.turns += 1
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
@@ -362,6 +365,7 @@ class FunctionalModule:
     def called(self, level: Literal["inner", "outer"], batch: Batch) -> Any:
         """Return what a loss returns on containers of its own, which it may write to; a note is on what it raises."""
         loss = self.module.inner_loss if level == "inner" else self.module.outer_loss
+        self.turns += 1
         try:
             return loss(copied(batch, tensors=self.writes_to_batches is not False))
         except Exception as error:
@@ -386,11 +390,13 @@ class FunctionalModule:
         return loss
 
     def _outer_loss_weights(self, phi: Params) -> Tensor:
+        self.turns += 1
         with self.swapper.swapped(phi):
             return step_weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
 
     def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
         self._whereabouts.begin()
+        self.turns += 1
         arguments = (batches,) if self.module.starts_from_data else ()
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
@@ -403,6 +409,7 @@ class FunctionalModule:
     def _init_opt_state(self, params: Params, phi: Params) -> OptState:
         if self._solves:
             return {}
+        self.turns += 1
         with self.swapper.swapped(phi):
             return self._configured().init(params)
 
@@ -410,10 +417,12 @@ class FunctionalModule:
         self, params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
     ) -> tuple[Params, OptState]:
         self._whereabouts.took(step)
+        self.turns += 1
         with self.swapper.swapped(phi):
             return self._configured().update(params, grads, opt_state, step)
 
     def _penalty(self, theta: Params, phi: Params) -> Tensor:
+        self.turns += 1
         with self.swapper.swapped(phi):
             value = self._configured().penalty(theta)
         if isinstance(value, Tensor):
@@ -422,6 +431,7 @@ class FunctionalModule:
         return torch.tensor(value, dtype=like.dtype, device=like.device)
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
+        self.turns += 1
         with self.in_place({**phi, **params}):
             solution = self.module.solve_inner(copied(list(batches), tensors=self.writes_to_batches is not False))
         solved = named(self.module, "solve_inner(batches)", params, solution)

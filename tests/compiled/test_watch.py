@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,3 +102,31 @@ def test_draws_beside_torch_are_seen() -> None:
     assert not drawn_beside_torch(functional, before)
     random.random()
     assert drawn_beside_torch(functional, before)
+
+
+def test_what_was_looked_at_is_looked_at_again_where_code_of_the_users_has_run() -> None:
+    module: Any = weighted(term=lambda self, loss: loss * self.scale)
+    module.scale, given = 1.0, episode()
+    functional = module.functional()
+    watchman = Watchman(functional, given.outer)
+    with functional.session():
+        problem, phi, theta = functional.problem, functional.phi(), functional.theta()
+        runs: list[Callable[[], Any]] = [
+            lambda: problem.inner_loss(theta, phi, given.outer, {}),
+            lambda: problem.outer_loss(theta, phi, given.outer, {}),
+            lambda: problem.update(theta, theta, {}, phi, 1),
+            lambda: problem.initial(theta, phi),
+            lambda: problem.init_opt_state(theta, phi),
+            lambda: problem.penalty(theta, phi) if problem.penalty else None,
+        ]
+        for number, run in enumerate(runs):
+            before = watchman.look(functional)
+            assert watchman.look(functional) is not None
+            module.scale = 3.0 - module.scale
+            run()
+            assert watchman.look(functional) != before, number
+    module.scale = 3.0 - module.scale
+    before = watchman.look(functional)
+    module.scale = 3.0 - module.scale
+    with functional.session():
+        assert watchman.look(functional) != before
