@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,9 +202,14 @@ def run(folder: Path, problem: Problem, seconds: float) -> dict[str, Any]:
     return {label: {"solver": found[label][0], "curve": curve(found[label][1])} for label in solvers if label in found}
 
 
-def label_of(name: str, labels: Sequence[str]) -> str:
+def label_of(name: str, labels: Iterable[str]) -> str:
     """Return the label of a solver that benchopt names with all its parameters."""
-    return next(label for label in labels if all(f"{part}" in name for part in label.split(", ")))
+    kinds = {label: label.split(", ") for label in labels}
+    return next(
+        label
+        for label, (solver, *rows) in kinds.items()
+        if name.split("[")[0] == solver and all(f"strategy={row}" in name for row in rows)
+    )
 
 
 def curve(table: Any) -> dict[str, list[float]]:

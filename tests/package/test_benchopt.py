@@ -269,6 +269,13 @@ def test_every_solver_has_the_same_rules(script: Any) -> None:
     assert points == [0, 0.5, 1, 2, 4, 8, 16]  # it is 40 at 20 seconds, where the benchmark raises at a nan
 
 
+def test_solvers_are_told_apart(script: Any) -> None:
+    """Every name of ours has all parameters, also those of the others' names."""
+    labels = ["SOBA", *(f"{script.OURS}, {row}" for row in ("penalty", "soba"))]
+    names = ["SOBA[step_size=1]", *(f"{script.OURS}[penalty=1,period=2,strategy={row}]" for row in ("penalty", "soba"))]
+    assert [script.label_of(name, labels) for name in names] == labels
+
+
 def test_the_stand_in_for_mnist(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(FOLDER / "stand_ins"))
