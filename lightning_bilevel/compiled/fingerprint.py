@@ -37,19 +37,30 @@ def fingerprint(problem: BilevelProblem) -> Fingerprint:
     Raises:
         NotCompiled: its functions hold what may be another thing next time: a tensor, an object.
     """
-    found: list[FunctionalModule] = []
+    found: list[MethodType] = []
     key = _of(problem.inner_loss, found), _of(problem.update, found), problem.elementwise, problem.stacked
-    if not found or any(each is not found[0] for each in found):
+    return _checked(key, found, _WATCHED, "the strategy steps on a loss of its own")
+
+
+def outer_fingerprint(problem: BilevelProblem) -> Fingerprint:
+    """Return the fingerprint of a problem's outer loss, like :func:`fingerprint`."""
+    found: list[MethodType] = []
+    return _checked(_of(problem.outer_loss, found), found, {"_outer_loss"}, "the strategy has one of its own")
+
+
+def _checked(key: Hashable, found: list[MethodType], watched: set[str], otherwise: str) -> Fingerprint:
+    if any(method.__name__ not in watched for method in found):
+        raise NotCompiled(otherwise)
+    if not found or any(method.__self__ is not found[0].__self__ for method in found):
         raise NotCompiled("the losses are not those of one module")
-    return Fingerprint(key, found[0])
+    functional: Any = found[0].__self__
+    return Fingerprint(key, functional)
 
 
-def _of(value: Any, found: list[FunctionalModule], names: frozenset[str] = frozenset()) -> Hashable:
+def _of(value: Any, found: list[MethodType], names: frozenset[str] = frozenset()) -> Hashable:
     if isinstance(value, MethodType):
         if isinstance(value.__self__, FunctionalModule):
-            if value.__name__ not in _WATCHED:
-                raise NotCompiled("the strategy steps on a loss of its own")
-            found.append(value.__self__)
+            found.append(value)
             return value.__name__
         return _of(value.__func__, found), _of(value.__self__, found)
     if isinstance(value, FunctionType):

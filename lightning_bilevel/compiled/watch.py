@@ -7,7 +7,7 @@ compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -112,7 +112,7 @@ class Watchman:
         self._loss = Watch(loss, module)
         self._updates: dict[int, Watch] = {}
         self._theta = functional.theta()
-        self._examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
+        self.examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
 
     def look(self, functional: FunctionalModule) -> Hashable:
         """Return what tells the present of the inner loss, and of all around, from other times.
@@ -143,7 +143,8 @@ class Watchman:
         literal: Sequence[bool],
         functional: FunctionalModule,
         buffers: Sequence[str],
-        number: int,
+        numbers: Collection[int],
+        outer: OuterWatch | None = None,
     ) -> list[Place]:
         """Return where tensors that a graph reads besides its arguments stand among those that the watch saw.
 
@@ -152,16 +153,21 @@ class Watchman:
             literal: which of these are written in the code.
             functional: the module.
             buffers: names of those that are arguments.
-            number: of the update in the graph.
+            numbers: of the updates in the graph.
+            outer: sees what the outer loss reads, where that is in the graph.
 
         Raises:
             NotCompiled: one is not among them; or what the losses read is not among these, so that its numbers have
                 become a part of the graph.
         """
-        watches = self._loss, self._updates[number]
+        watches = [self._loss, *(self._updates[number] for number in numbers)]
+        examples = set(self.examples)
+        if outer is not None:
+            watches.append(outer.watch)
+            examples |= outer.examples
         seen = {id(value): Place(watch, n) for watch in watches for n, value in enumerate(watch.inputs)}
         levels, current = functional.levels, functional.swapper.current
-        used = {id(current(name)) for name in (*levels.inner, *levels.outer, *buffers)} | self._examples
+        used = {id(current(name)) for name in (*levels.inner, *levels.outer, *buffers)} | examples
         found: list[Place] = []
         for value, plain in zip(read, literal, strict=True):
             if not plain and id(value) not in seen:
@@ -171,6 +177,37 @@ class Watchman:
         for value in (value for watch in watches for value in watch.inputs if id(value) not in used):
             raise NotCompiled(f"it takes numbers out of an array or a tensor of shape {tuple(value.shape)}")
         return found
+
+
+class OuterWatch:
+    """Watches the outer loss of a module on batches of one kind.
+
+    Args:
+        functional: the module.
+        batch: an example of one episode, see :class:`Watchman`.
+
+    Attributes:
+        watch: what watches it.
+        examples: ids of the tensors that it is watched on.
+    """
+
+    def __init__(self, functional: FunctionalModule, batch: Batch) -> None:
+        module = functional.module
+
+        def loss(batch: Batch) -> Tensor:
+            return scalar(module, "outer_loss", module.outer_loss(batch))
+
+        self.watch, self._batch = Watch(loss, module), batch
+        self.examples = {id(value) for value in tensors_in(batch)}
+
+    def look(self, functional: FunctionalModule) -> int:
+        """Return what tells the present of the outer loss from other times.
+
+        Raises:
+            NotCompiled: Dynamo cannot follow.
+        """
+        with functional.recorder.apart(_looked_at), functional.in_place({}):
+            return self.watch.look(self._batch)
 
 
 def _looked_at(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -94,7 +94,8 @@ class LogRecorder:
 
     @contextmanager
     def apart(self, log: Callable[..., None]) -> Iterator[None]:
-        """Evaluate losses inside whose logs go to another function and whose metrics do not count."""
+        """Evaluate losses inside that leave nothing: their logs go to another function, their metrics do not count."""
+        before = self._before, self._buffers, self._beside, self._in_outer_loss, self.outer_losses
         latest = None if self._metrics is None else self._metrics.latest
 
         def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -108,6 +109,7 @@ class LogRecorder:
         finally:
             for child in self._loggers:
                 child.__dict__.update(log=self.log, log_dict=self.log_dict)
+            self._before, self._buffers, self._beside, self._in_outer_loss, self.outer_losses = before
             if self._metrics is not None and latest is not None:
                 self._metrics.latest = latest
 
@@ -122,6 +124,10 @@ class LogRecorder:
         """Note the buffers that an outer loss has left, and what it returned."""
         self._in_outer_loss = False
         self._buffers, self._beside = buffers, beside_loss(result)
+
+    def left(self) -> tuple[Params, dict[str, Any]]:
+        """Return the buffers that the last outer loss has left, and what it returned beside its value."""
+        return {name: plain(value) for name, value in self._buffers.items()}, self._beside
 
     def observe(self) -> Observed | None:
         """Return what has been left behind in this run."""

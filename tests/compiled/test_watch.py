@@ -84,8 +84,8 @@ def test_a_tensor_that_the_watch_has_not_seen_cannot_be_followed() -> None:
         watchman.look(functional)
         watchman.look_at_update(functional, 2)
         with pytest.raises(NotCompiled, match=r"it reads a tensor of shape \(3,\) that cannot be followed"):
-            watchman.places([torch.ones(3)], [False], functional, [], 2)
-        (place,) = watchman.places([known := torch.ones(3)], [True], functional, [], 2)
+            watchman.places([torch.ones(3)], [False], functional, [], [2])
+        (place,) = watchman.places([known := torch.ones(3)], [True], functional, [], [2])
         assert place.value() is known
 
 
