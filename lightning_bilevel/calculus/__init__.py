@@ -15,7 +15,7 @@ from lightning_bilevel.calculus.runs import (
     run_checkpointed,
     vector_jacobian,
 )
-from lightning_bilevel.calculus.step import Condition, InnerStep, Mode, Pullback, Pulled, inner_step
+from lightning_bilevel.calculus.step import Condition, InnerStep, Mode, Pullback, Pulled, Whole, inner_step
 
 __all__ = [
     "Condition",
@@ -26,6 +26,7 @@ __all__ = [
     "Pulled",
     "PushedRun",
     "Run",
+    "Whole",
     "directional_derivatives",
     "inner_step",
     "last_loss",

@@ -69,11 +69,7 @@ def run(problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequen
 
 def steps(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
     """Take the steps; return the state after the last one and the inner losses before each."""
-    losses: list[Tensor] = []
-    for batch in batches:
-        state, loss = step(state, phi, batch)
-        append_loss(losses, loss)
-    return state, losses
+    return step.run(state, phi, batches)
 
 
 def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
@@ -127,8 +123,8 @@ def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: 
     losses: list[Tensor] = []
     for batches in segments[:-1]:
         checkpoints.append((state, RngState(device), batches))
-        for batch in batches:
-            state, loss = step(state, phi, batch)
+        state, taken = step.run(state, phi, batches)
+        for loss in taken:
             append_loss(losses, loss)
     last = [step.vjp(state, phi, segments[-1])]
     for loss in last[0].losses:
@@ -248,10 +244,7 @@ def pushed_run(
     step = inner_step(problem, mode)
     with forward_mode_kernels() if mode == "forward" else nullcontext():
         state, pushed = _start_tangents(problem, carried, phi, directions, tangents or {})
-        losses: list[Tensor] = []
-        for batch in problem.batches(episode):
-            state, loss, pushed = step.jvp(state, phi, batch, pushed, directions)
-            append_loss(losses, loss)
+        state, losses, pushed = step.push(state, phi, problem.batches(episode), pushed, directions)
     end = outer_value_and_grads(problem, state, phi, episode)
     derivatives = tree.rows_dot(pushed, end.d) + tree.rows_dot(directions, end.c)
     result = Hypergradient(end.value, end.c, state, last_loss(problem, losses), observed=end.observed)

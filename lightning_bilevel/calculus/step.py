@@ -2,11 +2,12 @@
 
 With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for parameters and optimizer state together:
 
-- calling it takes the step;
+- calling it takes the step, ``run`` takes a stretch of steps;
 - ``graph`` takes a stretch of steps and leaves their graph to autograd;
 - ``vjp`` takes a stretch of steps and returns d ↦ (d A, d B) of the stretch;
 - ``held`` is the same with A = I and B = 0, as in first-order MAML;
-- ``jvp`` takes a step and pushes tangents: z ↦ A_t z + B_t v;
+- ``jvp`` takes a step and pushes tangents, z ↦ A_t z + B_t v, ``push`` through a stretch of steps;
+- ``whole`` takes a stretch of steps with the outer loss at its end and the gradient of that, where that is one graph;
 - ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
 - ``stationarity`` and ``fixed_point`` are conditions r = 0 for the end of a run, ∇g = 0 and Ω(s) = s, with products.
 """
@@ -69,6 +70,30 @@ class Pulled(NamedTuple):
     pull: Pullback
 
 
+class Whole(NamedTuple):
+    """A stretch of steps with the outer loss at its end, and its gradient through the steps; all detached.
+
+    Attributes:
+        state: its end.
+        losses: the inner losses at the start of each step.
+        value: f.
+        d: df/ds by the state s that it starts from, named as :meth:`InnerState.flat`.
+        c: df/dφ at that state.
+        observed: what the outer loss left behind, see :class:`~lightning_bilevel.problem.Observer`.
+
+    >>> one = torch.ones(1)
+    >>> Whole(InnerState({"w": one}), [one], one, {"w": one}, {"p": one}, None).c
+    {'p': tensor([1.])}
+    """
+
+    state: InnerState
+    losses: list[Tensor]
+    value: Tensor
+    d: Params
+    c: Params
+    observed: Any
+
+
 class Condition(NamedTuple):
     """r(s, φ) = 0, which defines s as a function of φ, at some s that nearly satisfies it; both products on one graph.
 
@@ -117,6 +142,14 @@ class InnerStep(ABC):
     def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor | None]:
         """Return the state after one step, and the inner loss before it, both without a graph."""
 
+    def run(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+        """Take one step per batch; return the end, and the inner losses at the start of each step, without a graph."""
+        losses: list[Tensor] = []
+        for batch in batches:
+            state, loss = self(state, phi, batch)
+            append_loss(losses, loss)
+        return state, losses
+
     @abstractmethod
     def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
         """Take one step per batch; what comes back hangs on the graphs of ``state`` and ``phi``.
@@ -151,6 +184,24 @@ class InnerStep(ABC):
         Returns:
             The state after the step, the inner loss, and A Z v_i + B v_i.
         """
+
+    def push(
+        self, state: InnerState, phi: Params, batches: Sequence[Batch], tangents: Params, directions: Params
+    ) -> tuple[InnerState, list[Tensor], Params]:
+        """Take one step per batch and push tangents through all; see :meth:`jvp`."""
+        losses: list[Tensor] = []
+        for batch in batches:
+            state, loss, tangents = self.jvp(state, phi, batch, tangents, directions)
+            append_loss(losses, loss)
+        return state, losses, tangents
+
+    def whole(self, state: InnerState, phi: Params, batches: Sequence[Batch], outer: Batch) -> Whole | None:
+        """Take one step per batch, evaluate the outer loss, and differentiate it.
+
+        Returns:
+            ``None`` where that is not one graph, and nothing is done.
+        """
+        return None
 
     @abstractmethod
     def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
@@ -400,10 +451,7 @@ def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
 
 
 def _held(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-    losses: list[Tensor] = []
-    for batch in batches:
-        state, loss = step(state, phi, batch)
-        append_loss(losses, loss)
+    state, losses = step.run(state, phi, batches)
 
     def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
         return {name: value for name, value in cotangent.items() if name in wanted}, tree.zeros_like(phi)

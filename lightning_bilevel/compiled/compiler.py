@@ -8,10 +8,12 @@ from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.losses import CompiledLosses, shapes
 from lightning_bilevel.compiled.plan import FIRST, Graphs, Plan, takes_number
-from lightning_bilevel.compiled.program import Layout
+from lightning_bilevel.compiled.program import Form, Layout
 from lightning_bilevel.compiled.reasons import NotCompiled, Refusals
 from lightning_bilevel.compiled.sight import Sight, Sights
 from lightning_bilevel.compiled.step import CompiledStep
+from lightning_bilevel.compiled.whole import Judged
+from lightning_bilevel.host import rank_zero_info
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import Batch, InnerState
@@ -31,6 +33,7 @@ class Compiler:
     def __init__(self) -> None:
         self._graphs: dict[Hashable, Graphs] = {}
         self._sights, self._refusals = Sights(), Refusals()
+        self._said: set[str] = set()
         self.losses = CompiledLosses(self._sights, self._refusals)
 
     def compiled(self, step: GradientStep) -> InnerStep:
@@ -74,8 +77,33 @@ class Compiler:
             if self._present(sight, functional, optimizer) != present:
                 raise NotCompiled("it does something else at every call")
             self._sights.count(where)
-            graphs = self._graphs[where, present] = Graphs(sight, Layout(state, phi, batch, tensors), optimizer)
-        return Plan(graphs, step.eager, functional, tensors, step.known, made_of.held)
+            layout = Layout(state, phi, Form(batch, tensors))
+            graphs = self._graphs[where, present] = Graphs(sight, layout, optimizer)
+        return Plan(graphs, step.eager, functional, tensors, step.known, made_of.held, graphs.layout)
+
+    def judged(self, step: CompiledStep, batch: Batch) -> Judged | None:
+        """Return the outer loss on a batch as a part of a graph, ``None`` where it is none."""
+        if self._refusals.holds("outer"):
+            return None
+        try:
+            made_of = fingerprint(step.problem, "outer_loss")
+        except NotCompiled:  # of this strategy
+            return None
+        if made_of.held:
+            return None
+        try:
+            sight, flat = self._sights.of(made_of, step.problem.stacked, batch, "outer")
+            key = made_of.key, flat.rest, sight.look(made_of.functional)
+        except NotCompiled as error:
+            self._refusals.refuse("outer", error)
+            return None
+        return Judged(key, sight, Form(batch, flat.tensors), [tensor.detach().contiguous() for tensor in flat.tensors])
+
+    def say(self, words: str) -> None:
+        """Say something once that costs no more than time."""
+        if words not in self._said:
+            self._said.add(words)
+            rank_zero_info(words)
 
     @staticmethod
     def _present(sight: Sight, functional: FunctionalModule, optimizer: InnerOptimizer) -> Hashable:

@@ -18,7 +18,7 @@ from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import Condition, GradientStep
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.passes import cut, taken
-from lightning_bilevel.compiled.program import Functions, Layout, Logged, traced_at
+from lightning_bilevel.compiled.program import Functions, Layout, Log, Logged, described, tensors_of, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.compiled.watch import Place
@@ -41,6 +41,7 @@ class Evaluations(Functions):
         self.problem = replace(problem, compiler=None, observer=None)
         super().__init__(GradientStep(self.problem), layout, recorder)
         self._first = 0
+        self._log: Log = {}
 
     @property
     def outputs(self) -> int:
@@ -53,16 +54,16 @@ class Evaluations(Functions):
 
     def outer(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return f, and the buffers that it leaves."""
-        state, phi, batch, _ = self.layout.opened(args, steps)
-        with self._logging():
+        state, phi, (batch,), *_ = self.layout.opened(args, steps)
+        with self._logging() as self._log:
             value, _ = outer_value(self.problem, state, phi, Episode([], batch))
             buffers = self._left()
         return self._found([value, *buffers])
 
     def outer_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return f, the buffers that it leaves, ∂f/∂θ and ∂f/∂φ."""
-        state, phi, batch, _ = self.layout.opened(args, steps)
-        with self._logging():
+        state, phi, (batch,), *_ = self.layout.opened(args, steps)
+        with self._logging() as self._log:
             value, d, c, _ = outer_value_and_grads(self.problem, state, phi, Episode([], batch))
             buffers = self._left()
         return self._found([value, *buffers, *d.values(), *c.values()])
@@ -82,14 +83,14 @@ class Evaluations(Functions):
         return [*first, *condition.transposed(vector).values(), *condition.mixed(vector).values()]
 
     def _condition(self, args: list[Tensor], steps: int | Tensor) -> tuple[Condition, tree.Params]:
-        state, phi, batch, vectors = self.layout.opened(args, steps)
-        with self._logging():
+        state, phi, (batch,), _, vectors = self.layout.opened(args, steps)
+        with self._logging() as self._log:
             condition = self.step.stationarity(state, phi, batch)
         return condition, dict(zip(self.layout.names, vectors, strict=True))
 
     def _inner_slopes(self, args: list[Tensor], steps: int | Tensor, by_theta: bool) -> list[Tensor | None]:
-        state, phi, batch, _ = self.layout.opened(args, steps)
-        with self._logging():
+        state, phi, (batch,), *_ = self.layout.opened(args, steps)
+        with self._logging() as self._log:
             value, d, c = inner_value_and_grads(self.problem, state, phi, [batch], by_theta)
         return self._found([value, *d.values(), *c.values()])
 
@@ -101,9 +102,8 @@ class Evaluations(Functions):
 
     def _found(self, values: list[Tensor]) -> list[Tensor | None]:
         """Return values, and what is logged."""
-        self._first = len(values)
-        logged = [value.detach() for value, _, _ in self._log.values() if isinstance(value, Tensor)]
-        return [*(value.detach().contiguous() for value in values), *logged]
+        self._first, self.logged = len(values), described(self._log)
+        return [*(value.detach().contiguous() for value in values), *tensors_of(self._log)]
 
 
 class Evaluation(NamedTuple):

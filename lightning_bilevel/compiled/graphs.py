@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from lightning_bilevel.compiled.passes import without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
@@ -125,7 +127,12 @@ def _tidy(graph: fx.GraphModule) -> fx.GraphModule:
         if node.target in (_ATEN.detach.default, _ATEN.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    tidied: fx.GraphModule = CSEPass()(graph).graph_module  # type: ignore[union-attr]
+    drawing = {
+        node.target.overloadpacket
+        for node in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    }
+    tidied: fx.GraphModule = CSEPass(get_CSE_banned_ops() | drawing)(graph).graph_module  # type: ignore[union-attr]
     tidied.graph.eliminate_dead_code()
     tidied.recompile()
     return tidied
@@ -151,5 +158,7 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
     """
     if backend == "flat":
         return lambda args: graph(*args)
-    function: Any = torch._inductor.compile(without_alpha(graph), list(examples), options={"fallback_random": True})
+    shapes = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv(assume_static_by_default=True)
+    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):  # else Inductor leaves out its cache on the disk
+        function: Any = torch._inductor.compile(without_alpha(graph), list(examples), options={"fallback_random": True})
     return lambda args: function(*args)

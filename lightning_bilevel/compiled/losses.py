@@ -15,7 +15,7 @@ from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.products import stationarity
-from lightning_bilevel.compiled.program import Layout
+from lightning_bilevel.compiled.program import Form, Layout
 from lightning_bilevel.compiled.reasons import NotCompiled, Refusals, What, reason
 from lightning_bilevel.compiled.sight import Sight, Sights
 from lightning_bilevel.compiled.watch import Level, Place, drawn_beside_torch
@@ -122,7 +122,7 @@ class CompiledLosses:
         values = (*state.params.values(), *phi.values(), *state.buffers.values(), *flat.tensors)
         args = [*map(plain, values), *made_of.held]
         if name not in parts:
-            layout = Layout(state, phi, batch, [*flat.tensors, *made_of.held])
+            layout = Layout(state, phi, Form(batch, [*flat.tensors, *made_of.held]))
             functions = Evaluations(problem, layout, functional.recorder)
             places = _places(sight, functional, layout, made_of.held)
             parts[name] = _made(functions, name, [*args, *vectors], functional, places)

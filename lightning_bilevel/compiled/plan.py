@@ -1,9 +1,10 @@
-"""The graphs that were made for one kind of batch, and which of them a step with some number takes."""
+"""The graphs that were made for one kind of batch, and which of them a stretch of steps takes."""
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lightning_bilevel.compiled.program import Functions, Layout, Part, made, tr
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.sight import Sight
 from lightning_bilevel.compiled.watch import Place, drawn_beside_torch
+from lightning_bilevel.compiled.whole import Judged
 from lightning_bilevel.host import rank_zero_info
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.inner_optimizers.base import is_ours
@@ -27,6 +29,12 @@ MOST_UPDATES = 8
 MOST_NUMBERS = 64
 """Numbers of updates that are looked at to find these."""
 
+
+MOST_NODES = 1_000
+"""Operations of one graph that several steps share: compiling a hundred takes a second or two."""
+
+MOST_NUMBERS_OF_A_STEP = 2**23
+"""Numbers that a step may write for steps to share a graph: where it writes more, starting a graph takes no time."""
 
 FIRST = 2
 """The update that is watched where its number is an input of the graphs."""
@@ -48,6 +56,8 @@ class Graphs:
         updates: the number of an update, and what the watch said of it, to which of the different ones it is.
         codes: what the different updates do, numbered.
         firsts: the number of an update of each kind, which its graphs are made for.
+        most: how many steps one graph may hold, by function.
+        whole: whether a run and its outer loss may be one graph.
     """
 
     def __init__(self, sight: Sight, layout: Layout, optimizer: InnerOptimizer) -> None:
@@ -57,6 +67,8 @@ class Graphs:
         self.updates: dict[Hashable, int] = {}
         self.codes: dict[Hashable, int] = {}
         self.firsts: dict[int, int] = {}
+        self.most: dict[str, int] = {}
+        self.whole = True
 
 
 def takes_number(optimizer: InnerOptimizer) -> bool:
@@ -65,15 +77,17 @@ def takes_number(optimizer: InnerOptimizer) -> bool:
 
 
 class Plan(NamedTuple):
-    """The graphs for a batch, in the estimate that runs.
+    """The graphs for a stretch of steps, in the estimate that runs.
 
     Attributes:
         graphs: those that hold now.
         step: the eager step.
         functional: the module.
-        tensors: those of the batch, and those that a strategy's own loss holds.
+        tensors: those of the batches, each followed by those that a strategy's own loss holds.
         known: what the watch said in this run of steps, by number of update.
-        held: the last ones of the tensors.
+        held: what a strategy's own loss holds.
+        layout: how the graphs name their tensors.
+        judged: the outer loss at the end, where it is in the graph.
     """
 
     graphs: Graphs
@@ -82,41 +96,63 @@ class Plan(NamedTuple):
     tensors: list[Tensor]
     known: dict[Hashable, int]
     held: list[Tensor]
+    layout: Layout
+    judged: Judged | None = None
 
-    @property
-    def layout(self) -> Layout:
-        """How the graphs name their tensors."""
-        return self.graphs.layout
+    def judged_by(self, judged: Judged) -> Plan:
+        """Return the plan of these steps with an outer loss at their end."""
+        layout = self.layout.over(self.layout.order, judged.form)
+        return self._replace(tensors=[*self.tensors, *judged.tensors], layout=layout, judged=judged)
 
-    def part(self, name: str, steps: int, args: list[Tensor]) -> Part:
-        """Return one of the functions of the step after ``steps`` others, made at the first call.
+    def most(self, name: str, steps: int, args: list[Tensor]) -> int:
+        """Return how many steps one graph may hold.
 
         Args:
-            name: ``"take"``, ``"pull"`` or ``"push"``.
+            name: see :meth:`part`.
+            steps: likewise.
+            args: all that a graph of this step alone takes.
+        """
+        if name not in self.graphs.most:
+            function = getattr(Functions(self.step, self.layout, self.functional.recorder), name)
+            with self.functional.snapshot().fork():
+                try:
+                    sizes = _sizes(traced_at(function, args, steps))
+                except Exception:  # torch's, of many kinds, and the user's: said of the step alone
+                    sizes = [MOST_NUMBERS_OF_A_STEP + 1]
+            self.graphs.most[name] = max(1, MOST_NODES // len(sizes)) if sum(sizes) <= MOST_NUMBERS_OF_A_STEP else 1
+        return self.graphs.most[name]
+
+    def part(self, name: str, steps: int, args: list[Tensor]) -> Part:
+        """Return one of the functions of the stretch after ``steps`` other steps, made at the first call.
+
+        Args:
+            name: ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
             steps: before this one.
             args: all that it takes.
 
         Raises:
             NotCompiled: it has to be eager.
         """
-        kind = 0 if self.graphs.numbered else self._kind(steps + 1, args)
+        graphs, order = self.graphs, self.layout.order
+        kinds = () if graphs.numbered else tuple(self._kind(steps + 1 + n, args) for n in range(len(order)))
         rows = len(args[-1]) if name == "push" else 0
-        if (name, kind, rows) not in self.graphs.parts:
-            part = self._made(name, steps, args, self.graphs.firsts.get(kind, FIRST))
+        key = name, kinds, rows, order, self.judged and self.judged.key
+        if key not in graphs.parts:
+            part = self._made(name, steps, args, {graphs.firsts[kind] for kind in kinds} or {FIRST})
             if part is None:
-                self.graphs.numbered = False
+                graphs.numbered = False
                 return self.part(name, steps, args)
-            self.graphs.parts[name, kind, rows] = part
-        return self.graphs.parts[name, kind, rows]
+            graphs.parts[key] = part
+        return graphs.parts[key]
 
-    def _made(self, name: str, steps: int, args: list[Tensor], watched: int) -> Part | None:
+    def _made(self, name: str, steps: int, args: list[Tensor], watched: Collection[int]) -> Part | None:
         """Return one of the functions; ``None`` where the number of a step cannot be an input.
 
         Args:
             name: see :meth:`part`.
             steps: likewise.
             args: likewise.
-            watched: the number of the update that is watched.
+            watched: the numbers of the updates that are watched.
         """
         began = time.perf_counter()
         functional, functions = self.functional, Functions(self.step, self.layout, self.functional.recorder)
@@ -135,7 +171,9 @@ class Plan(NamedTuple):
                 raise NotCompiled("it draws from NumPy, `random` or a generator of its own")
             agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype))
         took, kind = time.perf_counter() - began, type(functional.module).__name__
-        rank_zero_info(f"Compiled an inner step of `{kind}` ({_WORDS[name]}, {backend}) in {took:.1f} s.")
+        count = len(self.layout.order)
+        what = "an inner step" if count == 1 else f"{count} inner steps"
+        rank_zero_info(f"Compiled {what} of `{kind}` ({_WORDS[name]}, {backend}) in {took:.1f} s.")
         return part
 
     def _is_numbered(self, functions: Functions, args: list[Tensor]) -> bool:
@@ -145,9 +183,11 @@ class Plan(NamedTuple):
             return False
         return True
 
-    def _places(self, number: int) -> Callable[[Traced], list[Place]]:
+    def _places(self, numbers: Collection[int]) -> Callable[[Traced], list[Place]]:
         sight, functional, buffers = self.graphs.sight, self.functional, self.layout.buffers
-        return lambda traced: sight.places(traced.read, traced.literal, functional, buffers, self.held, number)
+        if self.judged is not None:
+            sight = sight.beside(self.judged.sight)
+        return lambda traced: sight.places(traced.read, traced.literal, functional, buffers, self.held, numbers)
 
     def _kind(self, number: int, args: list[Tensor]) -> int:
         """Return which of the different updates the one with this number is."""
@@ -174,4 +214,38 @@ class Plan(NamedTuple):
         return traced.graph.code, tuple(zip(traced.read, traced.literal, strict=True))
 
 
-_WORDS = {"take": "forward", "pull": "with its derivative", "push": "with tangents"}
+_WORDS = {
+    "take": "forward",
+    "pull": "with the derivative",
+    "push": "with tangents",
+    "whole": "with the outer loss and the derivative",
+}
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Return the plan of a stretch from those of its steps, whose graphs are the same."""
+    first = plans[0]
+    if len(plans) == 1:
+        return first
+    if all(plan is first for plan in plans):
+        return first._replace(layout=first.layout.over((0,) * len(plans)))
+    tensors = [tensor for plan in plans for tensor in plan.tensors]
+    return first._replace(tensors=tensors, layout=first.layout.over(tuple(range(len(plans)))))
+
+
+def shared_out(count: int, most: int) -> list[int]:
+    """Return the lengths of stretches that make ``count`` steps: equal ones, and single steps where there is a rest.
+
+    >>> shared_out(20, 7), shared_out(23, 8), shared_out(3, 8)
+    ([5, 5, 5, 5], [8, 8, 1, 1, 1, 1, 1, 1, 1], [3])
+    """
+    most = min(most, count)
+    length = next((each for each in range(most, most // 2, -1) if count % each == 0), most)
+    return [length] * (count // length) + [1] * (count % length)
+
+
+def _sizes(traced: Traced) -> list[int]:
+    """Return how many numbers each operation of a graph returns."""
+    calls = [node for node in traced.graph.graph.nodes if node.op == "call_function"]
+    values = [node.meta.get("val") for node in calls if node.target is not operator.getitem]
+    return [value.numel() if isinstance(value, Tensor) else 0 for value in values]

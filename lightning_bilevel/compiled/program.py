@@ -1,11 +1,13 @@
-"""The graphs of one inner step, for one kind of batch and one state of the user's Python.
+"""The graphs of a stretch of inner steps, for one kind of batch and one state of the user's Python.
 
 A graph takes, in this order: the number of steps before (where it is an input), θ and optimizer state, φ, buffers, the
-tensors of the batch, then cotangents or tangents and directions, and last what the losses read besides.
+tensors of the inner batches, those of an outer batch, then cotangents or tangents and directions, and last what the
+losses read besides.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.calculus.step import GradientStep, append_loss
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.passes import cut
+from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
@@ -43,7 +46,8 @@ class Part(NamedTuple):
         places: where it finds what the losses read besides its arguments.
         numbered: whether the number of steps before is its first argument.
         back: the second half: (arguments, kept, cotangents) to the gradients.
-        live: of the second half, which outer parameters there is a gradient for.
+        live: which outer parameters there is a gradient for.
+        judged: what an outer loss at the end logs.
     """
 
     outputs: int
@@ -53,6 +57,7 @@ class Part(NamedTuple):
     numbered: bool
     back: Call | None = None
     live: tuple[bool, ...] = ()
+    judged: Sequence[Logged] = ()
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
@@ -65,9 +70,11 @@ class Part(NamedTuple):
 
     def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the loss logs."""
-        values = iter(results[self.outputs - sum(each.value is None for each in self.logged) : self.outputs])
-        for name, value, args, kwargs in self.logged:
-            log(name, next(values) if value is None else value, *args, **kwargs)
+        _log(self.logged, results[self.outputs - _tensors(self.logged) : self.outputs], log)
+
+    def log_judged(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
+        """Log what the outer loss logs, the first of these results."""
+        _log(self.judged, results, log)
 
     def _first(self, steps: int) -> list[Tensor]:
         return [torch.tensor(float(steps), dtype=torch.float64)] if self.numbered else []
@@ -76,43 +83,85 @@ class Part(NamedTuple):
         return [place.value() for place in self.places]
 
 
+def _tensors(logged: Sequence[Logged]) -> int:
+    return sum(each.value is None for each in logged)
+
+
+def _log(logged: Sequence[Logged], results: Sequence[Tensor], log: Callable[..., None]) -> None:
+    values = iter(results)
+    for name, value, args, kwargs in logged:
+        log(name, next(values) if value is None else value, *args, **kwargs)
+
+
+class Form:
+    """A batch without its tensors.
+
+    Args:
+        batch: all but its tensors' numbers counts.
+        tensors: those of the batch, and those that a strategy's own loss holds.
+
+    Attributes:
+        count: how many tensors there are.
+    """
+
+    def __init__(self, batch: Batch, tensors: Sequence[Tensor]) -> None:
+        nothing = torch.empty(0)
+        self.count, self._batch = len(tensors), replaced(batch, lambda _: nothing)
+
+    def filled(self, tensors: Iterator[Tensor]) -> Batch:
+        """Return the batch with the next of these tensors."""
+        own = iter([next(tensors) for _ in range(self.count)])
+        return replaced(self._batch, lambda _: next(own))
+
+
+ONE = (0,)
+"""The order of a stretch of one step."""
+
+
 class Layout:
     """Names and counts of what graphs take and return.
 
     Args:
         state: an inner state; only its names are kept.
         phi: outer parameters, likewise.
-        batch: a batch; all but its tensors' numbers counts.
-        tensors: those of the batch.
+        form: that of the inner batches.
+
+    Attributes:
+        order: of each step of a stretch, which of its batches it takes.
+        judge: the form of the outer batch, where a graph takes one.
     """
 
-    def __init__(self, state: InnerState, phi: Params, batch: Batch, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, state: InnerState, phi: Params, form: Form) -> None:
         nothing = torch.empty(0)
         self.names, self.outer, self.buffers = list(state.flat()), list(phi), list(state.buffers)
-        self._template = state.map(lambda _: nothing)
-        self._batch = replaced(batch, lambda _: nothing)
-        self._count = len(tensors)
+        self.order: tuple[int, ...] = ONE
+        self.judge: Form | None = None
+        self._template, self._form = state.map(lambda _: nothing), form
+
+    def over(self, order: tuple[int, ...], judge: Form | None = None) -> Layout:
+        """Return the layout of a stretch of steps, and of an outer loss at its end."""
+        layout = copy.copy(self)
+        layout.order, layout.judge = order, judge
+        return layout
 
     @property
     def outputs(self) -> int:
-        """How many tensors a step returns: the state, buffers and the loss."""
+        """How many tensors a stretch returns: the state, buffers and the losses."""
         return len(self.names) + len(self.buffers) + 1
 
     @property
     def inputs(self) -> int:
-        """How many tensors a step takes, but for the number of steps before."""
-        return len(self.names) + len(self.outer) + len(self.buffers) + self._count
+        """How many tensors a stretch takes, but for the number of steps before."""
+        batches = self._form.count * (max(self.order) + 1) + (0 if self.judge is None else self.judge.count)
+        return len(self.names) + len(self.outer) + len(self.buffers) + batches
 
-    def opened(self, args: list[Tensor], steps: int | Tensor) -> tuple[InnerState, Params, Batch, list[Tensor]]:
-        """Return the state, φ, the batch, and the rest."""
-        n, m = len(self.names), len(self.outer)
-        flat = dict(zip(self.names, args[:n], strict=True))
-        phi = dict(zip(self.outer, args[n : n + m], strict=True))
-        args = args[n + m :]
-        buffers = dict(zip(self.buffers, args[: len(self.buffers)], strict=True))
-        tensors = iter(args[len(self.buffers) : len(self.buffers) + self._count])
-        batch = replaced(self._batch, lambda _: next(tensors))
-        return self.state(flat, buffers, steps), phi, batch, args[len(self.buffers) + self._count :]
+    def opened(self, args: list[Tensor], steps: int | Tensor) -> Opened:
+        """Return what the arguments are."""
+        values = iter(args)
+        flat, phi, buffers = ({name: next(values) for name in each} for each in (self.names, self.outer, self.buffers))
+        batches = [self._form.filled(values) for _ in range(max(self.order) + 1)]
+        judge = None if self.judge is None else self.judge.filled(values)
+        return Opened(self.state(flat, buffers, steps), phi, [batches[n] for n in self.order], judge, list(values))
 
     def state(self, flat: Params, buffers: Params, steps: int | Tensor) -> InnerState:
         """Return the state with these tensors."""
@@ -120,11 +169,21 @@ class Layout:
         return InnerState(before.params, buffers, before.opt_state, steps)  # type: ignore[arg-type]
 
 
+class Opened(NamedTuple):
+    """What the arguments of a graph are: the state before a stretch, φ, the batches, and the rest."""
+
+    state: InnerState
+    phi: Params
+    batches: list[Batch]
+    judge: Batch
+    rest: list[Tensor]
+
+
 Function = Callable[[list[Tensor], "int | Tensor"], list[Tensor | None]]
 
 
 class Functions:
-    """What is traced: the functions of a step, of lists of tensors.
+    """What is traced: the functions of a stretch of steps, of lists of tensors.
 
     Args:
         step: whose functions these are.
@@ -133,24 +192,18 @@ class Functions:
 
     Attributes:
         logged: what the loss logged at the last call.
+        judged: what the outer loss logged.
     """
 
     def __init__(self, step: GradientStep, layout: Layout, recorder: LogRecorder) -> None:
         self.step, self.layout, self._recorder = step, layout, recorder
-        self._log: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-
-    @property
-    def logged(self) -> list[Logged]:
-        """What the loss logged at the last call."""
-        return [
-            Logged(name, None if isinstance(value, Tensor) else value, args, kwargs)
-            for name, (value, args, kwargs) in self._log.items()
-        ]
+        self.logged: list[Logged] = []
+        self.judged: list[Logged] = []
 
     @property
     def outputs(self) -> int:
         """How many tensors a function returns before its derivatives, by the last call."""
-        return self.layout.outputs + sum(each.value is None for each in self.logged)
+        return self.layout.outputs + _tensors(self.logged)
 
     def described(self, number: int) -> str:
         """Return what an output is."""
@@ -162,59 +215,105 @@ class Functions:
         return f"derivative {number - self.outputs} of a step"
 
     def take(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Take the step."""
-        before, phi, batch, _ = self.layout.opened(args, steps)
-        with self._logging():
-            after, loss = self.step(before, phi, batch)
-        return self._ended(after, loss)
+        """Take the steps."""
+        state, phi, batches, *_ = self.layout.opened(args, steps)
+        losses: list[Tensor] = []
+        with self._logging() as logged:
+            for batch in batches:
+                state, loss = self.step(state, phi, batch)
+                append_loss(losses, loss)
+        return self._ended(state, losses, logged)
 
     def pull(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Take the step; return the gradient of ⟨cotangent, step⟩ by state and φ as well."""
-        before, phi, batch, cotangents = self.layout.opened(args, steps)
+        """Take the steps; return the gradient of ⟨cotangent, end⟩ by state and φ as well."""
+        before, phi, batches, _, cotangents = self.layout.opened(args, steps)
         begin, outer = tree.leaves(before.flat()), tree.leaves(phi)
-        with self._logging():
-            after, (loss,) = self.step.graph(self.layout.state(begin, before.buffers, steps), outer, [batch])
+        with self._logging() as logged:
+            after, losses = self.step.graph(self.layout.state(begin, before.buffers, steps), outer, batches)
         pairs = [(end, d) for end, d in zip(after.flat().values(), cotangents, strict=True) if end.requires_grad]
         inputs = [*begin.values(), *outer.values()]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
             ends, vectors = zip(*pairs, strict=True)
             found = torch.autograd.grad(ends, inputs, vectors, allow_unused=True)
-        gradients = [*tree.like(begin, found[: len(begin)]).values(), *found[len(begin) :]]
-        return [*self._ended(after, loss), *(None if g is None else g.detach().contiguous() for g in gradients)]
+        return [*self._ended(after, losses, logged), *_gradients(begin, found)]
 
     def push(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Take the step and push tangents of the state along directions."""
-        before, phi, batch, rest = self.layout.opened(args, steps)
+        """Take the steps and push tangents of the state along directions."""
+        state, phi, batches, _, rest = self.layout.opened(args, steps)
         n = len(self.layout.names)
         tangents = dict(zip(self.layout.names, rest[:n], strict=True))
         directions = dict(zip(self.layout.outer, rest[n:], strict=True))
-        with self._logging():
-            after, loss, pushed = self.step.jvp(before, phi, batch, tangents, directions)
-        assert loss is not None
-        return [*self._ended(after, loss), *(pushed[name].contiguous() for name in self.layout.names)]
+        losses: list[Tensor] = []
+        with self._logging() as logged:
+            for batch in batches:
+                state, loss, tangents = self.step.jvp(state, phi, batch, tangents, directions)
+                append_loss(losses, loss)
+        return [*self._ended(state, losses, logged), *(tangents[name].contiguous() for name in self.layout.names)]
 
     def update(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the inner optimizer's step on θ for a gradient."""
-        before, phi, _, _ = self.layout.opened(args, steps)
+        before, phi, *_ = self.layout.opened(args, steps)
         params, opt_state = self.step.problem.update(before.params, before.params, before.opt_state, phi, steps + 1)  # type: ignore[arg-type]
         return list(InnerState(params, opt_state=opt_state).flat().values())
 
+    def whole(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Take the steps; return the outer loss at their end, the buffers it leaves, and its gradient as well."""
+        before, phi, batches, judge, _ = self.layout.opened(args, steps)
+        begin, outer = tree.leaves(before.flat()), tree.leaves(phi)
+        with self._logging() as logged:
+            after, losses = self.step.graph(self.layout.state(begin, before.buffers, steps), outer, batches)
+        ended = self._ended(after, losses, logged)
+        with self._logging() as logged, torch.enable_grad():
+            value = self.step.problem.outer_loss(after.params, outer, judge, after.buffers)
+            left, beside = self._recorder.left()
+        if beside:
+            raise NotCompiled("the outer loss returns more than a number")
+        self.judged = described(logged)
+        inputs = [*begin.values(), *outer.values()]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, inputs, allow_unused=True)
+        there = [value.detach(), *(left[name] for name in self.layout.buffers), *tensors_of(logged)]
+        return [*ended, *there, *_gradients(begin, found)]
+
     @contextmanager
-    def _logging(self) -> Iterator[None]:
-        self._log = {}
+    def _logging(self) -> Iterator[Log]:
+        logged: Log = {}
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            self._log[name] = primal(value), args, kwargs
+            logged[name] = primal(value), args, kwargs
 
         with self._recorder.apart(log):
-            yield
+            yield logged
 
-    def _ended(self, after: InnerState, loss: Tensor) -> list[Tensor | None]:
-        """Return the state after a step, the loss, and what is logged."""
+    def _ended(self, after: InnerState, losses: list[Tensor], logged: Log) -> list[Tensor | None]:
+        """Return the state after the steps, the losses, and what is logged."""
+        self.logged = described(logged)
         values = [value.detach().contiguous() for value in (*after.flat().values(), *after.buffers.values())]
-        logged = [value.detach() for value, _, _ in self._log.values() if isinstance(value, Tensor)]
-        return [*values, loss.reshape(()), *logged]
+        return [*values, torch.cat([loss.reshape(-1) for loss in losses]), *tensors_of(logged)]
+
+
+Log = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+
+def described(logged: Log) -> list[Logged]:
+    """Return what is logged, as it is said of a graph."""
+    return [
+        Logged(name, None if isinstance(value, Tensor) else value, args, kwargs)
+        for name, (value, args, kwargs) in logged.items()
+    ]
+
+
+def tensors_of(logged: Log) -> list[Tensor]:
+    """Return the tensors that are logged."""
+    return [value.detach() for value, _, _ in logged.values() if isinstance(value, Tensor)]
+
+
+def _gradients(begin: Params, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients by the state, zeros where there are none, and those by φ, ``None`` where there are none."""
+    each = [*tree.like(begin, found[: len(begin)]).values(), *found[len(begin) :]]
+    return [None if g is None else g.detach().contiguous() for g in each]
 
 
 def made(
@@ -229,7 +328,7 @@ def made(
 
     Args:
         functions: those of a step.
-        name: of the function, ``"take"``, ``"pull"`` or ``"push"``.
+        name: of the function, ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
         args: all that it takes, for their shapes.
         steps: before this one, as a part of the graph; ``None``: it is an input.
         backend: what compiles.
@@ -242,17 +341,17 @@ def made(
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
     first = [torch.zeros((), dtype=torch.float64)] if numbered else []
+    layout, outputs = functions.layout, functions.outputs
+    live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
         call = compiled(traced.graph, [*first, *args, *traced.read], backend)
-        return Part(functions.outputs, functions.logged, call, where, numbered)
-    layout, outputs = functions.layout, functions.outputs
+        return Part(outputs, functions.logged, call, where, numbered, live=live, judged=functions.judged)
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
     forward = compiled(halves.forward, [*own, *traced.read], backend)
     kept = list(forward([*own, *traced.read]))[outputs:]
     back = compiled(halves.backward, [*own, *kept, *cotangents, *traced.read], backend)
-    live = tuple(traced.present[outputs + len(layout.names) :])
     return Part(outputs, functions.logged, forward, where, numbered, back, live)
 
 

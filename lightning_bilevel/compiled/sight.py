@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Sight:
     def __init__(self, watchmen: Sequence[Watchman], penalty: bool = False) -> None:
         self._watchmen, self._penalty = watchmen, penalty
 
+    def beside(self, other: Sight) -> Sight:
+        """Return what watches the functions of another one, too."""
+        return Sight([*self._watchmen, *other._watchmen], self._penalty)
+
     def look(self, functional: FunctionalModule) -> Hashable:
         """Return what tells the present of all these functions from other times; see :meth:`Watchman.look`."""
         penalty = self._watchmen[0].look_at_penalty(functional) if self._penalty else 0
@@ -55,7 +59,7 @@ class Sight:
         functional: FunctionalModule,
         buffers: Sequence[str],
         held: Sequence[Tensor] = (),
-        number: int | None = None,
+        numbers: Collection[int] = (),
     ) -> list[Place]:
         """Return where tensors that a graph reads besides its arguments stand among those that the watch saw.
 
@@ -65,13 +69,13 @@ class Sight:
             functional: the module.
             buffers: names of those that are arguments.
             held: tensors that a strategy's own loss holds, which are arguments too.
-            number: of the update in the graph; ``None``: there is none.
+            numbers: of the updates in the graph.
 
         Raises:
             NotCompiled: one is not among them; or what the losses read is not among these, so that its numbers have
                 become a part of the graph.
         """
-        watches = self._watches(number)
+        watches = self._watches(numbers)
         seen = {id(value): Place(watch, n) for watch in watches for n, value in enumerate(watch.inputs)}
         if any(id(value) in seen for value in held):
             raise NotCompiled("it reads a tensor that the strategy gives it, too")
@@ -88,9 +92,9 @@ class Sight:
             raise NotCompiled(f"it takes numbers out of an array or a tensor of shape {tuple(value.shape)}")
         return found
 
-    def _watches(self, number: int | None) -> list[Watch]:
+    def _watches(self, numbers: Collection[int]) -> list[Watch]:
         first = self._watchmen[0]
-        of_optimizer = [] if number is None else [first.update(number)]
+        of_optimizer = [first.update(number) for number in numbers]
         return [*(watchman.loss for watchman in self._watchmen), *of_optimizer, *([first.penalty] * self._penalty)]
 
 

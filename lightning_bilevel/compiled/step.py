@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep, Pulled, append_loss
+from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep, Pulled, Whole, append_loss
 from lightning_bilevel.calculus.tangents import Pushed
-from lightning_bilevel.compiled.plan import Plan
+from lightning_bilevel.compiled.plan import Plan, joined, shared_out
 from lightning_bilevel.compiled.products import at_fixed_point
 from lightning_bilevel.compiled.program import Layout, Part
 from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.whole import Judged, ended
 from lightning_bilevel.problem import Batch, InnerState
 from lightning_bilevel.tree import Params
 
@@ -28,15 +30,21 @@ class Planner(Protocol):
     def condition(self, step: CompiledStep, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
         """Return the condition that ∇g is zero; ``None`` where it has to be eager."""
 
+    def judged(self, step: CompiledStep, batch: Batch) -> Judged | None:
+        """Return the outer loss on a batch as a part of a graph; ``None`` where it is none."""
+
     def refuse(self, error: NotCompiled) -> None:
         """Take no step by graphs any more."""
+
+    def say(self, words: str) -> None:
+        """Say something once that costs no more than time."""
 
 
 class CompiledStep(InnerStep):
     """A step by compiled graphs where there are some, and by the step it was made from elsewhere.
 
-    Reverse mode keeps θ_t and what is heavy of each step (matrix products, convolutions, random masks), and computes
-    the rest again.
+    Several steps are one graph where they are small. Reverse mode keeps the state before each graph and what is heavy
+    in it (matrix products, convolutions, random masks), and computes the rest again.
 
     Args:
         eager: the step, operation by operation.
@@ -56,33 +64,39 @@ class CompiledStep(InnerStep):
 
     def __call__(self, state: InnerState, phi: Params, batch: Batch) -> tuple[InnerState, Tensor]:
         """Take the step."""
-        if (plan := self._plan(state, phi, batch)) is None:
-            return self.eager(state, phi, batch)
+        state, (loss,) = self.run(state, phi, [batch])
+        return state, loss.reshape(())
+
+    def run(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
+        """Take the steps."""
         with torch.no_grad():
-            args = [*_flat(state, phi), *plan.tensors]
-            if (part := self._part(plan, "take", state.steps, args)) is None:
-                return self.eager(state, phi, batch)
-            return _ended(plan, part, state, part(state.steps, args))
+            stretches = self._stretches("take", state, phi, batches)
+        if stretches is None:
+            return self.eager.run(state, phi, batches)
+        losses = list[Tensor]()
+        with torch.no_grad():
+            for plan, part in stretches:
+                results = part(state.steps, [*_flat(state, phi), *plan.tensors])
+                state, loss = _ended(plan, part, state, results)
+                append_loss(losses, loss)
+        return state, losses
 
     def vjp(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
         """Take the steps, and run them backward one by one."""
-        plans = [self._plan(state, phi, batch) for batch in batches]
-        if not all(plans):
-            return self.eager.vjp(state, phi, batches)
         with torch.no_grad():
-            state = state.detach()
-            parts = [self._pull(state, phi, plan, t) for t, plan in enumerate(plans)]
-            if not all(parts):
-                return self.eager.vjp(state, phi, batches)
-            tape, losses = _Tape(phi), list[Tensor]()
-            for plan, part in zip(plans, parts, strict=True):
-                assert plan is not None
-                assert part is not None
-                args = [*_flat(state, phi), *plan.tensors]
-                results = list(part(state.steps, args))
-                tape.append(plan.layout, part, state.steps, args, results[part.outputs :])
-                state, loss = _ended(plan, part, state, results)
-                append_loss(losses, loss)
+            stretches = self._stretches("pull", state, phi, batches)
+            if stretches is not None:
+                return self._pulled(state.detach(), phi, stretches)
+        return self.eager.vjp(state, phi, batches)
+
+    def _pulled(self, state: InnerState, phi: Params, stretches: list[tuple[Plan, Part]]) -> Pulled:
+        tape, losses = _Tape(phi), list[Tensor]()
+        for plan, part in stretches:
+            args = [*_flat(state, phi), *plan.tensors]
+            results = list(part(state.steps, args))
+            tape.append(plan.layout, part, state.steps, args, results[part.outputs :])
+            state, loss = _ended(plan, part, state, results)
+            append_loss(losses, loss)
         return Pulled(state, losses, tape.pull)
 
     def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
@@ -101,26 +115,57 @@ class CompiledStep(InnerStep):
 
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Take the step and push tangents."""
-        if (plan := self._plan(state, phi, batch)) is None:
-            return self.eager.jvp(state, phi, batch, tangents, directions)
-        layout = plan.layout
+        state, (loss,), tangents = self.push(state, phi, [batch], tangents, directions)
+        return Pushed(state, loss.reshape(()), tangents)
+
+    def push(
+        self, state: InnerState, phi: Params, batches: Sequence[Batch], tangents: Params, directions: Params
+    ) -> tuple[InnerState, list[Tensor], Params]:
+        """Take the steps and push tangents."""
         with torch.no_grad():
-            along = [tangents[name].contiguous() for name in layout.names]
-            along += [directions[name].contiguous() for name in layout.outer]
-            args = [*_flat(state, phi), *plan.tensors, *along]
-            if (part := self._part(plan, "push", state.steps, args)) is None:
-                return self.eager.jvp(state, phi, batch, tangents, directions)
-            results = list(part(state.steps, args))
-        after, loss = _ended(plan, part, state, results)
-        return Pushed(after, loss, dict(zip(layout.names, results[part.outputs :], strict=True)))
+            along = [*(tangents[name] for name in state.flat()), *(directions[name] for name in phi)]
+            stretches = self._stretches("push", state, phi, batches, along)
+        if stretches is None:
+            return self.eager.push(state, phi, batches, tangents, directions)
+        losses = list[Tensor]()
+        with torch.no_grad():
+            v = [directions[name].contiguous() for name in phi]
+            for plan, part in stretches:
+                z = [tangents[name].contiguous() for name in plan.layout.names]
+                results = part(state.steps, [*_flat(state, phi), *plan.tensors, *z, *v])
+                state, loss = _ended(plan, part, state, results)
+                append_loss(losses, loss)
+                tangents = dict(zip(plan.layout.names, results[part.outputs :], strict=True))
+        return state, losses, tangents
+
+    def whole(self, state: InnerState, phi: Params, batches: Sequence[Batch], outer: Batch) -> Whole | None:
+        """Take the steps, evaluate the outer loss and differentiate it in one graph, where all is small."""
+        plans = self._same(state, phi, batches)
+        if plans is None or not plans[0].graphs.whole:
+            return None
+        with torch.no_grad():
+            if self._most("pull", plans[0], state, phi) < len(batches):
+                return None
+            if (judged := self._planner.judged(self, outer)) is None:
+                return None
+            plan = joined(plans).judged_by(judged)
+            args = [*_flat(state, phi), *plan.tensors]
+            try:
+                part = plan.part("whole", state.steps, args)
+            except NotCompiled as error:
+                plan.graphs.whole = False
+                self._planner.say(f"A run and its outer loss are not one graph: {error}.")
+                return None
+            results = part(state.steps, args)
+            return ended(self.problem, plan.functional, plan.layout, part, state, phi, results)
 
     def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
         """Take a step that can be run backward, any number of times, and return how far it goes."""
-        plan = self._plan(state, phi, batch)
         with torch.no_grad():
-            part = None if plan is None else self._pull(state, phi, plan, 0)
-            if plan is None or part is None:
+            stretches = self._stretches("pull", state, phi, [batch])
+            if stretches is None:
                 return self.eager.fixed_point(state, phi, batch)
+            ((plan, part),) = stretches
             args = [*_flat(state, phi), *plan.tensors]
             results = list(part(state.steps, args))
             after, _ = _ended(plan, part, state, results)
@@ -144,20 +189,67 @@ class CompiledStep(InnerStep):
             self._looked_at = -1 if plan is None else plan.functional.recorder.outer_losses
         return self._plans[id(batch)][1]
 
-    def _part(self, plan: Plan, name: str, steps: int, args: list[Tensor]) -> Part | None:
-        try:
-            return plan.part(name, steps, args)
-        except NotCompiled as error:
-            self._planner.refuse(error)
-            self._plans = {number: (batch, None) for number, (batch, _) in self._plans.items()}
-            return None
+    def _planned(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> list[Plan] | None:
+        plans = [self._plan(state, phi, batch) for batch in batches]
+        there = [plan for plan in plans if plan is not None]
+        return there if len(there) == len(plans) else None
 
-    def _pull(self, state: InnerState, phi: Params, plan: Plan | None, taken: int) -> Part | None:
-        """Return the step that can be run backward, made at the state before the first of a stretch."""
-        assert plan is not None
+    def _same(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> list[Plan] | None:
+        """Return the plans of steps that have the same graphs, ``None`` where they have not."""
+        plans = self._planned(state, phi, batches)
+        return plans if plans and all(plan.graphs is plans[0].graphs for plan in plans) else None
+
+    def _stretches(
+        self, name: str, state: InnerState, phi: Params, batches: Sequence[Batch], along: Sequence[Tensor] = ()
+    ) -> list[tuple[Plan, Part]] | None:
+        """Return what takes the steps, made at the state before the first; ``None`` where they have to be eager.
+
+        Args:
+            name: of the function.
+            state: before the first step.
+            phi: outer parameters.
+            batches: one per step.
+            along: what the function takes besides.
+        """
+        plans = self._planned(state, phi, batches)
+        if plans is None:
+            return None
         flat = _flat(state, phi)
-        args = [*flat, *plan.tensors, *flat[: len(plan.layout.names)]]
-        return self._part(plan, "pull", state.steps + taken, args)
+        besides = flat[: len(plans[0].layout.names)] if name == "pull" else along
+        found, steps = list[tuple[Plan, Part]](), state.steps
+        for plan in self._joined(name, plans, state, phi, besides):
+            try:
+                found.append((plan, plan.part(name, steps, [*flat, *plan.tensors, *besides])))
+            except NotCompiled as error:
+                if len(plan.layout.order) == 1:
+                    self._planner.refuse(error)
+                    self._plans = {number: (batch, None) for number, (batch, _) in self._plans.items()}
+                    return None
+                plan.graphs.most[name] = 1
+                self._planner.say(f"Inner steps are compiled one by one, for together they are not: {error}.")
+                return self._stretches(name, state, phi, batches, along)
+            steps += len(plan.layout.order)
+        return found
+
+    def _joined(
+        self, name: str, plans: list[Plan], state: InnerState, phi: Params, besides: Sequence[Tensor]
+    ) -> Iterator[Plan]:
+        """Yield the plans of stretches."""
+        for _, group in groupby(plans, key=lambda plan: id(plan.graphs)):
+            same = list(group)
+            most = self._most(name, same[0], state, phi, besides) if len(same) > 1 else 1
+            for count in shared_out(len(same), most):
+                yield joined(same[:count])
+                del same[:count]
+
+    @staticmethod
+    def _most(name: str, plan: Plan, state: InnerState, phi: Params, besides: Sequence[Tensor] | None = None) -> int:
+        if name in plan.graphs.most:
+            return plan.graphs.most[name]
+        flat = _flat(state, phi)
+        if besides is None:
+            besides = flat[: len(plan.layout.names)]
+        return plan.most(name, state.steps, [*flat, *plan.tensors, *besides])
 
 
 class _Tape:
@@ -232,11 +324,11 @@ def _flat(state: InnerState, phi: Params) -> list[Tensor]:
 
 
 def _ended(plan: Plan, part: Part, state: InnerState, results: Sequence[Tensor]) -> tuple[InnerState, Tensor]:
-    """Return the state after a step, and the inner loss before it; log what the loss logs."""
+    """Return the state after a stretch, and the inner losses before each step; log what the loss logs."""
     if part.logged:
         part.log(results, plan.functional.recorder.log)
     layout = plan.layout
     n, m = len(layout.names), layout.outputs - 1
     flat = dict(zip(layout.names, results[:n], strict=True))
     buffers = dict(zip(layout.buffers, results[n:m], strict=True))
-    return layout.state(flat, buffers, state.steps + 1), results[m]
+    return layout.state(flat, buffers, state.steps + len(layout.order)), results[m]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -47,6 +48,10 @@ _HOOKED = "there were backward hooks"
 """Key of :attr:`BilevelProblem.findings`."""
 
 
+_RANGES = itertools.count(0, 2**40)
+"""Where the turns of each object start: no two have the same."""
+
+
 class FunctionalModule:
     """The pure functions of one bilevel module, valid as long as its parameters stay the same objects.
 
@@ -67,7 +72,7 @@ class FunctionalModule:
             evaluation gets copies.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
         compiler: makes compiled steps of the problem's, see :attr:`BilevelProblem.compiler`.
-        turns: how often code of the user's has run, or may have: what it reads stays the same in between.
+        turns: another number where code of the user's has run, or may have: what it reads stays the same in between.
     """
 
     def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
@@ -80,7 +85,7 @@ class FunctionalModule:
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
         self.compiler: Compiler | None = None
-        self.turns = 0
+        self.turns = next(_RANGES)
         self.writes_to_batches: bool | None = None
         self._whereabouts = Whereabouts(type(module).__name__)
         self._autocast_dtype: torch.dtype | None = None

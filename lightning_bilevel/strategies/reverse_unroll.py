@@ -64,6 +64,12 @@ class ReverseUnroll(HypergradientStrategy):
         step, segments = inner_step(problem), _segments(problem.batches(episode), self.checkpoint)
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
+        moving = {name: tensor for name, tensor in start.flat().items() if tensor.requires_grad}
+        whole = step.whole(start.detach(), phi, segments[0], episode.outer) if len(segments) == 1 else None
+        if whole is not None:
+            grads = tree.add(whole.c, vector_jacobian(moving, outer, whole.d))
+            metrics = last_loss(problem, whole.losses)
+            return Hypergradient(whole.value, grads, whole.state, metrics, observed=whole.observed)
         if len(segments) == 1:  # one graph of all, and one pass over it
             end, losses = step.graph(start, outer, segments[0])
             metrics = last_loss(problem, losses)
@@ -73,7 +79,6 @@ class ReverseUnroll(HypergradientStrategy):
         final, losses, pull = run_checkpointed(step, start.detach(), phi, segments)
         metrics = last_loss(problem, losses)
         value, d, c, observed = outer_value_and_grads(problem, final, phi, episode)
-        moving = {name: tensor for name, tensor in start.flat().items() if tensor.requires_grad}
         d_0, through = pull(d, moving)
         grads = tree.add(tree.add(c, through), vector_jacobian(moving, outer, d_0))
         return Hypergradient(value, grads, final, metrics, observed=observed)

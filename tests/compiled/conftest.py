@@ -24,6 +24,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each graph be one of a single step."""
+    monkeypatch.setattr(plan, "MOST_NODES", 0)
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with each call of a graph."""
     seen: list[int] = []

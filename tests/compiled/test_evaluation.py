@@ -14,7 +14,7 @@ from lightning_bilevel.calculus import inner_step
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations, evaluation
-from lightning_bilevel.compiled.program import Layout
+from lightning_bilevel.compiled.program import Form, Layout
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.problem import Episode, InnerState
 from lightning_bilevel.stacking import tensors_in
@@ -30,7 +30,7 @@ class At:
         self.problem, self.phi = replace(self.functional.problem, compiler=None), self.functional.phi()
         self.state, self.batch = InnerState(self.functional.theta()), episode().outer
         tensors = list(tensors_in(self.batch))
-        layout = Layout(self.state, self.phi, self.batch, tensors)
+        layout = Layout(self.state, self.phi, Form(self.batch, tensors))
         self.functions = Evaluations(self.problem.stationary(), layout, self.functional.recorder)
         self.args = [*self.state.params.values(), *self.phi.values(), *tensors]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 
 from lightning_bilevel.compiled import graphs
@@ -68,6 +71,16 @@ def test_random_numbers_are_drawn_at_each_call() -> None:
     assert not torch.equal(a, b)
 
 
+def test_two_draws_are_not_one() -> None:
+    def drawn(args: list[Tensor]) -> list[Tensor | None]:
+        masks = [torch.empty_like(args[0]).bernoulli_(0.5) for _ in range(2)]
+        noise = [torch.empty_like(args[0]).exponential_() for _ in range(2)]
+        return [args[0] * (masks[0] - masks[1]), noise[0] - noise[1]]
+
+    for value in trace(drawn, [torch.ones(100)]).graph(torch.ones(100)):
+        assert value.any()
+
+
 def test_without_a_compiler_graphs_run_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.cpp_builder as builder
 
@@ -95,6 +108,19 @@ def test_inductor_computes_the_same_with_the_same_random_numbers() -> None:
     torch.manual_seed(0)
     for a, b in zip(function([*args, *traced.read]), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@needs_inductor
+@pytest.mark.slow
+def test_what_inductor_has_made_is_kept_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters["inductor"]
+    traced = trace(lambda args: [args[0].tanh() + args[1]], [torch.ones(3), torch.ones(1)])
+    counters.clear()
+    for _ in range(2):
+        function = compiled(traced.graph, [torch.ones(3), torch.ones(1)], "inductor")
+        torch.testing.assert_close(*function([torch.zeros(3), torch.ones(1)]), torch.ones(3))
+    assert counters["fxgraph_cache_miss"] == counters["fxgraph_cache_hit"] == 1
 
 
 def test_flat_graphs() -> None:

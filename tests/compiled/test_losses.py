@@ -34,6 +34,8 @@ from lightning_bilevel.linear_solvers import Neumann
 from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, weighted
 from tests.support.modules import Maml
 
+pytestmark = pytest.mark.usefixtures("one_by_one")
+
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:

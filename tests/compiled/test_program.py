@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.step import GradientStep
-from lightning_bilevel.compiled.program import Functions, Layout, made
+from lightning_bilevel.compiled.program import Form, Functions, Layout, made
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.stacking import tensors_in
 from tests.support.compiled import episode, weighted
@@ -23,7 +23,7 @@ class At:
         self.problem, self.phi = self.functional.problem, self.functional.phi()
         self.state, self.batch = self.problem.start(InnerState(self.functional.theta()), self.phi), episode().outer
         tensors = list(tensors_in(self.batch))
-        layout = Layout(self.state, self.phi, self.batch, tensors)
+        layout = Layout(self.state, self.phi, Form(self.batch, tensors))
         self.step = GradientStep(self.problem)
         self.functions = Functions(self.step, layout, self.functional.recorder)
         self.args = [*self.state.flat().values(), *self.phi.values(), *tensors]
@@ -31,7 +31,7 @@ class At:
 
 def test_arguments_are_opened_as_they_were_laid_out() -> None:
     at = At()
-    state, phi, batch, rest = at.functions.layout.opened([*at.args, torch.ones(1)], 3)
+    state, phi, (batch,), _, rest = at.functions.layout.opened([*at.args, torch.ones(1)], 3)
     assert state.steps == 3
     assert all(state.params[name] is value for name, value in at.state.params.items())
     assert all(phi[name] is value for name, value in at.phi.items())
@@ -45,7 +45,7 @@ def test_a_step_is_that_of_the_problem() -> None:
         part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
         after, loss = at.step(at.state, at.phi, at.batch)
         results = part(0, at.args)
-    for found, value in zip(results, [*after.flat().values(), loss], strict=True):
+    for found, value in zip(results, [*after.flat().values(), loss[None]], strict=True):
         torch.testing.assert_close(found, value)
 
 
@@ -88,5 +88,5 @@ def test_what_is_logged_comes_out_of_the_graph() -> None:
         part.log(results, lambda *args, **kwargs: seen.append((args, kwargs)))
     (twice, options), (number, _) = seen
     assert options == {"prog_bar": True}
-    torch.testing.assert_close(twice[1], 2 * results[part.outputs - 2])
+    torch.testing.assert_close(twice[1], 2 * results[part.outputs - 2][0])
     assert number == ("number", 3)

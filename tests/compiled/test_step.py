@@ -107,6 +107,15 @@ def test_strategies(strategy: Callable[[], HypergradientStrategy], calls: list[i
     assert calls
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("name", NETS)
+def test_nets_one_step_after_another(name: str, calls: list[int]) -> None:
+    net, features = NETS[name]
+    assert apart(*both(weighted(net=net), episodes=episode(features=features))) < 2e-6
+    assert len(calls) >= 3
+
+
 SLOW = {"LayerNorm", "weight norm", "attention", "recomputed"}
 
 
@@ -115,7 +124,7 @@ def test_nets(name: str, calls: list[int]) -> None:
     net, features = NETS[name]
     module = weighted(net=net)
     assert apart(*both(module, episodes=episode(features=features))) < 2e-6
-    assert len(calls) >= 3
+    assert calls
 
 
 @pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2)])
@@ -131,7 +140,7 @@ def test_stacked_episodes(calls: list[int]) -> None:
     module = Maml(net, F.cross_entropy, compile=True, episode_chunk_size=3)
     episodes = [Episode([each.inner[0][:2]], each.outer[:2]) for each in map(episode, range(3))]
     assert apart(*both(module, episodes=episodes)) < 2e-6
-    assert len(calls) == 2 + 1  # one of them is the comparison with the eager step
+    assert len(calls) == 1 + 1  # one of them is the comparison with the eager step
 
 
 def test_the_outer_loss_at_every_step(calls: list[int]) -> None:
