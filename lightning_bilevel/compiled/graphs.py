@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
+from lightning_bilevel.compiled.onednn import is_faster, with_onednn
 from lightning_bilevel.compiled.passes import without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
 
@@ -156,6 +157,8 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
 
     Random numbers are those of the eager kernels, so that runs of a forward graph and of one with a derivative agree.
     """
+    if is_faster():
+        graph = with_onednn(graph)
     if backend == "flat":
         return lambda args: graph(*args)
     shapes = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv(assume_static_by_default=True)
