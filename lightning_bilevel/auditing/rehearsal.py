@@ -139,7 +139,7 @@ class Rehearsal:
 
     def vectorization(self) -> tuple[str, bool | None]:
         """Return a sentence on whether episodes of a batch can be stacked, and the answer, if there is one."""
-        first = self.episodes[0]
+        (first,) = self._checked(self.episodes[:1])
         if self.problem.solver is not None:
             return "The episodes of a batch are looped, for `solve_inner` takes one.", None
         if self._first_order.error is not None:
@@ -186,10 +186,16 @@ class Rehearsal:
     def _call(self) -> Call:
         return Call(Key((self.seed, self.module.fit_context.memory.estimates, 0, 0)))
 
+    def _checked(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """Return episodes as a fit takes them; what there is to warn of was warned of before."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return check_episodes(episodes, type(self.module).__name__)
+
     def _estimate(self, strategy: HypergradientStrategy) -> Hypergradient:
         """Return the estimate over few steps; a second one where the strategy carries something on to it."""
         functional, memory = self._functional, self.module.fit_context.memory
-        episodes = check_episodes(self.episodes, type(self.module).__name__)
+        episodes = self._checked(self.episodes)
         options: dict[str, Any] = {"twice": strategy.second_order, "inner_steps": self.steps, "check": strategy.check}
 
         def again(carry: Carry | None = None) -> Hypergradient:
@@ -204,7 +210,7 @@ class Rehearsal:
     def _look(self, probe: Callable[[Surroundings], T]) -> T:
         """Return what a probe finds in the surroundings of an estimate of the first episode."""
         functional, memory = self._functional, self.module.fit_context.memory
-        episodes = check_episodes(self.episodes[:1], type(self.module).__name__)
+        episodes = self._checked(self.episodes[:1])
         with (
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -13,9 +13,20 @@ from lightning_fabric.utilities import move_data_to_device
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bilevel import SGD, BilevelModule, Episode, EpisodeLoader, FirstOrder, NumberedBatch, numbered
+from lightning_bilevel import (
+    SGD,
+    BilevelModule,
+    Episode,
+    EpisodeLoader,
+    FirstOrder,
+    NumberedBatch,
+    audit,
+    bilevel_data,
+    numbered,
+)
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.numbered import Place, PlacedBatches, places_of
+from tests.support.modules import trainer
 
 ONES = torch.ones(2)
 
@@ -98,9 +109,7 @@ def mapping() -> dict[str, Any]:
 )
 def test_numbers_come_through_a_fit(module, data, precision: Any) -> None:
     Places.seen.clear()
-    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=1, callbacks=[Places()], logger=False, precision=precision, **options)
-    trainer.fit(module(), data())
+    trainer(Places(), precision=precision).fit(module(), data())
     inner, outer = zip(*Places.seen, strict=True)
     assert sorted(place.number for place in outer) == [0, 1, 2]
     assert {place.of for places in inner for place in places} == {3}
@@ -163,3 +172,31 @@ def test_placed_batches_are_a_list_to_others(tmp_path) -> None:
     assert len(tree_leaves(episode)) == 2
     moved = move_data_to_device(episode, torch.device("cpu"))
     assert (type(moved.inner), places_of(moved)) == (PlacedBatches, ((None,), None))
+
+
+def test_an_audit_takes_numbered_batches() -> None:
+    one, two, three = numbered(loader(0))
+    report = audit(Watching(), Episode([one, two], three), [Places()], verbose=False)
+    assert report.vectorizes  # without their numbers, batches can be stacked
+    assert report["Places"].works
+
+
+class Hooking(pl.LightningDataModule):
+    """A data module whose batch hook wants plain batches."""
+
+    def train_dataloader(self):
+        return DataLoader(numbered(loader(0)), batch_size=None, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(numbered(loader(10)), batch_size=None)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        (x,) = batch
+        return (3 * x,)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_numbers_come_through_a_data_module() -> None:
+    Places.seen.clear()
+    trainer(Places()).fit(Watching(), datamodule=bilevel_data(Hooking()))
+    assert sorted(outer.number for _, outer in Places.seen) == [0, 1, 2]

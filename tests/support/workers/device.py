@@ -19,15 +19,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 import lightning_bilevel.inner_optimizers as optimizers
 from lightning_bilevel import (
     FSLA,
+    PES,
     SGD,
+    SOBA,
     BilevelModule,
     Episode,
+    EpisodeLoader,
     ForwardGradient,
     HypergradientMonitor,
     ImplicitGradient,
     ReverseUnroll,
     audit,
     hypergradient,
+    numbered,
 )
 from lightning_bilevel.directions import Coordinate, Gaussian, Sphere
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, Nystrom
@@ -168,6 +172,10 @@ def cases() -> Iterator[tuple[str, Callable[[], float]]]:
             yield name, lambda build=build, strategy=strategy: fitted(build, strategy, episodes)
     single = lambda: Weighted(inner_start="warm", inner_steps=1)  # noqa: E731
     yield "fit, FSLA", lambda: fitted(single, FSLA, episodes)
+    rows = numbered([tree_map(Tensor.float, batch) for batch in (*episode().inner, episode().outer)])
+    table = lambda: fitted(single, lambda: SOBA(momentum="table"), lambda: EpisodeLoader(rows, rows[:2]))  # noqa: E731
+    yield "fit, SOBA-table", table
+    yield "fit, PES", lambda: fitted(lambda: Weighted(inner_start="warm"), lambda: PES(2), episodes)
     yield "fit, tasks", lambda: fitted(Maml, ReverseUnroll, lambda: listed([tasks(3)]))
     yield "audit", audited
 
