@@ -47,6 +47,7 @@ from camels_lm.documents import Splits
 from camels_lm.encoding import EncodedDocument, Encoder, new_tokenizer
 from camels_lm.loading import Batches, Numbered
 from camels_lm.models import WeightModel, load, number_of_parameters, small_lm, window_of
+from camels_lm.salience import Salience
 from camels_lm.stages import (
     OPTIMIZERS,
     LanguageModelTraining,
@@ -302,7 +303,12 @@ class Run:
         self, weighting: Weighting, weights: WeightModel, documents: Sequence[EncodedDocument], lr: float
     ) -> OnlineAdaptation:
         questions = [question for document in documents for question in document.questions]
-        return OnlineAdaptation(self.lm, weighting, weights, questions, self.encoder, self.args.adapt_optimizer, lr)
+        given = self._salience(weighting == "TF-IDF") if weighting in ("IDF", "TF-IDF") else weights
+        return OnlineAdaptation(self.lm, weighting, given, questions, self.encoder, self.args.adapt_optimizer, lr)
+
+    def _salience(self, counted: bool) -> Salience:
+        rows = [document.row.ids for document in self.documents.pretraining]
+        return Salience(rows, self.lm.config.vocab_size, counted)
 
     def _stream(self, documents: Sequence[EncodedDocument]) -> Batches:
         return Batches(Numbered(lambda number: self.encoder.padded([documents[number].row]), len(documents)))

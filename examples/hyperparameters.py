@@ -427,9 +427,7 @@ def learn_penalties(data: Data, args: argparse.Namespace) -> list[dict[str, Any]
 
 def penalties_without(data: Data, seconds: float, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each baseline: an L1 penalty, and two numbers of a formula, by searches of so many seconds."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*max_iter was reached")
-        rows = [lasso(data, L1_GRID[:: 4 if args.smoke else 1])]
+    rows = [lasso(data, L1_GRID[:: 4 if args.smoke else 1])]
     formula = baselines.by_relevance(data.train.x, data.train.y)
 
     def validation_loss(point: Sequence[float]) -> float:
@@ -619,7 +617,7 @@ def draw_paths(axes: Any, rows: Sequence[dict]) -> None:
     axes.set_yticks([0.5, 0.2, 0.1, 0.05, 0.02, 0.01], ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99"])
     axes.minorticks_off()
     axes.grid(visible=False)
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

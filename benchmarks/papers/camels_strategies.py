@@ -11,7 +11,6 @@ start uniform. Runs that are finished are not repeated, and one that was cut off
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.intervals import interval
-from support.results import IMAGES, save
+from support.results import save
 
 import camels
 
@@ -100,7 +99,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the scores of all ways of weighting over seeds, and by how much the learned weights are better."""
     found: dict[str, Any] = {name: summary(rows, name) for name in rows[0]["adaptation"]}
     learned = found["learned"]["answer_nll"]["values"]
-    for name in ("uniform", "oracle"):
+    for name in [name for name in rows[0]["adaptation"] if name not in ("no adaptation", "learned")]:
         others = found[name]["answer_nll"]["values"]
         found[f"learned over {name}"] = interval([other - own for other, own in zip(others, learned, strict=True)])
     return found
@@ -127,8 +126,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         if name == FIRST:
             results[name] |= comparison(rows)
-            for picture in ("weights", "gain"):
-                shutil.copy(args.output / "0" / "reverse-6" / f"camels_{picture}.png", IMAGES)
             firsts = [row["adaptation"]["learned"]["answer_nll"] for row in rows]
         else:
             nlls = results[name]["learned"]["answer_nll"]["values"]

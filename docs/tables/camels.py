@@ -1,4 +1,4 @@
-"""`benchmarks/papers/camels_strategies.py`, `camels_squad.py` and `camels_depth.py`."""
+"""`benchmarks/papers/camels_baselines.py`, `camels_strategies.py`, `camels_squad.py` and `camels_depth.py`."""
 
 from statistics import fmean
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from tables import RESULTS, markdown, results
 
 SCORES = ("answer NLL", "gain", "learned over it", "EM %", "F1 %")
+WEIGHTS = ("no adaptation", "uniform", "IDF", "TF-IDF", "learned", "oracle")
 FIRST = "reverse 6"
 
 
@@ -14,7 +15,7 @@ def tables() -> dict[str, str]:
     strategies = results("camels_strategies")["results"]
     squad = results("camels_squad")["results"]
     return {
-        "camels_adaptation": adaptation(strategies[FIRST]),
+        "camels_adaptation": adaptation(results("camels_baselines")["results"]),
         "camels_strategies": compared(strategies),
         "camels_identity": cosines(strategies["identity 6"]),
         "camels_squad": adaptation(squad["adaptation"]),
@@ -26,7 +27,7 @@ def tables() -> dict[str, str]:
 def adaptation(found: dict[str, Any]) -> str:
     """Compare ways of weighting, over seeds."""
     rows = []
-    for name in ("no adaptation", "uniform", "learned", "oracle"):
+    for name in (name for name in WEIGHTS if name in found):
         scores, over = found[name], found.get(f"learned over {name}")
         gain = found.get(f"gain of {name}", scores["gain"])
         cells = [
@@ -37,7 +38,7 @@ def adaptation(found: dict[str, Any]) -> str:
             number(scores["f1"], 1),
         ]
         rows.append([name, *cells])
-    return markdown(("weights", *SCORES), rows)
+    return markdown((f"weights, {len(found['learned']['answer_nll']['values'])} seeds", *SCORES), rows)
 
 
 def compared(found: dict[str, Any]) -> str:

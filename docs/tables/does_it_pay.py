@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from tables import cleaning_baselines, data_condensation, difference, half_width, markdown, results
+from tables import cleaning_baselines, data_condensation, difference, few_shot, half_width, markdown, results
 
 
 class Case(NamedTuple):
@@ -81,6 +81,7 @@ def cases() -> list[Case]:
         condensation(),
         *hyperparameters(),
         sinusoids(),
+        few_shot_images(),
         *representations(),
         camels(),
         pde(),
@@ -157,6 +158,14 @@ def sinusoids() -> Case:
     return Case("sinusoids, 10 points", "1,761, T = 1", "MAML, 10 steps", ours, others, "squared", 2, False)
 
 
+def few_shot_images() -> Case:
+    """Return features under a head that is fitted to a task of five digits, beside heads on pixels and a classifier."""
+    ours, *others = few_shot.of_images().items()
+    runs = {name: [100 * run["score"] for run in rows] for name, rows in others if "FirstOrder" not in name}
+    learned = [100 * run["score"] for run in ours[1]]
+    return Case("new digits, 10 of each", "19,008, T = 10", "features, `ReverseUnroll`", learned, runs, "points")
+
+
 def representations() -> list[Case]:
     """Return features under a head, beside one level; no strategy is as good on test data as that."""
     rows = results("hyper_representation")["results"]
@@ -179,9 +188,9 @@ def representations() -> list[Case]:
 
 
 def camels() -> Case:
-    found: dict[str, Any] = results("camels_strategies")["results"]["reverse 6"]
-    nll = {name: found[name]["answer_nll"]["values"] for name in ("no adaptation", "uniform", "learned")}
-    ours = nll.pop("learned")
+    found: dict[str, Any] = results("camels_baselines")["results"]
+    nll = {name: found[name]["answer_nll"]["values"] for name in ("no adaptation", "uniform", "IDF", "TF-IDF")}
+    ours = found["learned"]["answer_nll"]["values"]
     return Case("which tokens to train on", "a small GPT-2, T = 6", "CaMeLS", ours, nll, "nats", 3, False)
 
 

@@ -19,7 +19,13 @@ LINE = 100
 DARKEST = 0.75
 """Place in the colour map of the largest weight."""
 
-COLORS = {"uniform": report.VERMILION, "learned": report.BLUE, "oracle": report.GREEN}
+COLORS = {
+    "uniform": report.VERMILION,
+    "IDF": "#E69F00",
+    "TF-IDF": "#CC79A7",
+    "learned": report.BLUE,
+    "oracle": report.GREEN,
+}
 
 
 class WeightedToken(NamedTuple):

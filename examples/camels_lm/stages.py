@@ -18,6 +18,7 @@ from camels_lm.encoding import EncodedDocument, EncodedQuestion, Encoder, Row, T
 from camels_lm.loading import Batches, Numbered, drawn
 from camels_lm.losses import answer_nll, divergence, masked_mean, nll_of_each_answer, predicted, token_nll, weighted_nll
 from camels_lm.models import WeightModel, log_probs, with_dropout
+from camels_lm.salience import Salience
 from lightning_bilevel import SGD, BilevelModule, Episode
 from lightning_bilevel.errors import value_error
 
@@ -205,7 +206,7 @@ def episodes(
     return Batches(Numbered(make, len(depths)))
 
 
-Weighting = Literal["uniform", "learned", "oracle"]
+Weighting = Literal["uniform", "IDF", "TF-IDF", "learned", "oracle"]
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -228,9 +229,9 @@ class OnlineAdaptation(pl.LightningModule):
 
     Args:
         lm: the language model before; it is copied.
-        weighting: ``"uniform"``, ``"learned"``, or ``"oracle"``, which is 1 on the tokens that state a fact and 0
-            elsewhere.
-        weights: the weight model, for ``"learned"``.
+        weighting: ``"uniform"``, ``"oracle"``, which is 1 on the tokens that state a fact and 0 elsewhere, or the
+            name of what ``weights`` gives: ``"IDF"``, ``"TF-IDF"``, ``"learned"``.
+        weights: the weight model, or ``Salience``.
         questions: all questions of the stream, in its order.
         encoder: turns answers back to text.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
@@ -245,7 +246,7 @@ class OnlineAdaptation(pl.LightningModule):
         self,
         lm: PreTrainedModel,
         weighting: Weighting,
-        weights: WeightModel | None,
+        weights: WeightModel | Salience | None,
         questions: Sequence[EncodedQuestion],
         encoder: Encoder,
         optimizer: str = "sgd",
@@ -254,8 +255,8 @@ class OnlineAdaptation(pl.LightningModule):
         super().__init__()
         if weighting not in get_args(Weighting):
             raise value_error("OnlineAdaptation(weighting=...)", f"one of {get_args(Weighting)}", weighting)
-        if weighting == "learned" and weights is None:
-            raise value_error("OnlineAdaptation(weights=...)", "a weight model for 'learned'", weights)
+        if weighting not in ("uniform", "oracle") and weights is None:
+            raise value_error("OnlineAdaptation(weights=...)", f"a weight model for {weighting!r}", weights)
         self.lm = with_dropout(copy.deepcopy(lm), 0.0).requires_grad_(True)
         self.weighting = weighting
         self.weights = None if weights is None else with_dropout(weights, 0.0)

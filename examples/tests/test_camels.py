@@ -24,7 +24,7 @@ from torch.utils.data import DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 import camels
-from camels_lm import encoding, figures, loading, losses, models, readers, stages, synthetic
+from camels_lm import encoding, figures, loading, losses, models, readers, salience, stages, synthetic
 from camels_lm.documents import Document
 from camels_lm.encoding import Encoder, Tokens
 from lightning_bilevel import Episode, ForwardGradient, HypergradientSchedule, ReverseUnroll, hypergradient, tree
@@ -463,6 +463,25 @@ def test_oracle_weights_are_one_on_facts() -> None:
     assert torch.equal(module.weights_of(tokens), module.weights(tokens))
 
 
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_salience_is_the_rarity_of_a_token_and_its_count(counted: bool, side: str) -> None:
+    """Against counts by hand; padding counts nowhere, and the mean over all documents is 1."""
+    rows = [document.row for document in encoded("pretraining")]
+    ids = [row.ids for row in rows]
+    module = salience.Salience(ids, language_model().config.vocab_size, counted)
+    found = module(encoder().padded(rows, side))
+    raw = []
+    for row in ids:
+        having = [sum(token in other for other in ids) for token in row]
+        counts = [row.count(token) if counted else 1 for token in row]
+        raw.append([n * math.log((1 + len(ids)) / (1 + m)) for n, m in zip(counts, having, strict=True)])
+    scale = sum(map(sum, raw)) / sum(map(len, raw))
+    for values, expected in zip(found, raw, strict=True):
+        own = values[-len(expected) :] if side == "left" else values[: len(expected)]
+        assert own.tolist() == pytest.approx([value / scale for value in expected], rel=1e-4, abs=1e-6)
+
+
 def test_answers_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that answers right has EM 100; the curve has a value for every question at every look."""
     module = adaptation()
@@ -520,7 +539,7 @@ def test_bad_weightings_are_named() -> None:
 # --- Docstrings, the picture ---
 
 
-@pytest.mark.parametrize("module", [camels, losses, loading, readers, synthetic])
+@pytest.mark.parametrize("module", [camels, losses, loading, readers, salience, synthetic])
 def test_examples_in_docstrings(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted
@@ -586,7 +605,7 @@ def test_the_settings_of_the_papers(tmp_path: Path) -> None:
     result = run(tmp_path / "run", *options.split())
     assert sum(result["documents"].values()) <= len(found)
     assert result["left out"]["documents longer than the window"] == len(too_long)
-    assert set(result["adaptation"]) == {"no adaptation", "uniform", "learned", "oracle"}
+    assert set(result["adaptation"]) == {"no adaptation", "uniform", "IDF", "TF-IDF", "learned", "oracle"}
     for scores in result["adaptation"].values():
         assert math.isfinite(scores["answer_nll"])
     assert result["CPU seconds"].keys() >= {"tune", "weights", "stream-learned"}
