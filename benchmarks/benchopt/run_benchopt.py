@@ -108,13 +108,12 @@ PROBLEMS = {
     ),
     "cleaning": Problem(
         "mnist[ratio=0.5]",
-        8,
+        6,
         "share of errors on validation",
         [
             "SABA[step_size=0.1,outer_ratio=0.001,eval_freq=4]",
             "SRBA[step_size=0.001,outer_ratio=1e-05,period_frac=512.0,eval_freq=16]",
             "SOBA[step_size=1.0,outer_ratio=0.0001,eval_freq=16]",
-            "FSLA[step_size=1.0,outer_ratio=0.0001,eval_freq=16]",
             "AmIGO[step_size=0.001,outer_ratio=1e-06,n_inner_steps=10,eval_freq=8]",
             "StocBiO[step_size=0.01,outer_ratio=1e-05,n_inner_steps=10,n_shia_steps=10,eval_freq=8]",
             "MRBO[step_size=0.1,outer_ratio=0.0001,n_shia_steps=10,eta=0.5,eval_freq=8]",
