@@ -10,7 +10,8 @@ run as they are; what they would download is made by scikit-learn in the same sh
 - Cleaning: the share of errors on 5,000 digits after training on 20,000 weighted ones, of which half have any label.
 
 Time: CPU seconds of the process, one thread, without compilation (a first call) and without what is measured at the
-points of the curve, which are the farther from each other the later. Every solver ends at the same second.
+points of the curve, which are the farther from each other the later. What JAX has still to do when it returns is waited
+for, as benchopt does not. Every solver ends at the same second.
 
     pip install benchopt jax jaxopt numba
     python benchmarks/benchopt/run_benchopt.py --benchmark FOLDER [--problems quadratic penalties cleaning]
@@ -39,7 +40,6 @@ HERE = Path(__file__).parent
 PARTS = ("solvers", "benchmark_utils")
 ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # else what still runs would be left out
     "JAX_PLATFORMS": "cpu",
 }
 OURS = "lightning_bilevel"
@@ -96,7 +96,6 @@ PROBLEMS = {
             "FSLA[step_size=0.1,outer_ratio=1.0,eval_freq=1024]",
             "AmIGO[step_size=0.125,outer_ratio=0.1,n_inner_steps=10,eval_freq=256]",
             "StocBiO[step_size=0.25,outer_ratio=1.0,n_inner_steps=10,n_shia_steps=10,eval_freq=256]",
-            "F2SA[step_size=0.1,outer_ratio=1.0,n_inner_steps=10,delta_lmbda=0.01,lmbda0=1,eval_freq=256]",
             "jaxopt_GD[inner_solver=lbfgs,step_size_outer=10,n_inner_steps=100]",
         ],
         {
@@ -108,13 +107,12 @@ PROBLEMS = {
     ),
     "cleaning": Problem(
         "mnist[ratio=0.5]",
-        8,
+        6,
         "share of errors on validation",
         [
             "SABA[step_size=0.1,outer_ratio=0.001,eval_freq=4]",
             "SRBA[step_size=0.001,outer_ratio=1e-05,period_frac=512.0,eval_freq=16]",
             "SOBA[step_size=1.0,outer_ratio=0.0001,eval_freq=16]",
-            "FSLA[step_size=1.0,outer_ratio=0.0001,eval_freq=16]",
             "AmIGO[step_size=0.001,outer_ratio=1e-06,n_inner_steps=10,eval_freq=8]",
             "StocBiO[step_size=0.01,outer_ratio=1e-05,n_inner_steps=10,n_shia_steps=10,eval_freq=8]",
             "MRBO[step_size=0.1,outer_ratio=0.0001,n_shia_steps=10,eta=0.5,eval_freq=8]",
@@ -177,13 +175,14 @@ def inside(folder: Path) -> Iterator[None]:
 
 def run(folder: Path, problem: Problem, seconds: float) -> dict[str, Any]:
     """Return the curve of each solver."""
+    import jax
     import pandas
     from benchopt import runner
 
     ours = {f"{OURS}, {row}": f"{OURS}[strategy={row},{arguments}]" for row, arguments in problem.ours.items()}
     solvers = {name.split("[")[0]: name for name in problem.theirs} | ours
     output = folder / f"{problem.dataset.split('[')[0]}.parquet"
-    plain, runner._Callback = runner._Callback, timed(seconds, runner._Callback)
+    plain, runner._Callback = runner._Callback, timed(seconds, runner._Callback, jax.block_until_ready)
     try:
         with inside(folder):  # the benchmark looks for its data there
             runner.run_benchmark(
@@ -221,12 +220,19 @@ def curve(table: Any) -> dict[str, list[float]]:
     return found
 
 
-def timed(seconds: float, base: type, factor: float = 1.5, clock: Callable[[], float] = time.process_time) -> type:
+def timed(
+    seconds: float,
+    base: type,
+    ready: Callable[[Any], Any],
+    factor: float = 1.5,
+    clock: Callable[[], float] = time.process_time,
+) -> type:
     """Return a callback of benchopt that has the same rules for all solvers.
 
     Args:
         seconds: after which the next call ends a run.
         base: benchopt's.
+        ready: returns when a result is there: JAX is not done when it returns, and benchopt's own clock stops then.
         factor: of the times of two points of the curve.
         clock: that counts.
     """
@@ -237,6 +243,7 @@ def timed(seconds: float, base: type, factor: float = 1.5, clock: Callable[[], f
             self.time_callback = clock()
 
         def __call__(self) -> bool:
+            ready(self.solver.get_result())
             self.time_iter += clock() - self.time_callback
             over = self.time_iter >= seconds
             if over or self.time_iter >= self.due:

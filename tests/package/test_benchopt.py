@@ -253,6 +253,7 @@ def test_every_solver_has_the_same_rules(script: Any) -> None:
 
     class Base:
         time_iter, it, status = 0.0, 0, "running"
+        solver = SimpleNamespace(get_result=lambda: 0.25)  # what it has still to do
 
         def log_value(self) -> None:
             now[0] += 100  # to measure
@@ -261,12 +262,16 @@ def test_every_solver_has_the_same_rules(script: Any) -> None:
             points.append(self.time_iter)
 
     points: list[float] = []
-    callback = script.timed(seconds=20, base=Base, factor=2, clock=lambda: now[0])()
+
+    def ready(left: float) -> None:
+        now[0] += left
+
+    callback = script.timed(seconds=20, base=Base, ready=ready, factor=2, clock=lambda: now[0])()
     callback.start()
     while callback():
-        now[0] += 0.5
+        now[0] += 0.25
     assert callback.status == "done"
-    assert points == [0, 0.5, 1, 2, 4, 8, 16]  # it is 40 at 20 seconds, where the benchmark raises at a nan
+    assert points == [0.25, 0.75, 1.75, 3.75, 7.75, 15.75]  # it is 40 at 20 seconds: the benchmark raises at a nan
 
 
 def test_solvers_are_told_apart(script: Any) -> None:
