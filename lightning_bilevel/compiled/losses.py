@@ -113,7 +113,7 @@ class CompiledLosses:
         where = (level, made_of.key, flat.rest, shapes(state.params), shapes(phi), shapes(state.buffers))
         present = sight.look(functional)
         if (where, present) not in self._parts:
-            functional.turns += 1
+            functional.turn()
             if sight.look(functional) != present:
                 raise NotCompiled("it does something else at every call")
             self._sights.count(where)
