@@ -120,12 +120,14 @@ class CompiledLosses:
             self._parts[where, present] = {}
         parts = self._parts[where, present]
         values = (*state.params.values(), *phi.values(), *state.buffers.values(), *flat.tensors)
-        args = [*map(plain, values), *made_of.held]
+        own = list(map(plain, values))
+        args = [*own, *made_of.held]
         if name not in parts:
             layout = Layout(state, phi, batch, [*flat.tensors, *made_of.held])
             functions = Evaluations(problem, layout, functional.recorder)
             places = _places(sight, functional, layout, made_of.held)
-            parts[name] = _made(functions, name, [*args, *vectors], functional, places)
+            apart = [value.detach() for value in own]  # what a hook reads of a batch besides is no argument
+            parts[name] = _made(functions, name, [*apart, *made_of.held, *vectors], functional, places)
         return parts[name], functional, args
 
     @staticmethod
