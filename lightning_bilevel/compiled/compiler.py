@@ -73,7 +73,7 @@ class Compiler:
         graphs = self._graphs.get((where, present))
         tensors = [*(tensor.detach().contiguous() for tensor in flat.tensors), *made_of.held]
         if graphs is None:
-            functional.turns += 1
+            functional.turn()
             if self._present(sight, functional, optimizer) != present:
                 raise NotCompiled("it does something else at every call")
             self._sights.count(where)

@@ -113,19 +113,21 @@ class CompiledLosses:
         where = (level, made_of.key, flat.rest, shapes(state.params), shapes(phi), shapes(state.buffers))
         present = sight.look(functional)
         if (where, present) not in self._parts:
-            functional.turns += 1
+            functional.turn()
             if sight.look(functional) != present:
                 raise NotCompiled("it does something else at every call")
             self._sights.count(where)
             self._parts[where, present] = {}
         parts = self._parts[where, present]
         values = (*state.params.values(), *phi.values(), *state.buffers.values(), *flat.tensors)
-        args = [*map(plain, values), *made_of.held]
+        own = list(map(plain, values))
+        args = [*own, *made_of.held]
         if name not in parts:
             layout = Layout(state, phi, Form(batch, [*flat.tensors, *made_of.held]))
             functions = Evaluations(problem, layout, functional.recorder)
             places = _places(sight, functional, layout, made_of.held)
-            parts[name] = _made(functions, name, [*args, *vectors], functional, places)
+            apart = [value.detach() for value in own]  # what a hook reads of a batch besides is no argument
+            parts[name] = _made(functions, name, [*apart, *made_of.held, *vectors], functional, places)
         return parts[name], functional, args
 
     @staticmethod

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -44,12 +44,11 @@ _ONE_AT_A_TIME = threading.RLock()
 """Kernel patches and RNG state are process-global, so estimates of several threads run one at a time."""
 
 
+_TURNS = count()
+"""Values of :attr:`FunctionalModule.turns`."""
+
 _HOOKED = "there were backward hooks"
 """Key of :attr:`BilevelProblem.findings`."""
-
-
-_RANGES = itertools.count(0, 2**40)
-"""Where the turns of each object start: no two have the same."""
 
 
 class FunctionalModule:
@@ -72,7 +71,8 @@ class FunctionalModule:
             evaluation gets copies.
         vectorizes: whether the losses run under ``vmap`` over episodes; ``None`` until that was tried.
         compiler: makes compiled steps of the problem's, see :attr:`BilevelProblem.compiler`.
-        turns: another number where code of the user's has run, or may have: what it reads stays the same in between.
+        turns: a number that is another one, in all of the process, since code of the user's has run, or may have: what
+            it reads stays the same in between.
     """
 
     def __init__(self, module: BilevelHooks, findings: dict[Any, Any] | None = None) -> None:
@@ -85,7 +85,7 @@ class FunctionalModule:
         self.vectorizes: bool | None = None
         self.drawn: list[Any] = []
         self.compiler: Compiler | None = None
-        self.turns = next(_RANGES)
+        self.turns = next(_TURNS)
         self.writes_to_batches: bool | None = None
         self._whereabouts = Whereabouts(type(module).__name__)
         self._autocast_dtype: torch.dtype | None = None
@@ -133,6 +133,10 @@ class FunctionalModule:
             compiler=self.compiler,
         )
         return with_proximal(problem, module.proximal) if module.proximal else problem
+
+    def turn(self) -> None:
+        """Note that code of the user's runs, and may change what it reads."""
+        self.turns = next(_TURNS)
 
     def _look_at_optimizer(self) -> bool:
         """Return whether the inner optimizer is elementwise; a ``torch.optim`` instance is taken anew."""
@@ -287,7 +291,7 @@ class FunctionalModule:
             Where all generators stood at the beginning, and stand now.
         """
         kind = self.device.type
-        self.turns += 1
+        self.turn()
         with _ONE_AT_A_TIME, self.knowing_levels(), ExitStack() as stack:
             stack.enter_context(differentiable_kernels(self.module, twice))
             stack.enter_context(recomputing_within(self._as_placed))
@@ -370,7 +374,7 @@ class FunctionalModule:
     def called(self, level: Literal["inner", "outer"], batch: Batch) -> Any:
         """Return what a loss returns on containers of its own, which it may write to; a note is on what it raises."""
         loss = self.module.inner_loss if level == "inner" else self.module.outer_loss
-        self.turns += 1
+        self.turn()
         try:
             return loss(copied(batch, tensors=self.writes_to_batches is not False))
         except Exception as error:
@@ -395,13 +399,13 @@ class FunctionalModule:
         return loss
 
     def _outer_loss_weights(self, phi: Params) -> Tensor:
-        self.turns += 1
+        self.turn()
         with self.swapper.swapped(phi):
             return step_weights(self.module, self.module.outer_loss_weights(), next(iter(phi.values())))
 
     def _initial(self, carried: Params, phi: Params, batches: Sequence[Batch] | None = None) -> Params:
         self._whereabouts.begin()
-        self.turns += 1
+        self.turn()
         arguments = (batches,) if self.module.starts_from_data else ()
         own = {name: value for name, value in carried.items() if name not in self.levels.shared}
         with self.in_place({**phi, **own}):
@@ -414,7 +418,7 @@ class FunctionalModule:
     def _init_opt_state(self, params: Params, phi: Params) -> OptState:
         if self._solves:
             return {}
-        self.turns += 1
+        self.turn()
         with self.swapper.swapped(phi):
             return self._configured().init(params)
 
@@ -422,12 +426,12 @@ class FunctionalModule:
         self, params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
     ) -> tuple[Params, OptState]:
         self._whereabouts.took(step)
-        self.turns += 1
+        self.turn()
         with self.swapper.swapped(phi):
             return self._configured().update(params, grads, opt_state, step)
 
     def _penalty(self, theta: Params, phi: Params) -> Tensor:
-        self.turns += 1
+        self.turn()
         with self.swapper.swapped(phi):
             value = self._configured().penalty(theta)
         if isinstance(value, Tensor):
@@ -436,7 +440,7 @@ class FunctionalModule:
         return torch.tensor(value, dtype=like.dtype, device=like.device)
 
     def _solve(self, params: Params, phi: Params, batches: Sequence[Batch], buffers: Params) -> Params:
-        self.turns += 1
+        self.turn()
         with self.in_place({**phi, **params}):
             solution = self.module.solve_inner(copied(list(batches), tensors=self.writes_to_batches is not False))
         solved = named(self.module, "solve_inner(batches)", params, solution)

@@ -53,8 +53,9 @@ class BilevelModule(BilevelHooks):
             episode; ``skipped_steps`` is logged.
         allow_unused: say nothing of outer parameters that no loss reads. By default :func:`hypergradient` refuses them,
             and a fit warns of those that no episode of its first epoch has reached.
-        compile: take the inner steps, forward and backward, by compiled graphs. What they compute is the same up to
-            rounding; what cannot be compiled is not, with a warning that says why. The first steps take seconds.
+        compile: take the inner steps, forward and backward, and evaluate the losses by compiled graphs. What they
+            compute is the same up to rounding; what cannot be compiled is not, with a warning that says why. The first
+            steps take seconds.
 
     Raises:
         ValueError: a bad argument.

@@ -33,6 +33,7 @@ from lightning_bilevel.compiled.graphs import backend_for
 from lightning_bilevel.linear_solvers import Neumann
 from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, weighted
 from tests.support.modules import Maml
+from tests.support.problems import RidgeBlackBox
 
 pytestmark = pytest.mark.usefixtures("one_by_one")
 
@@ -263,6 +264,28 @@ def test_what_the_outer_loss_logs_is_logged() -> None:
     assert found["outer/twice"][1:] == expected["outer/twice"][1:]
     assert found["outer/number"] == expected["outer/number"]
     assert ours.observed.beside == eager.observed.beside == {}
+
+
+def test_a_batch_that_the_module_keeps_is_read_where_it_is_kept(evaluated: list[int]) -> None:
+    class Keeping(Weighted):
+        def outer_loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self.net(self.kept[0]), batch[1]) + 0 * batch[0].sum()
+
+    torch.manual_seed(0)
+    module, given = Keeping(), episode()
+    module.kept = list(given.outer)
+    for _ in range(3):
+        assert apart(*both(module, episodes=given)) < 2e-6
+        module.kept[0] = 2 * module.kept[0]
+    assert len(evaluated) >= 3
+
+
+def test_a_solver_of_the_users(evaluated: list[int]) -> None:
+    module = RidgeBlackBox()
+    ours, eager = both(module, ImplicitGradient(Neumann(3, step_size=0.01)), module.episode())
+    for name, value in eager.grads.items():
+        torch.testing.assert_close(ours.grads[name], value)
+    assert evaluated
 
 
 def test_float64(evaluated: list[int]) -> None:

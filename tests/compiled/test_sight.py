@@ -51,7 +51,7 @@ def test_both_losses_of_a_built_one_are_watched() -> None:
         before = sight.look(functional)
         assert sight.look(functional) == before
         module.penalty = 2.0
-        functional.turns += 1  # as where a hook runs, which may have done that
+        functional.turn()  # as where a hook runs, which may have done that
         assert sight.look(functional) != before
 
 
@@ -63,7 +63,7 @@ def test_the_penalty_is_watched() -> None:
     with functional.session():
         before = [each.look(functional) for each in (plain, sight)]
         module.decay = 0.2
-        functional.turns += 1
+        functional.turn()
         assert plain.look(functional) == before[0]
         assert sight.look(functional) != before[1]
 

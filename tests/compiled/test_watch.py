@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.watch import MOST_STATES, Watch, Watchman, drawn_beside_torch
+from lightning_bilevel.modules.functional import FunctionalModule
 from tests.support.compiled import episode, weighted
 
 
@@ -130,3 +131,16 @@ def test_what_was_looked_at_is_looked_at_again_where_code_of_the_users_has_run()
     module.scale = 3.0 - module.scale
     with functional.session():
         assert watchman.look(functional) != before
+
+
+def test_of_another_functional_module_it_is_looked_at_again() -> None:
+    module: Any = weighted(term=lambda self, loss: loss * self.scale)
+    module.scale = 1.0
+    first, watchman = module.functional(), None
+    states = []
+    for functional in (first, FunctionalModule(module)):
+        watchman = watchman or Watchman(functional, episode().outer)
+        with functional.session():
+            states.append(watchman.look(functional))
+        module.scale = 2.0
+    assert states[0] != states[1]
