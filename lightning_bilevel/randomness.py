@@ -74,7 +74,11 @@ class Call:
 
     @property
     def common(self) -> Key:
-        """The key of draws that all processes make alike, for what is carried is averaged over them."""
+        """The key of draws that all processes make alike, for what is carried is averaged over them.
+
+        >>> Call(Key((1, "rank 2")), together=Key((1,))).common
+        Key(words=(1,))
+        """
         return self.key if self.together is None else self.together
 
     def bounds(self, count: int) -> tuple[int, int]:

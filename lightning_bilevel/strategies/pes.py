@@ -34,8 +34,8 @@ class PES(HypergradientStrategy):
     grows in proportion to the outer steps since the start, from that of ``ZerothOrder(scheme="central")`` at the first.
     Nothing is differentiated.
 
-    A run starts with a fit, and with every estimate whose ``inner_start`` is not ``"warm"``: then all pairs start where
-    θ does and V is zero. For inner problems of 100 outer steps, in the module::
+    A run starts with a fit, and with every estimate in which ``inner_start`` is ``"reset"`` or ``"reinit"``: then all
+    pairs start where θ does, and V is zero. For inner problems of 100 outer steps, in the module::
 
         def on_train_batch_start(self, batch, batch_idx):
             self.inner_start = "reinit" if batch_idx % 100 == 0 else "warm"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities import move_data_to_device
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +25,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.numbered import Place, PlacedBatches, places_of
+from lightning_bilevel.host import move_data_to_device
 from tests.support.modules import trainer
 
 ONES = torch.ones(2)

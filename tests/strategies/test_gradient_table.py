@@ -31,7 +31,9 @@ def averaged(tables: list[GradientTable]) -> GradientTable:
 
 
 @pytest.mark.parametrize(
-    "table", [filled(), filled(2), filled(0, 1, 2, 3, 3), averaged([filled(0, 1), filled(0, 3)])], ids=str
+    "table",
+    [filled(), filled(2), filled(0, 1, 2, 3, 3), averaged([filled(0, 1), filled(0, 3)])],
+    ids=["empty", "begun", "full", "averaged"],
 )
 def test_its_mean_over_batches_is_that_of_the_gradients(table: GradientTable) -> None:
     used = [GradientTable(table.kept).corrected("g", g, Place(i, 4)) for i, g in enumerate(GRADIENTS)]

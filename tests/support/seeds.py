@@ -32,7 +32,7 @@ def key_of(seed: int = 0, estimate: int = 0, rank: int = 0) -> Key:
 
 def call_of(seed: int = 0, estimate: int = 0, rank: int = 0, shard: tuple[int, int] = (0, 1), step: int = 0) -> Call:
     """Return what names an estimate."""
-    return Call(key_of(seed, estimate, rank), shard, step)
+    return Call(key_of(seed, estimate, rank), shard, step, together=key_of(seed, estimate))
 
 
 def masks(seed: int = 0) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_bilevel import FSLA, FirstOrder, ForwardGradient, HypergradientStrategy, tree
+from lightning_bilevel import FSLA, PES, SOBA, FirstOrder, ForwardGradient, HypergradientStrategy, tree
 from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.testing.processes import trains_in_two_processes
 
@@ -24,7 +24,11 @@ def test_a_class_that_other_processes_cannot_import() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [FSLA(), ForwardGradient(3, guide=FSLA())], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "strategy",
+    [SOBA(momentum="table"), FSLA(), ForwardGradient(3, guide=FSLA()), PES(2)],
+    ids=lambda s: type(s).__name__,
+)
 def test_strategies_of_this_package(strategy: HypergradientStrategy) -> None:
     trains_in_two_processes(strategy)
 
