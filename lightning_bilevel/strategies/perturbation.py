@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -133,26 +134,30 @@ class PerturbedRuns:
         return read(problem, final, phi)
 
 
-def computed_in(
-    problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, judged: bool
-) -> torch.dtype | None:
-    """Return the floating dtype of least precision in a step, as it is without graphs; see :class:`CoarsestDtype`.
+@contextmanager
+def coarsest(problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode) -> Iterator[CoarsestDtype]:
+    """Find the floating dtype of least precision of what is computed in this context.
+
+    Graphs tell of no dtype, and in a mode they would be others: where a problem has some, a step and the outer loss are
+    computed first, operation by operation.
 
     Args:
         problem: the problem.
         carried: the inner state that runs start from.
         phi: outer parameters.
         episode: inner and outer batches.
-        judged: whether in the outer loss, too.
     """
+    if problem.compiler is None:
+        with CoarsestDtype() as seen:
+            yield seen
+        return
     problem = replace(problem.judged_at_the_end(), compiler=None)
     with CoarsestDtype() as seen, RngState(next(iter(phi.values())).device).fork():
         state = problem.start(carried, phi)
         if problem.solver is None:
             state, _ = inner_step(problem)(state, phi, problem.batches(episode)[0])
-        if judged:
-            outer_value(problem, state, phi, episode)
-    return seen.dtype
+        outer_value(problem, state, phi, episode)
+    yield seen
 
 
 def _counts(value: Tensor) -> bool:

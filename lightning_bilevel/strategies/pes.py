@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from lightning_bilevel.errors import MisconfigurationError, combination_error, i
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call
 from lightning_bilevel.strategies.base import HypergradientStrategy
-from lightning_bilevel.strategies.perturbation import PerturbedRuns, computed_in
+from lightning_bilevel.strategies.perturbation import PerturbedRuns, coarsest
 from lightning_bilevel.strategies.rounding import first_look, look_at_differences
 from lightning_bilevel.strategies.slopes import balanced_size, checked_chunk_size
 from lightning_bilevel.tree import Params
@@ -94,11 +95,11 @@ class PES(HypergradientStrategy):
         Carried: the states of all runs, those of +μ first, and V.
         """
         b, look = self.num_directions, first_look(problem, "PES", self.mu)
-        computed = computed_in(problem, carry.inner, phi, episode, judged=True) if look else None
-        runs = PerturbedRuns(problem, carry.inner, phi, episode, self.chunk_size)
-        value, observed = outer_value(problem, runs.base.state, phi, episode)
-        if look:
-            look_at_differences("PES", self.mu, value, computed)
+        with coarsest(problem, carry.inner, phi, episode) if look else nullcontext() as seen:
+            runs = PerturbedRuns(problem, carry.inner, phi, episode, self.chunk_size)
+            value, observed = outer_value(problem, runs.base.state, phi, episode)
+        if seen is not None:
+            look_at_differences("PES", self.mu, value, seen.dtype)
         states, total = self._begun(problem, carry, phi)
         v = Gaussian().draw(call.common, 0, b, phi)
         both = {name: torch.cat([rows, -rows]) for name, rows in v.items()}

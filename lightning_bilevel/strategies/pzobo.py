@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import reduce
 
 import torch
@@ -14,8 +15,8 @@ from lightning_bilevel.directions import DirectionSampler, Gaussian
 from lightning_bilevel.errors import number
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
-from lightning_bilevel.strategies.perturbation import PerturbedRuns, computed_in
-from lightning_bilevel.strategies.rounding import coarser, first_look, rounding_error, warn_of_rounding
+from lightning_bilevel.strategies.perturbation import PerturbedRuns, coarsest
+from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser, first_look, rounding_error, warn_of_rounding
 from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
 
@@ -80,10 +81,10 @@ class PZOBO(DirectionalStrategy):
     @override
     def slopes(self, problem: BilevelProblem, start: InnerState, phi: Params, episode: Episode) -> Slopes:
         look = first_look(problem, "PZOBO", self.mu)
-        computed = computed_in(problem, start, phi, episode, judged=False) if look else None
-        runs = PerturbedRuns(problem, start, phi, episode, self.chunk_size)
+        with coarsest(problem, start, phi, episode) if look else nullcontext() as seen:
+            runs = PerturbedRuns(problem, start, phi, episode, self.chunk_size)
         end = outer_value_and_grads(problem, runs.base.state, phi, episode)
-        return _Responses(runs, end, self.mu, look, computed)
+        return _Responses(runs, end, self.mu, seen)
 
 
 class _Responses(Slopes):
@@ -91,12 +92,10 @@ class _Responses(Slopes):
 
     differences = True
 
-    def __init__(
-        self, runs: PerturbedRuns, end: OuterEvaluation, mu: float, look: bool, computed: torch.dtype | None
-    ) -> None:
+    def __init__(self, runs: PerturbedRuns, end: OuterEvaluation, mu: float, seen: CoarsestDtype | None) -> None:
         self._runs, self._end, self._mu = runs, end, mu
         self.explicit = end.c
-        self._look, self._computed = look, computed  # until the first difference has been compared with its rounding
+        self._seen = seen  # until the first difference has been compared with its rounding
 
     def chunk_size(self) -> int:
         return self._runs.chunk_size
@@ -104,9 +103,9 @@ class _Responses(Slopes):
     def along(self, directions: Params) -> Tensor:
         moved = self._runs.solutions(directions, self._mu)
         differences = {name: moved[name] - value for name, value in self._runs.base.state.params.items()}
-        if self._look:
-            self._look_at_rounding(differences, self._computed)
-            self._look = False
+        if self._seen is not None:
+            self._look_at_rounding(differences, self._seen.dtype)
+            self._seen = None
         return tree.rows_dot(tree.scale(differences, 1 / self._mu), self._end.d)
 
     def result(self, grads: Params) -> Hypergradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_bilevel.directions import DirectionSampler, Gaussian
 from lightning_bilevel.errors import number, one_of
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.strategies.directional import DirectionalStrategy, Guide
-from lightning_bilevel.strategies.perturbation import PerturbedRuns, computed_in
+from lightning_bilevel.strategies.perturbation import PerturbedRuns, coarsest
 from lightning_bilevel.strategies.rounding import first_look, look_at_differences
 from lightning_bilevel.strategies.slopes import Slopes
 from lightning_bilevel.tree import Params
@@ -79,10 +80,10 @@ class ZerothOrder(DirectionalStrategy):
     @override
     def slopes(self, problem: BilevelProblem, start: InnerState, phi: Params, episode: Episode) -> Slopes:
         look = first_look(problem, "ZerothOrder", self.mu)
-        computed = computed_in(problem, start, phi, episode, judged=True) if look else None
-        slopes = _Differences(problem, start, phi, episode, self)
-        if look:
-            look_at_differences("ZerothOrder", self.mu, slopes.value, computed)
+        with coarsest(problem, start, phi, episode) if look else nullcontext() as seen:
+            slopes = _Differences(problem, start, phi, episode, self)
+        if seen is not None:
+            look_at_differences("ZerothOrder", self.mu, slopes.value, seen.dtype)
         return slopes
 
 

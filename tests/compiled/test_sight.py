@@ -23,8 +23,8 @@ def test_a_tensor_that_the_watch_has_not_seen_cannot_be_followed() -> None:
         sight.look(functional)
         sight.look_at_update(functional, 2)
         with pytest.raises(NotCompiled, match=r"it reads a tensor of shape \(3,\) that cannot be followed"):
-            sight.places([torch.ones(3)], [False], functional, [], number=2)
-        (place,) = sight.places([known := torch.ones(3)], [True], functional, [], number=2)
+            sight.places([torch.ones(3)], [False], functional, [], numbers=[2])
+        (place,) = sight.places([known := torch.ones(3)], [True], functional, [], numbers=[2])
         assert place.value() is known
 
 
