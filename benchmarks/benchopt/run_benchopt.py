@@ -5,7 +5,7 @@
 its file where that has none that do not diverge. Its data sets are
 run as they are; what they would download is made by scikit-learn in the same shape (`stand_ins/`).
 
-- Quadratic: ‖∇h‖², 1,024 samples of 100 and 10 numbers on both levels.
+- Quadratic: ‖∇h‖², 512 samples of 100 and 10 numbers on both levels.
 - Penalties: ‖∇h‖² of a logistic regression of 22 features with a penalty each, 49,990 and 91,701 examples.
 - Cleaning: the share of errors on 5,000 digits after training on 20,000 weighted ones, of which half have any label.
 
@@ -65,8 +65,8 @@ class Problem(NamedTuple):
 
 PROBLEMS = {
     "quadratic": Problem(
-        "simulated[n_samples_inner=1024,n_samples_outer=1024,dim_inner=100,dim_outer=10]",
-        3,
+        "simulated[n_samples_inner=512,n_samples_outer=512,dim_inner=100,dim_outer=10]",
+        2,
         "‖∇h‖²",
         [
             "SABA[step_size=0.1,outer_ratio=1.0,eval_freq=64]",
@@ -75,11 +75,10 @@ PROBLEMS = {
             "FSLA[step_size=0.1,outer_ratio=1.0,eval_freq=64]",
             "AmIGO[step_size=0.01,outer_ratio=0.1,n_inner_steps=10,eval_freq=16]",
             "StocBiO[step_size=0.1,outer_ratio=1.0,n_inner_steps=10,n_shia_steps=10,eval_freq=16]",
-            "MRBO[step_size=0.1,outer_ratio=0.1,n_shia_steps=10,eta=0.5,eval_freq=16]",
         ],
         {
             "implicit": "precision=float32,tolerance=1e-6,linear_tolerance=1e-5",
-            "soba": "outer=SGD,outer_rate=0.1,batch_size=64,step_size=0.1,period=16,precision=float32",
+            "soba": "outer=SGD,outer_rate=0.1,batch_size=64,step_size=0.1,period=8,precision=float32",
             "amigo": "outer=SGD,outer_rate=0.1,batch_size=64,step_size=0.01,precision=float32",
             "penalty": "outer=Adam,outer_rate=0.1,batch_size=64,penalty=10.0,precision=float32",
         },
@@ -105,7 +104,7 @@ PROBLEMS = {
     ),
     "cleaning": Problem(
         "mnist[ratio=0.5]",
-        6,
+        4,
         "share of errors on validation",
         [
             "SABA[step_size=0.1,outer_ratio=0.001,eval_freq=4]",
