@@ -310,6 +310,7 @@ def test_a_loss_that_is_another_one_each_time_is_eager_in_the_end(monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
 @pytest.mark.parametrize("name", [*STRATEGIES, "values"])
+@pytest.mark.filterwarnings("ignore:.Neumann.step_size=1.0.. diverges")
 def test_inductor(name: str, monkeypatch: pytest.MonkeyPatch, evaluated: list[int]) -> None:
     from lightning_bilevel.compiled import plan
 
