@@ -107,6 +107,14 @@ def test_strategies(strategy: Callable[[], HypergradientStrategy], calls: list[i
     assert calls
 
 
+@pytest.mark.parametrize("strategy", ["reverse", "truncated", "forward gradient"])
+def test_stretches_of_steps_with_a_rest(strategy: str, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(plan.Plan, "most", lambda self, name, *args: self.graphs.most.setdefault(name, 3))
+    module = weighted(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.5), inner_steps=7)
+    assert apart(*both(module, STRATEGIES[strategy]())) < 2e-6
+    assert set(calls) == ({0, 3, 4, 5} if strategy == "truncated" else {0, 3, 6})  # steps before each graph
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("name", NETS)
