@@ -1,10 +1,10 @@
-"""`benchmarks/papers/hyperparameters.py`."""
+"""`benchmarks/papers/hyperparameters.py` and `few_hyperparameters.py`."""
 
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from tables import markdown, results
+from tables import difference, markdown, results
 
 NAMES = {
     "grid": "grid",
@@ -14,6 +14,13 @@ NAMES = {
     "pzobo": "`PZOBO`",
     "hozog": "HOZOG, `ZerothOrder`",
     "forward": "`ForwardUnroll`",
+}
+FEW = {
+    "default": "default",
+    "warm": "`ReverseUnroll`, warm",
+    "fresh": "`ReverseUnroll`, fresh",
+    "random search": "random search",
+    "TPE": "TPE",
 }
 LABELS = {
     "validation loss": "validation loss",
@@ -43,7 +50,20 @@ def tables() -> dict[str, str]:
         seeds = list(found.values())
         made[f"hyperparameters_{data}"] = table(seeds, "penalties", PENALTIES)
         made[f"hyperparameters_{data}_rate"] = table(seeds, "learning rate", RATES)
-    return made
+    return made | {"hyperparameters_few": few()}
+
+
+def few() -> str:
+    """Return what seven hyperparameters of a perceptron are worth that each method finds."""
+    seeds = list(results("few_hyperparameters")["results"].values())
+    rows = []
+    for method in seeds[0]:
+        keys = ("validation loss", "test loss", "test accuracy", "CPU seconds")
+        cells = [cell(key, [seed[method][key] for seed in seeds]) for key in keys]
+        against = [seed[method]["test loss"] for seed in seeds], [seed["fresh"]["test loss"] for seed in seeds]
+        rows.append([FEW[method], *cells[:3], "" if method == "fresh" else difference(*against, 3), cells[3]])
+    heads = (f"method, {len(seeds)} seeds", "validation loss", "test loss", "test %", "test loss minus fresh", "CPU s")
+    return markdown(heads, rows)
 
 
 def table(seeds: list[dict[str, Any]], task: str, keys: tuple[str, ...]) -> str:
