@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-ROOMS = [FOLDER / name for name in ("cost", "accuracy", "peers", "papers", "public_modules", "versions")]
+ROOMS = [FOLDER / name for name in ("cost", "accuracy", "peers", "benchopt", "papers", "public_modules", "versions")]
 SCRIPTS = {path.stem for room in ROOMS for path in room.glob("*.py")}
 RUNS = {
     "chunk_choice": ["--nets", "small MLP", "--repeats", "1", "--inner-steps", "1", "--seconds", "0"],
