@@ -1,11 +1,11 @@
 """The benchmark's own measure against time, of this library and of the solvers of benchopt's bilevel benchmark.
 
-`benchopt run` on a checkout of https://github.com/benchopt/benchmark_bilevel, with this library's solver beside its own
-(`solvers/lightning_bilevel.py`), each at the rates that the checkout has for such data in `config/`, or those of
-its file where that has none that do not diverge. Its data sets are
-run as they are; what they would download is made by scikit-learn in the same shape (`stand_ins/`).
+What `benchopt run` does on a checkout of https://github.com/benchopt/benchmark_bilevel, with this library's solver
+(`solvers/lightning_bilevel.py`) beside the checkout's own. Those have the rates that `config/` has for such data, or
+those of their files where these are missing or diverge. The data sets are run as they are; what they would download
+is made by scikit-learn in the same shape (`stand_ins/`).
 
-- Quadratic: ‖∇h‖², 512 samples of 100 and 10 numbers on both levels.
+- Quadratic: ‖∇h‖², 512 samples on each level, 100 inner and 10 outer parameters.
 - Penalties: ‖∇h‖² of a logistic regression of 22 features with a penalty each, 49,990 and 91,701 examples.
 - Cleaning: the share of errors on 5,000 digits after training on 20,000 weighted ones, of which half have any label.
 
@@ -13,7 +13,7 @@ Time: CPU seconds of the process, one thread, without compilation (a first call)
 points of the curve, which are the farther from each other the later. What JAX has still to do when it returns is waited
 for, as benchopt does not. Every solver ends at the same second.
 
-    pip install benchopt jax jaxopt numba
+    pip install benchopt jax jaxopt scikit-learn
     python benchmarks/benchopt/run_benchopt.py --benchmark FOLDER [--problems quadratic penalties cleaning]
 """
 
