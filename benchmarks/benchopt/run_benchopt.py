@@ -1,9 +1,9 @@
 """The benchmark's own measure against time, of this library and of the solvers of benchopt's bilevel benchmark.
 
-What `benchopt run` does on a checkout of https://github.com/benchopt/benchmark_bilevel, with this library's solver beside
-the checkout's own (`solvers/lightning_bilevel.py`), each at the rates that the checkout has for such data in `config/`, or
-at those of its file where these are missing or diverge. Its data sets are run as they are; what they would download is made
-by scikit-learn in the same shape (`stand_ins/`).
+What `benchopt run` does on a checkout of https://github.com/benchopt/benchmark_bilevel, with this library's solver
+(`solvers/lightning_bilevel.py`) beside the checkout's own. Those have the rates that `config/` has for such data, or
+those of their files where these are missing or diverge. The data sets are run as they are; what they would download
+is made by scikit-learn in the same shape (`stand_ins/`).
 
 - Quadratic: ‖∇h‖², 512 samples on each level, 100 inner and 10 outer parameters.
 - Penalties: ‖∇h‖² of a logistic regression of 22 features with a penalty each, 49,990 and 91,701 examples.
