@@ -71,6 +71,8 @@ def check_inner_batches(batches: Any) -> list[Batch]:
     >>> check_inner_batches(["batch"]), check_inner_batches({"x": 1, "y": 2})
     (['batch'], [{'x': 1, 'y': 2}])
     """
+    if type(batches) is list and len(batches) == 1:  # whatever the one is: most are, and every episode comes by here
+        return [_usable(plain(batches[0]))]
     batches = as_batches(batches)
     if not isinstance(batches, Sequence) or isinstance(batches, str) or not len(batches):
         got = "none" if isinstance(batches, Sequence) and not len(batches) else type(batches).__name__
