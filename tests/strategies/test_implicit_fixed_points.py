@@ -414,7 +414,7 @@ def test_products_of_a_fixed_point_are_differences_of_the_step(name: str) -> Non
     with functional.session():
         start = problem.start(InnerState(functional.theta()), phi)
         state = run(problem, start, phi, problem.batches(NONE)).state
-        residual, transposed, mixed = inner_step(problem).fixed_point(state, phi, None)
+        residual, transposed, mixed, _ = inner_step(problem).fixed_point(state, phi, None)
 
         def moved(z: Params, v: Params) -> Params:
             at = state.unflat(tree.add(state.flat(), z))
