@@ -1,4 +1,4 @@
-"""`data_cleaning_speed.py`, `cnn_maml_memory.py` and `maml_speed.py` of `benchmarks/peers/`, and `compile_inner.py`."""
+"""What the scripts of `benchmarks/peers/` have measured, and `compile_inner.py`."""
 
 from typing import Any
 
@@ -21,6 +21,14 @@ CASES = {
     "cnn": "CNN, T = 20",
     "implicit": "MLP, T = 20",
 }
+STEPS = {
+    "sinusoids": "MAML, 25 sinusoids × 5 steps",
+    "images": "MAML, 4 tasks of images × 5 steps",
+    "cleaning100": "cleaning, 20 steps, batches of 100",
+    "cleaning1000": "cleaning, 20 steps, batches of 1,000",
+    "forward100": "`ForwardGradient(16)`, 100 steps, batches of 100",
+    "implicit": "`ImplicitGradient(Neumann(10))`, 1 step, 1,408 numbers",
+}
 PARTS = {
     "gradient": "inner gradient",
     "step": "the same and the update",
@@ -38,6 +46,7 @@ def tables() -> dict[str, str]:
         "peers_ratios": ratios(cases),
         "peers_maml": maml(results("maml_speed")["results"]),
         "peers_maml_memory": maml_memory(results("cnn_maml_memory")["results"]),
+        "peers_jax": in_jax(results("against_jax")["results"]),
         "peers_compile": compiled(results("compile_inner")["results"]),
     }
 
@@ -82,6 +91,26 @@ def maml(found: dict[str, Any]) -> str:
         seconds = found[problem]["cpu seconds"]
         cells.append([text, *(f"{1000 * seconds[name]:.1f}" if name in seconds else "" for name in names)])
     return markdown(["CPU ms of a meta-step", *names], cells)
+
+
+def in_jax(found: dict[str, Any]) -> str:
+    """Return our time of an outer step, eager and compiled, and that of the fastest program in JAX."""
+    cells = []
+    for name, text in STEPS.items():
+        seconds = {row["contender"]: row["cpu seconds"] for row in found.get(name, {"rows": []})["rows"] if row["same"]}
+        if not seconds:
+            continue
+        eager, compiled = seconds.pop(OURS), seconds.pop(f"{OURS}, compiled", None)
+        fastest = min(seconds.values())
+        ours = eager if compiled is None else compiled
+        numbers = ["" if each is None else milliseconds(1000 * each) for each in (eager, compiled, fastest)]
+        cells.append([text, *numbers, f"{ours / fastest:.2f}"])
+    return markdown(["CPU ms of an outer step", "eager", "`compile=True`", "JAX", "compiled / JAX"], cells)
+
+
+def milliseconds(value: float) -> str:
+    """Return three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def maml_memory(found: dict[str, Any]) -> str:

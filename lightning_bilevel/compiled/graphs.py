@@ -161,7 +161,9 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
         graph = with_onednn(graph)
     if backend == "flat":
         return lambda args: graph(*args)
-    shapes = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv(assume_static_by_default=True)
-    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):  # else Inductor leaves out its cache on the disk
-        function: Any = torch._inductor.compile(without_alpha(graph), list(examples), options={"fallback_random": True})
+    # Without an environment of shapes Inductor leaves out its cache on the disk; there is one, and all shapes are fixed.
+    mode = FakeTensorMode(shape_env=import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv())
+    inputs = [mode.from_tensor(each, static_shapes=True) for each in examples]
+    with tracing(TracingContext(mode)):
+        function: Any = torch._inductor.compile(without_alpha(graph), inputs, options={"fallback_random": True})
     return lambda args: function(*args)

@@ -123,7 +123,8 @@ class CompiledStep(InnerStep):
     ) -> tuple[InnerState, list[Tensor], Params]:
         """Take the steps and push tangents."""
         with torch.no_grad():
-            along = [*(tangents[name] for name in state.flat()), *(directions[name] for name in phi)]
+            along = [tangents[name].contiguous() for name in state.flat()]
+            along += [directions[name].contiguous() for name in phi]
             stretches = self._stretches("push", state, phi, batches, along)
         if stretches is None:
             return self.eager.push(state, phi, batches, tangents, directions)
