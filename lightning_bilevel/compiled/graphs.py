@@ -161,7 +161,7 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
         graph = with_onednn(graph)
     if backend == "flat":
         return lambda args: graph(*args)
-    # Without an environment of shapes Inductor leaves out its cache on the disk; there is one, and all shapes are fixed.
+    # Without an environment of shapes Inductor leaves out its cache on the disk. There is one, and all are fixed.
     mode = FakeTensorMode(shape_env=import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv())
     inputs = [mode.from_tensor(each, static_shapes=True) for each in examples]
     with tracing(TracingContext(mode)):
