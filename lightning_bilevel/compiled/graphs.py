@@ -163,7 +163,7 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
         return lambda args: graph(*args)
     # Without an environment of shapes Inductor leaves out its cache on the disk. There is one, and all are fixed.
     mode = FakeTensorMode(shape_env=import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv())
-    inputs = [mode.from_tensor(each, static_shapes=True) for each in examples]
+    inputs: list[Any] = [mode.from_tensor(each, static_shapes=True) for each in examples]
     with tracing(TracingContext(mode)):
         function: Any = torch._inductor.compile(without_alpha(graph), inputs, options={"fallback_random": True})
     return lambda args: function(*args)
