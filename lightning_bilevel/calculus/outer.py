@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.surrogate import surrogate_loss
 from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, Slopes
 from lightning_bilevel.tree import Params
 
@@ -148,26 +148,11 @@ def _observed(problem: BilevelProblem) -> Any:
     return problem.observer.observe() if problem.observer is not None else None
 
 
-class _WithSlopes(torch.autograd.Function):
-    """A value whose derivative by some tensors is known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, slopes: Sequence[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.slopes = slopes
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return None, None, *(cotangent * slope for slope in ctx.slopes)
-
-
 def _with_slopes(slopes: Slopes, theta: Params, phi: Params) -> Tensor:
     """Return f, which hangs on the graphs of ``theta`` and ``phi`` by its gradients."""
     value, d, c = slopes
     with torch.enable_grad():
-        found: Tensor = _WithSlopes.apply(value, [*d.values(), *c.values()], *theta.values(), *phi.values())
-    return found
+        return surrogate_loss(value, [*d.values(), *c.values()], [*theta.values(), *phi.values()])
 
 
 def gradients(value: Tensor, theta: Params, phi: Params) -> tuple[Params, Params]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.surrogate import surrogate_loss
 from lightning_bilevel.compiled import Compiler
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.data.loaders import prepare_episodes
@@ -34,7 +35,6 @@ from lightning_bilevel.training.monitor import HypergradientMonitor
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
 from lightning_bilevel.training.rollback import Rollback, after_each_batch
-from lightning_bilevel.training.surrogate import surrogate_loss
 from lightning_bilevel.training.uncompiled import uncompiled
 from lightning_bilevel.tree import Params
 

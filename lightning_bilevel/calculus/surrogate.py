@@ -1,4 +1,4 @@
-"""The scalar whose gradient is a given hypergradient, so that automatic optimization needs no change."""
+"""A scalar whose gradient is known: a hypergradient for automatic optimization, or what a graph has computed."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_bilevel.training.surrogate import surrogate_loss
+from lightning_bilevel.calculus.surrogate import surrogate_loss
 
 
 def test_gradients_are_those_given_times_what_the_loss_is_scaled_by() -> None:
