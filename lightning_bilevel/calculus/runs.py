@@ -86,7 +86,7 @@ def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0)
     """
     if not losses:
         return {}
-    found = torch.cat([loss.reshape(-1) for loss in losses])
+    found = torch.cat([loss if loss.ndim else loss.reshape(1) for loss in losses])
     finite = torch.isfinite(found)
     if not finite.all():
         step = int(finite.logical_not().nonzero()[0])

@@ -506,6 +506,6 @@ def append_loss(losses: list[Tensor], loss: Tensor | None) -> None:
     """
     if loss is None:
         return
-    losses.append(loss.reshape(-1))
+    losses.append(loss if loss.ndim else loss.reshape(1))
     if len(losses) == _JOINED_AT:
         losses[:] = [torch.cat(losses)]

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from lightning_bilevel.compiled.onednn import is_faster, with_onednn
-from lightning_bilevel.compiled.passes import without_alpha
+from lightning_bilevel.compiled.passes import apart, by_rows, without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
 
 Backend = Literal["inductor", "flat"]
@@ -164,6 +164,7 @@ def compiled(graph: fx.GraphModule, examples: Sequence[Tensor], backend: Backend
     # Without an environment of shapes Inductor leaves out its cache on the disk. There is one, and all are fixed.
     mode = FakeTensorMode(shape_env=import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv())
     inputs: list[Any] = [mode.from_tensor(each, static_shapes=True) for each in examples]
+    graph = apart(by_rows(without_alpha(graph)))
     with tracing(TracingContext(mode)):
-        function: Any = torch._inductor.compile(without_alpha(graph), inputs, options={"fallback_random": True})
+        function: Any = torch._inductor.compile(graph, inputs, options={"fallback_random": True})
     return lambda args: function(*args)

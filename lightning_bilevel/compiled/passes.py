@@ -1,4 +1,4 @@
-"""What is done to a flat graph: made right where Inductor is wrong, and cut into forward and backward."""
+"""What is done to a flat graph: made right, or fast, where Inductor is not, and cut into forward and backward."""
 
 from __future__ import annotations
 
@@ -17,18 +17,103 @@ HEAVY = {
 }  # fmt: skip
 """What a backward graph is given rather than computes again."""
 
+LARGE = 2**16
+"""Numbers of a tensor that is written to memory and read again rather than kept in a cache."""
+
 
 def without_alpha(graph: fx.GraphModule) -> fx.GraphModule:
     """Write a + s·b for add(a, b, alpha=s): Inductor drops the s where b, or a, is a matrix product (PyTorch 2.13)."""
     for node in list(graph.graph.nodes):
         if node.target in (_ATEN.add.Tensor, _ATEN.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
             with graph.graph.inserting_before(node):
-                scaled = graph.graph.call_function(_ATEN.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
-                scaled.meta["val"] = node.args[1].meta["val"] * node.kwargs["alpha"]
+                scaled = _call(graph, _ATEN.mul.Tensor, [node.args[1], node.kwargs["alpha"]])
             node.update_arg(1, scaled)
             node.kwargs = {}
     graph.recompile()
     return graph
+
+
+def by_rows(graph: fx.GraphModule) -> fx.GraphModule:
+    """Compute what is pointwise in a stack of large rows row by row, and stack the results.
+
+    Then Inductor fuses what makes a row with what follows, and no stack is written that is read again: the tangents of
+    a perceptron's weights in half the time.
+    """
+    for node in list(graph.graph.nodes):
+        count = _rows_of(node)
+        if not count:
+            continue
+        with graph.graph.inserting_before(node):
+            rows = [_call(graph, node.target, [_row(graph, arg, node, i) for arg in node.args]) for i in range(count)]
+            stack = _call(graph, _ATEN.stack.default, [rows])
+        node.replace_all_uses_with(stack)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def apart(graph: fx.GraphModule) -> fx.GraphModule:
+    """Write x − (−AB) for x + AB where these are large: Inductor leaves the sum to the product, which copies x first.
+
+    The sum is the same, bit by bit, and is fused with what comes before and after.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not _ATEN.add.Tensor or node.kwargs or not all(_is_large(arg, node) for arg in node.args):
+            continue
+        for product, other in (node.args, node.args[::-1]):
+            if _is_product(product):
+                with graph.graph.inserting_before(node):
+                    negative = _call(graph, _ATEN.neg.default, [product])
+                node.target, node.args = _ATEN.sub.Tensor, (other, negative)
+                break
+    graph.recompile()
+    return graph
+
+
+def _rows_of(node: fx.Node) -> int:
+    """Return how many large rows there are in what a pointwise node takes; 0 where it takes no stack of such."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or node.kwargs:
+        return 0
+    if not isinstance(value := node.meta.get("val"), torch.Tensor):
+        return 0
+    tensors: list[Any] = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    counts = {len(arg.args[0]) for arg in tensors if _is_stack(arg) and arg.meta["val"].shape == value.shape}
+    if len(counts) != 1 or value[0].numel() < LARGE or any(isinstance(arg, (list, tuple)) for arg in node.args):
+        return 0
+    (count,) = counts
+    shapes = [arg.meta["val"].shape for arg in tensors]
+    return count if all(len(shape) < value.ndim or shape[0] == count for shape in shapes) else 0
+
+
+def _row(graph: fx.GraphModule, arg: Any, of: fx.Node, number: int) -> Any:
+    if not isinstance(arg, fx.Node) or arg.meta["val"].ndim < of.meta["val"].ndim:
+        return arg
+    return arg.args[0][number] if _is_stack(arg) else _call(graph, _ATEN.select.int, [arg, 0, number])  # type: ignore[index]
+
+
+def _is_stack(node: fx.Node) -> bool:
+    return node.target is _ATEN.stack.default and (*node.args[1:], *node.kwargs.values()) in ((), (0,))
+
+
+def _is_large(arg: Any, of: fx.Node) -> bool:
+    """Return whether an argument is large, and as large as the result."""
+    there = isinstance(arg, fx.Node) and arg.meta["val"].shape == of.meta["val"].shape
+    return there and arg.meta["val"].numel() >= LARGE
+
+
+def _is_product(node: Any) -> bool:
+    while node.target is _ATEN.t.default:
+        node = node.args[0]
+    return node.target is _ATEN.mm.default
+
+
+def _call(graph: fx.GraphModule, target: Any, args: list[Any]) -> fx.Node:
+    """Insert a call, with what it returns for shapes."""
+    node = graph.graph.call_function(target, tuple(args))
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
+    return node
 
 
 class Halves(NamedTuple):

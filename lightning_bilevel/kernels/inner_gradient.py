@@ -9,8 +9,7 @@ gradient, and in those of the outer loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,18 +18,19 @@ from torch import Tensor
 _taken = False  # of the process, not of a thread: on an accelerator other threads run the backward passes
 
 
-@contextmanager
-def inner_gradient() -> Iterator[None]:
+class inner_gradient(AbstractContextManager[None]):  # noqa: N801  # a generator takes longer, at every inner step
     """Take the gradient of an inner loss for its optimizer, as PyTorch gives it.
 
     Only for the pass that takes it, not for the loss itself nor for later passes through its graph.
     """
-    global _taken
-    before, _taken = _taken, True
-    try:
-        yield
-    finally:
-        _taken = before
+
+    def __enter__(self) -> None:
+        global _taken
+        self._before, _taken = _taken, True
+
+    def __exit__(self, *_: object) -> None:
+        global _taken
+        _taken = self._before
 
 
 def as_seen(x: Tensor, factor: Tensor | float = 0.0) -> Tensor:

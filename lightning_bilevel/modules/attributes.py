@@ -42,6 +42,11 @@ class Entry(NamedTuple):
     inside: tuple[tuple[Any, Any], ...] = ()
     version: int = 0
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it stays what it is while the attribute is the same thing."""
+        return self.content is None and not self.inside and not isinstance(self.value, (Tensor, tuple))
+
     def same(self, other: Entry | None) -> bool:
         """Return whether this is the very thing, with the very things in it, that the other is."""
         if other is None or self.value is not other.value or len(self.inside) != len(other.inside):
@@ -79,11 +84,11 @@ class Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         theirs = (Metric, MetricCollection)
-        self._homes = [vars(child) for child in module.modules() if not isinstance(child, theirs)]
+        self._homes = [_Home(vars(child)) for child in module.modules() if not isinstance(child, theirs)]
 
     def take(self) -> Snapshot:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
-        return [{name: _entry(home[name]) for name in home.keys() - _NOT_THE_USERS} for home in self._homes]
+        return [home.take() for home in self._homes]
 
     def put(self, snapshot: Snapshot) -> bool:
         """Put attributes and the content of containers back; what is not in the snapshot goes.
@@ -92,7 +97,7 @@ class Attributes:
             Whether anything was another thing.
         """
         changed = False
-        for home, entries in zip(self._homes, snapshot, strict=True):
+        for home, entries in zip((home.attributes for home in self._homes), snapshot, strict=True):
             for name in home.keys() - _NOT_THE_USERS - entries.keys():
                 del home[name]
                 changed = True
@@ -105,6 +110,33 @@ class Attributes:
                     for container, content in ((entry.value, entry.content), *entry.inside):
                         _fill(container, content)
         return changed
+
+
+class _Home:
+    """The attributes of one module, taken at every outer loss: most are the same things, and hold nothing.
+
+    Args:
+        attributes: of the module.
+    """
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes = attributes
+        self._names: list[str] = []
+        self._things: list[int] = []  # what the entries keep alive
+        self._entries: dict[str, Entry] = {}
+        self._moving: list[str] = []
+
+    def take(self) -> dict[str, Entry]:
+        """Return the entries; nobody writes to these."""
+        now = self.attributes
+        names, things = list(now), list(map(id, now.values()))
+        if names != self._names or things != self._things:
+            self._names, self._things = names, things
+            self._entries = {name: _entry(now[name]) for name in now.keys() - _NOT_THE_USERS}
+            self._moving = [name for name, entry in self._entries.items() if not entry.fixed]
+        elif self._moving:
+            self._entries = {**self._entries, **{name: _entry(now[name]) for name in self._moving}}
+        return self._entries
 
 
 def written_in_place(snapshot: Snapshot) -> list[str]:

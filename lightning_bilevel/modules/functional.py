@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from itertools import count
 from typing import Any, Literal
@@ -348,15 +348,14 @@ class FunctionalModule:
 
         The cast cache is off: it would keep one cast copy of θ per inner step.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self.swapper.swapped(tensors))
-            if self._autocast_dtype is not None:
-                stack.enter_context(torch.autocast(self.device.type, self._autocast_dtype, cache_enabled=False))
-            before, self._placed = self._placed, tensors
-            try:
+        dtype = self._autocast_dtype
+        cast: Any = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, cache_enabled=False)
+        before, self._placed = self._placed, tensors
+        try:
+            with self.swapper.swapped(tensors), cast:
                 yield
-            finally:
-                self._placed = before
+        finally:
+            self._placed = before
 
     def _as_placed(self) -> Callable[[], AbstractContextManager[None]]:
         """Return what puts the present tensors in place again, with copies of the buffers, which may be written to."""

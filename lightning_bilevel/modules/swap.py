@@ -7,7 +7,7 @@ tensors go is looked up once per module, not once per call.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,19 +38,9 @@ class Swapper:
                     if tensor is not None:
                         self._places.setdefault(names[id(tensor)], []).append((home, key))
 
-    @contextmanager
-    def swapped(self, tensors: Params) -> Iterator[None]:
+    def swapped(self, tensors: Params) -> AbstractContextManager[None]:
         """Put ``tensors`` in place; on exit put back what was there before, also after an error."""
-        before: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for name, tensor in tensors.items():
-                for home, key in self._places[name]:
-                    before.append((home, key, home[key]))
-                    home[key] = tensor
-            yield
-        finally:
-            for home, key, tensor in reversed(before):
-                home[key] = tensor
+        return _Swapped([(home, key, tensor) for name, tensor in tensors.items() for home, key in self._places[name]])
 
     def current(self, name: str) -> Tensor:
         """Return the tensor that stands at ``name`` now."""
@@ -63,3 +53,21 @@ class Swapper:
         for name, ((home, key), *_) in self._places.items():
             if (tensor := home.get(key)) is not None:
                 yield name, tensor
+
+
+class _Swapped(AbstractContextManager[None]):
+    """A class, for a generator takes several times as long to enter, at every inner step."""
+
+    __slots__ = ("_before", "_there")
+
+    def __init__(self, there: list[tuple[dict[str, Any], str, Tensor]]) -> None:
+        self._there = there
+
+    def __enter__(self) -> None:
+        self._before = [home[key] for home, key, _ in self._there]
+        for home, key, tensor in self._there:
+            home[key] = tensor
+
+    def __exit__(self, *error: object) -> None:
+        for (home, key, _), before in zip(self._there, self._before, strict=True):
+            home[key] = before

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lightning_bilevel.compiled.graphs import trace
-from lightning_bilevel.compiled.passes import cut, without_alpha
+from lightning_bilevel.compiled.passes import apart, by_rows, cut, without_alpha
 
 
 def whole(args: list[Tensor]) -> list[Tensor | None]:
@@ -42,3 +43,53 @@ def test_a_factor_in_an_addition_is_written_out() -> None:
         changed = without_alpha(graph)
         assert not any("alpha" in node.kwargs for node in changed.graph.nodes)
         torch.testing.assert_close(changed(*args)[0], expected)
+
+
+def targets(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def test_what_follows_a_stack_of_large_rows_is_computed_by_rows() -> None:
+    def stacked(args: list[Tensor]) -> list[Tensor | None]:
+        z, w, *rows = args
+        stack = torch.stack(rows)
+        return [z + torch.tanh(stack) * -0.1, stack.sum(0), torch.stack(rows, dim=1) * 2, stack * w]
+
+    args = [torch.randn(2, 300, 300), torch.randn(300), torch.randn(300, 300), torch.randn(300, 300)]
+    graph = trace(stacked, args).graph
+    expected = graph(*args)
+    changed = by_rows(graph)
+    assert targets(changed).count("aten.tanh.default") == 2
+    assert targets(changed).count("aten.select.int") == 2  # of `z`
+    assert all(map(torch.equal, changed(*args), expected))
+
+
+def test_other_stacks_stay() -> None:
+    def small(args: list[Tensor]) -> list[Tensor | None]:
+        return [torch.stack(args) * 2, torch.stack([torch.rand_like(args[0]), args[1]]).square()]
+
+    args = [torch.randn(3), torch.randn(3)]
+    before = trace(small, args).graph
+    expected = targets(before)
+    assert targets(by_rows(before)) == expected
+
+    def wider(args: list[Tensor]) -> list[Tensor | None]:
+        return [torch.stack([args[0]]) * args[1]]  # the other one has more rows
+
+    large = [torch.randn(300, 300), torch.randn(2, 300, 300)]
+    graph = trace(wider, large).graph
+    assert torch.equal(by_rows(graph)(*large)[0], wider(large)[0])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_with_a_large_product_is_apart_from_it(order: int) -> None:
+    def sums(args: list[Tensor]) -> list[Tensor | None]:
+        x, a, b, bias = args
+        return [torch.add(*[x, (a @ b).t()][::order]), bias + a @ b, a[:3] @ b + x[:3]]
+
+    args = [torch.randn(300, 300), torch.randn(300, 20), torch.randn(20, 300), torch.randn(300)]
+    graph = trace(sums, args).graph
+    expected = graph(*args)
+    changed = apart(graph)
+    assert targets(changed).count("aten.neg.default") == 1
+    assert all(map(torch.equal, changed(*args), expected))
