@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from lightning_bilevel.compiled.agree import alike, precision
 from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.graphs import Traced, backend_for
+from lightning_bilevel.compiled.making import made_once
 from lightning_bilevel.compiled.products import stationarity
 from lightning_bilevel.compiled.program import Form, Layout
-from lightning_bilevel.compiled.reasons import NotCompiled, Refusals, What, reason
+from lightning_bilevel.compiled.reasons import NotCompiled, Refusals, What
 from lightning_bilevel.compiled.sight import Sight, Sights
-from lightning_bilevel.compiled.watch import Level, Place, drawn_beside_torch
-from lightning_bilevel.host import rank_zero_info
+from lightning_bilevel.compiled.watch import Level, Place
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.problem import Batch, BilevelProblem, InnerState, Slopes
 from lightning_bilevel.tree import Params
@@ -154,30 +154,22 @@ def _made(
     functional: FunctionalModule,
     places: Callable[[Traced], list[Place]],
 ) -> Evaluation:
-    began, before, backend = time.perf_counter(), functional.snapshot(), backend_for(args[0].device.type)
-    with before.fork():
-        try:
-            part = evaluation.evaluation(functions, name, args, backend, places)
-        except NotCompiled:
-            raise
-        except Exception as error:  # torch's, of many kinds
-            raise NotCompiled(reason(error)) from error
-        if drawn_beside_torch(functional, before):
-            raise NotCompiled("it draws from NumPy, `random` or a generator of its own")
-        function = getattr(functions, name)
-        eager = lambda args: function(args, 0)  # noqa: E731
-        alike(eager, part.all_of, functions, args, precision(args, functional.autocast_dtype))
-    took, kind = time.perf_counter() - began, type(functional.module).__name__
-    rank_zero_info(f"Compiled the {_WORDS[name]} of `{kind}` ({backend}) in {took:.1f} s.")
-    return part
+    backend, function = backend_for(args[0].device.type), getattr(functions, name)
+
+    def check(part: Evaluation) -> None:
+        dtype = precision(args, functional.autocast_dtype)
+        alike(lambda args: function(args, 0), part.all_of, functions, args, dtype)
+
+    make = partial(evaluation.evaluation, functions, name, args, backend, places)
+    return made_once(functional, make, check, _WORDS[name], backend)
 
 
 _WORDS = {
-    "outer": "outer loss",
-    "outer_slopes": "outer loss with its gradients",
-    "inner_slopes": "inner loss with its gradients",
-    "inner_slopes_by_phi": "inner loss with its outer gradient",
-    "curvature": "products with second derivatives",
+    "outer": "the outer loss",
+    "outer_slopes": "the outer loss with its gradients",
+    "inner_slopes": "the inner loss with its gradients",
+    "inner_slopes_by_phi": "the inner loss with its outer gradient",
+    "curvature": "the products with second derivatives",
 }
 
 

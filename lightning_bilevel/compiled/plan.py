@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.agree import agree, precision
 from lightning_bilevel.compiled.graphs import Traced, backend_for
+from lightning_bilevel.compiled.making import made_once
 from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.sight import Sight
-from lightning_bilevel.compiled.watch import Place, drawn_beside_torch
+from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.compiled.whole import Judged
-from lightning_bilevel.host import rank_zero_info
 from lightning_bilevel.inner_optimizers import InnerOptimizer
 from lightning_bilevel.inner_optimizers.base import is_ours
 from lightning_bilevel.inner_optimizers.elementwise import ElementwiseOptimizer
@@ -154,33 +153,25 @@ class Plan(NamedTuple):
             args: likewise.
             watched: the numbers of the updates that are watched.
         """
-        began = time.perf_counter()
         functional, functions = self.functional, Functions(self.step, self.layout, self.functional.recorder)
         backend, numbered = backend_for(args[0].device.type), self.graphs.numbered
-        before = functional.snapshot()
-        with before.fork():
-            try:
-                if numbered and not self._is_numbered(functions, args):
-                    return None
-                part = made(functions, name, args, None if numbered else steps, backend, self._places(watched))
-            except NotCompiled:
-                raise
-            except Exception as error:  # torch's, of many kinds
-                raise NotCompiled(reason(error)) from error
-            if drawn_beside_torch(functional, before):
-                raise NotCompiled("it draws from NumPy, `random` or a generator of its own")
-            agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype))
-        took, kind = time.perf_counter() - began, type(functional.module).__name__
-        count = len(self.layout.order)
-        what = "an inner step" if count == 1 else f"{count} inner steps"
-        rank_zero_info(f"Compiled {what} of `{kind}` ({_WORDS[name]}, {backend}) in {took:.1f} s.")
-        return part
+        if numbered and not self._is_numbered(functions, args):
+            return None
+        count, number = len(self.layout.order), None if numbered else steps
+        return made_once(
+            functional,
+            lambda: made(functions, name, args, number, backend, self._places(watched)),
+            lambda part: agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype)),
+            "an inner step" if count == 1 else f"{count} inner steps",
+            f"{_WORDS[name]}, {backend}",
+        )
 
     def _is_numbered(self, functions: Functions, args: list[Tensor]) -> bool:
-        try:
-            traced_at(functions.update, args[: self.layout.inputs], None)
-        except Exception:  # it branches on it, say
-            return False
+        with self.functional.snapshot().fork():
+            try:
+                traced_at(functions.update, args[: self.layout.inputs], None)
+            except Exception:  # it branches on it, say
+                return False
         return True
 
     def _places(self, numbers: Collection[int]) -> Callable[[Traced], list[Place]]:

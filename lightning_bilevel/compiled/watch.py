@@ -20,6 +20,7 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
 from lightning_bilevel.stacking import tensors_in
@@ -206,7 +207,7 @@ class Place:
 def _surroundings(module: nn.Module, functional: FunctionalModule) -> Hashable:
     """Return what decides what is computed that no guard is for."""
     hooks: list[Any] = []
-    for child in module.modules():
+    for child in parts(module):
         for each in (child._forward_hooks, child._forward_pre_hooks):
             if each:
                 hooks += [id(child), *each.values()]

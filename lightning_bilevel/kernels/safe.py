@@ -80,11 +80,14 @@ def differentiable_kernels(module: nn.Module | None, twice: bool = True) -> Iter
     with ExitStack() as stack:
         if twice:
             stack.enter_context(unfused())
-        recurrent = module is not None and any(isinstance(child, nn.RNNBase) for child in module.modules())
-        if torch.backends.cudnn.enabled and recurrent:
+        if torch.backends.cudnn.enabled and torch.cuda.is_available() and _is_recurrent(module):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         _replace(stack, [*_ALWAYS, *(_TWICE if twice else ())])
         yield
+
+
+def _is_recurrent(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(child, nn.RNNBase) for child in module.modules())
 
 
 def in_place() -> tuple[Any, ...]:

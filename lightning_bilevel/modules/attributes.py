@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_bilevel.generators import is_others
 from lightning_bilevel.host import LightningModule
 from lightning_bilevel.modules.metrics import unwrapped, usable
+from lightning_bilevel.modules.parts import parts
 
 _NOT_THE_USERS = {*vars(nn.Module()), *vars(LightningModule()), "fit_context", "_levels", "log", "log_dict"}
 _CONTAINERS = (list, deque, dict, set)
@@ -83,8 +84,15 @@ class Attributes:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        theirs = (Metric, MetricCollection)
-        self._homes = [_Home(vars(child)) for child in module.modules() if not isinstance(child, theirs)]
+        self._module = module
+        self._homes: list[_Home] = []
+        self.look()
+
+    def look(self) -> None:
+        """Look anew which modules there are."""
+        before = {id(home.attributes): home for home in self._homes}
+        found = (vars(part) for part in parts(self._module) if not isinstance(part, (Metric, MetricCollection)))
+        self._homes = [before.get(id(attributes)) or _Home(attributes) for attributes in found]
 
     def take(self) -> Snapshot:
         """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""

@@ -19,6 +19,7 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.host import LIBRARIES, rank_zero_warn
 from lightning_bilevel.modules.functional import FunctionalModule, names_reached, usable
 from lightning_bilevel.modules.levels import abbreviate
+from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.modules.written import Written, versions_of, written_to_level
 from lightning_bilevel.problem import Episode
@@ -210,7 +211,7 @@ def examination_of(functional: FunctionalModule, carried: Params, episode: Episo
     """Return the examination of a module in its present mode, made at the first call and kept with ``functional``."""
     if episode.outer is None and not [*functional.module.buffers(), *functional.of_neither_level()]:
         return Examination()
-    mode = (episode.outer is not None, *(child.training for child in functional.module.modules()))
+    mode = (episode.outer is not None, *(part.training for part in parts(functional.module)))
     if mode not in functional.examinations:
         functional.examinations[mode] = examine(functional, carried, episode)
     found: Examination = functional.examinations[mode]

@@ -23,6 +23,7 @@ from lightning_bilevel.kernels.data import data_in_transforms
 from lightning_bilevel.kernels.safe import differentiable_kernels, recomputing_within
 from lightning_bilevel.modules.hooks import BilevelHooks
 from lightning_bilevel.modules.levels import Levels, abbreviate
+from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.modules.reset import check_all_drawn
 from lightning_bilevel.modules.returned import named, refuse_learned, refuse_scheduled, scalar, step_weights
@@ -477,7 +478,7 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     shared = nn.modules.module
     if shared._global_backward_hooks or shared._global_backward_pre_hooks:
         return True
-    return any(child._backward_hooks or child._backward_pre_hooks for child in module.modules())
+    return any(child._backward_hooks or child._backward_pre_hooks for child in parts(module))
 
 
 def _has_hooks(parameter: Tensor) -> bool:

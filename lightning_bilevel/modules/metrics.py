@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
+from lightning_bilevel.modules.parts import parts
+
 State = dict[int, dict[str, Any]]
 """What metrics hold besides their settings, by their place among the metrics of a module."""
 
@@ -240,10 +242,10 @@ def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
             if id(each) in seen:
                 continue
             seen.add(id(each))
-            parts = () if len(each) > _WIDTH else each.values() if isinstance(each, dict) else each
-            waiting += [part for part in parts if isinstance(part, (nn.Module, list, tuple, dict))]
+            inside = () if len(each) > _WIDTH else each.values() if isinstance(each, dict) else each
+            waiting += [part for part in inside if isinstance(part, (nn.Module, list, tuple, dict))]
             continue
-        for child in each.modules():
+        for child in parts(each):
             if id(child) not in seen:
                 seen.add(id(child))
                 yield child

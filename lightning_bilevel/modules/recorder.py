@@ -13,13 +13,14 @@ from lightning_bilevel.host import LightningModule, rank_zero_info, rank_zero_wa
 from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain, written_in_place
 from lightning_bilevel.modules.metrics import RecordedMetrics, State, unwrapped, usable
 from lightning_bilevel.modules.outputs import beside_loss, by_episode
+from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.tree import Params
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class LogRecorder:
-    """Shadows ``log`` and ``log_dict`` of a module, and replays each name once.
+    """Shadows ``log`` and ``log_dict`` of one module, and replays each name once.
 
     A loss runs many times per training step: at every inner step, again where a strategy recomputes or perturbs, and
     inside function transforms, where Lightning's own ``log`` raises. Replayed is what had been logged when the outer
@@ -57,9 +58,12 @@ class LogRecorder:
         A LightningModule that is a child logs through the same Trainer, so its methods are shadowed too.
         """
         self.forget()
-        self._attributes = attributes = Attributes(module)
+        if self._attributes is None:
+            self._attributes = Attributes(module)
+        attributes = self._attributes
+        attributes.look()
         self._start = attributes.take()
-        self._loggers = loggers = [child for child in module.modules() if isinstance(child, LightningModule)]
+        self._loggers = loggers = [part for part in parts(module) if isinstance(part, LightningModule)]
         shadowed: list[dict[str, Any]] = [
             {name: child.__dict__[name] for name in ("log", "log_dict") if name in child.__dict__} for child in loggers
         ]
