@@ -2,7 +2,8 @@
 
 Ours is a training step of a Trainer with all that Lightning does for it; JAX's is one jitted function with the outer
 optimizer inside (optax), its state made beforehand, of several programs the fastest. That all compute the same
-hypergradient is checked first: who does not is listed with the difference, and is not timed.
+hypergradient is checked first: who does not is listed with the difference, and is not timed. What a step of the Trainer
+takes that computes nothing, logs as many numbers and has the same optimizer, is measured beside.
 
 Time: CPU seconds of the process, one thread; the contenders take turns and the least of all their steps counts. What
 compiling takes is listed beside: CPU seconds of this process in the first step, without those of a C++ compiler.
@@ -22,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from data_cleaning_speed import CASES as CLEANING
 from data_cleaning_speed import Cleaning
@@ -136,14 +138,52 @@ class Ours:
         return found if rows is None else projected(found, rows)
 
     def seconds(self) -> float:
-        """Return the least CPU seconds of a training step, after two that look at the module and compile."""
+        """Return the least CPU seconds of a training step."""
         module, batch = self.case.make()
         module.compiles_steps = self.compiles
-        stopwatch, steps = Stopwatch(), self.case.steps + 2
-        data: DataLoader = DataLoader([batch] * steps, batch_size=None)
-        with report.screen():
-            fit(module, data, self.case.strategy(), stopwatch, max_steps=steps)
-        return min(stopwatch.seconds[2:])
+        return least_step(module, batch, self.case.steps, self.case.strategy())
+
+
+class Alone(pl.LightningModule):
+    """A module that computes nothing: what a step of the Trainer takes without this library.
+
+    Args:
+        trained: parameters like these are stepped on, by fused Adam.
+        logged: numbers that each step logs, as many as ours does.
+    """
+
+    def __init__(self, trained: Sequence[torch.Tensor], logged: int) -> None:
+        super().__init__()
+        self.trained = torch.nn.ParameterList([torch.nn.Parameter(value.detach().clone()) for value in trained])
+        self.logged = logged
+
+    def training_step(self, batch: Any, number: int) -> torch.Tensor:
+        """Return a loss whose gradients are zeros."""
+        loss = torch.stack([(parameter * 0).sum() for parameter in self.trained]).sum()
+        for place in range(self.logged):
+            self.log(f"number {place}", loss.detach(), prog_bar=place == 0, batch_size=1)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the outer optimizer of the problems."""
+        return torch.optim.Adam(self.parameters(), fused=True)
+
+
+def alone(case: Case, steps: int = 200) -> float:
+    """Return the least CPU seconds of a step that does nothing but what Lightning does for ours."""
+    module, batch = case.make()
+    result = hypergradient(module, case.strategy(), batch)
+    trained = [module.get_parameter(name) for name in result.grads]
+    logged = len({*result.metrics, "outer_loss", "hypergradient_norm"})
+    return least_step(Alone(trained, logged), batch, steps)
+
+
+def least_step(module: pl.LightningModule, batch: Any, steps: int, *callbacks: pl.Callback) -> float:
+    """Return the least CPU seconds of a training step on a batch, after two that look at the module and compile."""
+    stopwatch, data = Stopwatch(), DataLoader([batch] * (steps + 2), batch_size=None)
+    with report.screen():
+        fit(module, data, *callbacks, stopwatch, max_steps=steps + 2)
+    return min(stopwatch.seconds[2:])
 
 
 class InJax:
@@ -203,8 +243,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in args.cases:
+            idle = alone(CASES[name])
+            print(name, f"Lightning alone: {idle}", flush=True)
             for turn, rows in enumerate(measure(CASES[name], args.rounds), start=1):
-                results = keep(NAME, {"directions": DIRECTIONS}, {"rounds": turn, "rows": rows}, name, order=CASES)
+                found = {"rounds": turn, "Lightning alone": idle, "rows": rows}
+                results = keep(NAME, {"directions": DIRECTIONS}, found, name, order=CASES)
             for row in rows:
                 print(name, " ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
     return results
