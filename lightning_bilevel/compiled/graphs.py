@@ -18,9 +18,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
-from lightning_bilevel.compiled.onednn import is_faster, with_onednn
+from lightning_bilevel.compiled.onednn import with_onednn
 from lightning_bilevel.compiled.passes import apart, by_rows, without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.kernels.onednn import is_faster
 
 Backend = Literal["inductor", "flat"]
 Call = Callable[[list[Tensor]], Sequence[Tensor]]

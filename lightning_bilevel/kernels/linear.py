@@ -1,25 +1,32 @@
-"""Linear layers that have a weight for every episode, or every direction: one batched product.
+"""Linear layers: with a weight for every episode, or every direction, one batched product.
 
 Inside ``vmap`` PyTorch makes a product, a sum and several views of such a layer, and each of them again in every
-derivative, which is what a small net spends its time on.
+derivative, which is what a small net spends its time on. Outside of it large layers are computed by oneDNN on the CPUs
+on which that is faster.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_bilevel.kernels.onednn import is_faster, is_large, product
 
 NATIVE = F.linear
 _functorch = torch._C._functorch
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return what ``torch.nn.functional.linear`` returns; faster where ``vmap`` goes over ``weight``.
+    """Return what ``torch.nn.functional.linear`` returns, and sooner if ``vmap`` goes over ``weight``, or by oneDNN.
 
     Shapes, of one member: ``input`` ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``.
     """
-    if bias is None or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or not is_faster() or not _is_plain(input, weight):
+            return NATIVE(input, weight, bias)
+        return _by_onednn(input, weight, bias)
+    if bias is None:
         return NATIVE(input, weight, bias)
     level = _functorch.current_level()
     usual = weight.dim() == 2 and bias.dim() == 1 and input.shape[-1] == weight.shape[-1]
@@ -32,6 +39,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outputs = outputs if inputs.dim() == 3 else outputs.view(*inputs.shape[:-1], outputs.shape[-1])
     wrapped: Tensor = _functorch._add_batch_dim(outputs, 0, level)
     return wrapped
+
+
+def _is_plain(input: Tensor, weight: Tensor) -> bool:
+    """Return whether a layer is computed as it is, large, and nothing watches: no trace, no cast, no forward AD."""
+    if torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    usual = type(input) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2
+    return usual and input.shape[-1:] == weight.shape[-1:] and is_large(input.reshape(-1, weight.shape[1]), weight.t())
+
+
+def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = product(input.reshape(-1, weight.shape[1]), weight.t())
+    rows = rows if bias is None else rows + bias
+    return rows.view(*input.shape[:-1], len(weight))
 
 
 def _batched(value: Tensor, level: int) -> bool:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_bilevel.compiled import graphs, onednn
+from lightning_bilevel.compiled import graphs
 from lightning_bilevel.compiled.graphs import backend_for, compiled, trace
-from lightning_bilevel.compiled.onednn import is_faster, with_onednn
+from lightning_bilevel.compiled.onednn import with_onednn
+from lightning_bilevel.kernels import onednn
 from tests.support.compiled import CLASSES, FEATURES, apart, both, episode, weighted
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
@@ -51,17 +52,6 @@ def test_others_are_left_as_they_are(rows: int, dtype: torch.dtype, expands: boo
 
     args = [torch.randn(rows, 100, dtype=dtype), torch.randn(100, 100, dtype=dtype)]
     assert products(with_onednn(trace(product, args).graph)) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)]
-)
-def test_the_vendor_decides(text: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "_vendor", lambda: text)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert is_faster.__wrapped__() is expected
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not is_faster.__wrapped__()
 
 
 def test_an_estimate_with_the_choice_forced_on(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
