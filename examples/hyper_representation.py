@@ -553,7 +553,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 exact = float(np.mean([row["first_exact_loss"] for row in mine]))
                 axes.axhline(exact, color=report.GREY, ls="--", lw=1, label="exact head at the start")
         handles = panels[0].get_legend_handles_labels()
-        panels[2].legend(*handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9)
+        panels[2].legend(*handles, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path)
 
 

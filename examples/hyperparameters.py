@@ -647,7 +647,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "`ConjugateGradient.*reached a relative residual")
         penalties = learn_penalties(data, args) if "penalties" in tasks else []
         rates = learn_learning_rate(data, args) if "learning-rate" in tasks else []
-        # Searches get the seconds of the slowest exact strategy.
+        # Searches get the seconds of the slowest exact strategy, or of the grid where that takes longer.
         without = {
             "penalties": penalties_without(data, longest(penalties), args) if penalties else [],
             "learning rate": rates_without(data, longest(rates), args) if rates else [],
@@ -661,8 +661,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def longest(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the CPU seconds of the slowest strategy, not counting those that take differences."""
-    return max((row["CPU seconds"] for row in rows[1:] if row["method"] not in ("pzobo", "hozog")), default=0.5)
+    """Return the most CPU seconds that the grid or a strategy took, not counting those that take differences."""
+    return max(row["CPU seconds"] for row in rows if row["method"] not in ("pzobo", "hozog"))
 
 
 def show(penalties: Sequence[Mapping[str, Any]], rates: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def baselines(seed: int, rows: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Return the rows of a seed with those of the baselines, which get the seconds of the strategies there."""
+    """Return the rows of a seed with those of the baselines, which get the seconds of what is there."""
     data = example.noisy_digits(seed) if args.data == "digits" else example.newsgroups(seed, args.data_dir)
     options = argparse.Namespace(seed=seed, smoke=False)
     searches = {"penalties": example.penalties_without, "learning rate": example.rates_without}

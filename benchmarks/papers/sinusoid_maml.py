@@ -5,6 +5,7 @@ meta-step, an MLP 1-40-40-1. The baseline sees as many points, for as many steps
 several by the error after 10 steps, on the test tasks themselves, in its favour.
 
     python benchmarks/papers/sinusoid_maml.py
+    python benchmarks/papers/sinusoid_maml.py --seeds 5 --more        (keeps the first seeds, which are there)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
 from support.intervals import interval
-from support.results import plot, save
+from support.results import earlier, plot, save
 
 import report
 from few_shot import data, run
@@ -59,13 +60,15 @@ def curves(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = script.options(__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--more", action="store_true", help="only the seeds that are not among the results yet")
     parser.add_argument("--test-tasks", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for logs and checkpoints")
     args = script.begin(parser, argv)
     args.output.mkdir(parents=True, exist_ok=True)
     with report.screen():
-        runs = [curves(args, seed) for seed in range(args.seeds)]
+        there = earlier("sinusoid_maml")["runs"] if args.more else []
+        runs = [*there, *(curves(args, seed) for seed in range(len(there), args.seeds))]
         results: dict[str, Any] = {"runs": runs, "steps": STEPS}
         for name in COLORS:
             found = [interval(errors) for errors in zip(*(run[name] for run in runs), strict=True)]

@@ -82,7 +82,7 @@ def cases() -> list[Case]:
         *hyperparameters(),
         few_hyperparameters(),
         sinusoids(),
-        few_shot_images(),
+        *few_shot_images(),
         *representations(),
         camels(),
         pde(),
@@ -167,12 +167,15 @@ def sinusoids() -> Case:
     return Case("sinusoids, 10 points", "1,761, T = 1", "MAML, 10 steps", ours, others, "squared", 2, False)
 
 
-def few_shot_images() -> Case:
-    """Return features under a head that is fitted to a task of five digits, beside heads on pixels and a classifier."""
-    ours, *others = few_shot.of_images().items()
-    runs = {name: [100 * run["score"] for run in rows] for name, rows in others if "FirstOrder" not in name}
-    learned = [100 * run["score"] for run in ours[1]]
-    return Case("new digits, 10 of each", "19,008, T = 10", "features, `ReverseUnroll`", learned, runs, "points")
+def few_shot_images() -> list[Case]:
+    """Return features under a head fitted to a task of five classes, beside heads on pixels and a classifier."""
+    made = []
+    for data, problem in (("digits", "new digits, 10 of each"), ("omniglot", "new characters, 10 of each")):
+        (_, ours), *others = few_shot.of_images(data).items()
+        runs = {name: [100 * run["score"] for run in rows] for name, rows in others if "FirstOrder" not in name}
+        learned = [100 * run["score"] for run in ours]
+        made.append(Case(problem, "19,008, T = 10", "features, `ReverseUnroll`", learned, runs, "points"))
+    return made
 
 
 def representations() -> list[Case]:

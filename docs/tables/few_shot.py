@@ -20,14 +20,17 @@ def tables() -> dict[str, str]:
 
 def sinusoids() -> str:
     found = results("sinusoid_maml")["results"]
+    baselines = results("few_shot_baselines")["results"]["sinusoids"].values()
+    process = [run["Gaussian process"]["score"] for run in baselines]
+    errors = {name: [run[name] for run in found["runs"]] for name in ("MAML", "pretrained")}
+    errors["Gaussian process, no steps"] = [[error] * len(found["steps"]) for error in process]
+    last = [run[-1] for run in errors["MAML"]]
     rows = []
-    for name in ("MAML", "pretrained"):
-        both = zip(found[name]["mean"], found[name]["95%"], strict=True)
-        rows.append([name, *(f"{value:.2f} ± {half:.2f}" for value, half in both)])
-    process = results("few_shot_baselines")["results"]["sinusoids"].values()
-    error = interval([run["Gaussian process"]["score"] for run in process], 2)
-    rows.append(["Gaussian process, no steps", *[error] * len(found["steps"])])
-    return markdown(["squared error after", *(f"{steps} steps" for steps in found["steps"])], rows)
+    for name, runs in errors.items():
+        against = "" if name == "MAML" else difference([run[-1] for run in runs], last, 2)
+        rows.append([name, *(interval(each, 2) for each in zip(*runs, strict=True)), against])
+    heads = [f"{steps} step{'' if steps == 1 else 's'}" for steps in found["steps"]]
+    return markdown([f"squared error after, {len(last)} seeds", *heads, "10 steps minus MAML"], rows)
 
 
 def omniglot() -> str:
@@ -41,6 +44,10 @@ def omniglot() -> str:
         if other := run.get("curve at 5 shots"):
             shown = {s: f"{100 * v:.2f} ± {100 * h:.2f}" for s, v, h in zip(*other.values(), strict=True)}
             rows.append([f"{name}, tested at 5 shots", shown[1], shown[5], *setting])
+    for seed in results("few_shot_baselines")["results"].get("28x28", {}).values():
+        for name, row in seed.items():
+            shown = f"{100 * row['score']:.2f} ± {100 * row['95%']:.2f}"
+            rows.append([name, shown, shown, "", "", f"{row['CPU seconds'] / 60:.0f}"])
     heads = ["5-way", "% after 1 step", "% after 5 steps", "meta-steps × tasks", "minutes", "CPU minutes"]
     return markdown(heads, rows)
 

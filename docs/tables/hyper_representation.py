@@ -4,7 +4,7 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from tables import markdown, results
+from tables import difference, markdown, results
 
 NAMES = {
     "reverse": "`ReverseUnroll`",
@@ -41,24 +41,34 @@ def tables() -> dict[str, str]:
     """Return a table for each case that was run, and one for the numbers of inner steps."""
     rows = results("hyper_representation")["results"]
     made = {}
-    for case, labels in (("linear", SHALLOW), ("two-layer", SHALLOW), ("digits", DEEP), ("mnist", DEEP)):
+    cases = {"linear": (SHALLOW, 1, 3), "two-layer": (SHALLOW, 1, 1), "digits": (DEEP, 100, 1), "mnist": (DEEP, 100, 1)}
+    for case, style in cases.items():
         mine = [row for row in rows if row["case"] == case]
         if mine:
-            made[f"hyper_representation_{case.replace('-', '_')}"] = table(mine, labels)
+            made[f"hyper_representation_{case.replace('-', '_')}"] = table(mine, *style)
     made["hyper_representation_inner_steps"] = inner_steps(rows)
     return made
 
 
-def table(rows: list[dict[str, Any]], labels: dict[str, str]) -> str:
-    """Return a line for each strategy; it says so where one has fewer seeds than the others."""
+def table(rows: list[dict[str, Any]], labels: dict[str, str], scale: float, digits: int) -> str:
+    """Return a line for each strategy, with its score minus that of `ReverseUnroll`, seed by seed.
+
+    Where one has fewer seeds than the others, it says so. The score, times ``scale`` and with so many ``digits``, is
+    what the second column has.
+    """
+    judged = list(labels)[1]
     lines = []
-    most = len({row["seed"] for row in rows})
+    seeds = {row["seed"] for row in rows}
+    exact = {row["seed"]: scale * row[judged] for row in rows if row["strategy"] == "reverse"}
     for strategy, name in NAMES.items():
         runs = [row for row in rows if row["strategy"] == strategy]
         if runs:
-            fewer = f" ({len(runs)} of {most} seeds)" if len(runs) < most else ""
-            lines.append([name + fewer, *(cell(key, runs) for key in labels)])
-    return markdown(("strategy", *labels.values()), lines)
+            fewer = f" ({len(runs)} of {len(seeds)} seeds)" if len(runs) < len(seeds) else ""
+            pairs = [scale * row[judged] for row in runs], [exact[row["seed"]] for row in runs]
+            against = "" if strategy == "reverse" else difference(*pairs, digits)
+            lines.append([name + fewer, *(cell(key, runs) for key in labels), against])
+    heads = (f"strategy, {len(seeds)} seeds", *labels.values(), f"{labels[judged]} minus `ReverseUnroll`")
+    return markdown(heads, lines)
 
 
 def inner_steps(rows: list[dict[str, Any]]) -> str:

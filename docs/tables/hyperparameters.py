@@ -48,8 +48,8 @@ def tables() -> dict[str, str]:
     made = {}
     for data, found in results("hyperparameters")["results"].items():
         seeds = list(found.values())
-        made[f"hyperparameters_{data}"] = table(seeds, "penalties", PENALTIES)
-        made[f"hyperparameters_{data}_rate"] = table(seeds, "learning rate", RATES)
+        made[f"hyperparameters_{data}"] = table(seeds, "penalties", PENALTIES, "refitted test loss")
+        made[f"hyperparameters_{data}_rate"] = table(seeds, "learning rate", RATES, "test loss")
     return made | {"hyperparameters_few": few()}
 
 
@@ -66,14 +66,16 @@ def few() -> str:
     return markdown(heads, rows)
 
 
-def table(seeds: list[dict[str, Any]], task: str, keys: tuple[str, ...]) -> str:
+def table(seeds: list[dict[str, Any]], task: str, keys: tuple[str, ...], judged: str) -> str:
+    """Return a row for each method; the last column has its loss minus that of `ReverseUnroll`, seed by seed."""
+    found = [{row["method"]: row for row in seed[task]} for seed in seeds]
     rows = []
-    for number, first in enumerate(seeds[0][task]):
-        runs = [seed[task][number] for seed in seeds]
-        rows.append(
-            [NAMES.get(first["method"], first["method"]), *(cell(key, [run[key] for run in runs]) for key in keys)]
-        )
-    return markdown(("method", *(LABELS[key] for key in keys)), rows)
+    for method in found[0]:
+        cells = [cell(key, [seed[method][key] for seed in found]) for key in keys]
+        both = ([seed[name][judged] for seed in found] for name in (method, "reverse"))
+        rows.append([NAMES.get(method, method), *cells, "" if method == "reverse" else difference(*both, 3)])
+    labels = [LABELS[key] for key in keys]
+    return markdown((f"method, {len(seeds)} seeds", *labels, f"{LABELS[judged]} minus `ReverseUnroll`"), rows)
 
 
 def cell(key: str, values: list[float]) -> str:

@@ -50,8 +50,9 @@ def draw_fit(axes: Axes, module: MetaLearner, task: Episode) -> None:
     order = task.outer[0].flatten().argsort()
     axes.plot(task.outer[0].flatten()[order], task.outer[1].flatten()[order], color=report.GREEN, label="truth")
     for steps, style in ((0, ":"), (1, "--"), (10, "-")):
+        label = f"after {steps} step{'' if steps == 1 else 's'}"
         with torch.no_grad(), module.adapted(task.inner, steps=steps):
-            axes.plot(x.flatten(), module.net(x).flatten(), color=report.BLUE, ls=style, label=f"after {steps} steps")
+            axes.plot(x.flatten(), module.net(x).flatten(), color=report.BLUE, ls=style, label=label)
     axes.plot(*(each.flatten() for each in support), "o", color=report.VERMILION, label="support")
     low, high = axes.get_ylim()
     axes.set(title="One of them", xlabel="x", ylabel="y", ylim=(low, high + 0.4 * (high - low)))  # room for the legend
