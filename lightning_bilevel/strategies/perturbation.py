@@ -17,7 +17,7 @@ from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from lightning_bilevel.randomness import RngState
-from lightning_bilevel.strategies.rounding import CoarsestDtype
+from lightning_bilevel.strategies.rounding import CoarsestDtype, coarser
 from lightning_bilevel.tree import Params
 
 _Read = Callable[[BilevelProblem, InnerState, Params], Params]
@@ -112,11 +112,12 @@ class PerturbedRuns:
 
     def _compare(self, directions: Params, mu: float, starts: InnerState, read: _Read, found: Params) -> None:
         """Raise unless the first of the vectorized runs is that of a loop: hooks, for one, are not called there."""
-        alone = self._alone(0, directions, mu, starts, read)
+        with coarsest(self.problem, self.carried, self.phi, self.episode) as seen:
+            alone = self._alone(0, directions, mu, starts, read)
         alone = {name: value for name, value in alone.items() if not _counts(value)}
         first = {name: found[name][0] for name in alone}
         difference, size = tree.norm(tree.sub(alone, first)), tree.norm(alone)
-        half = torch.finfo(size.dtype).bits < 32 or torch.is_autocast_enabled(self._device.type)
+        half = torch.finfo(coarser(size.dtype, seen.dtype or size.dtype)).bits < 32
         if not difference <= (_ALIKE_IN_HALF if half else _ALIKE) * size:
             raise RuntimeError(
                 f"they end elsewhere than one by one, by {(difference / size).item():.1g} of the length."

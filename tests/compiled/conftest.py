@@ -24,6 +24,13 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def by_inductor(backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Inductor compile all the same."""
+    for module in (plan, losses):
+        monkeypatch.setattr(module, "backend_for", lambda kind: "inductor")
+
+
+@pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each graph be one of a single step."""
     monkeypatch.setattr(plan, "MOST_NODES", 0)

@@ -18,7 +18,7 @@ from lightning_bilevel.compiled.program import Form, Layout
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.problem import Episode, InnerState
 from lightning_bilevel.stacking import tensors_in
-from tests.support.compiled import episode, weighted
+from tests.support.compiled import episode, logged, weighted
 
 
 class At:
@@ -77,11 +77,6 @@ def test_products_are_those_of_the_step() -> None:
 
 
 def test_what_is_logged_comes_out_of_the_graph() -> None:
-    def logged(self: Any, loss: Tensor) -> Tensor:
-        self.log("twice", 2 * loss, prog_bar=True)
-        self.log("number", 3)
-        return loss
-
     at, seen = At(term=logged), []
     with at.functional.session():
         part = at.made("inner_slopes")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.utils
+import torch._inductor.config
 from torch import Tensor, nn
 
 from lightning_bilevel.compiled import graphs
 from lightning_bilevel.compiled.graphs import backend_for, compiled, trace
-
-needs_inductor = pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
+from tests.support.compiled import needs_inductor
 
 
 def step(args: list[Tensor]) -> list[Tensor | None]:
@@ -114,13 +115,35 @@ def test_inductor_computes_the_same_with_the_same_random_numbers() -> None:
 @pytest.mark.slow
 def test_what_inductor_has_made_is_kept_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    counters = torch._dynamo.utils.counters["inductor"]
+    counters = torch._dynamo.utils.counters
     traced = trace(lambda args: [args[0].tanh() + args[1]], [torch.ones(3), torch.ones(1)])
     counters.clear()
     for _ in range(2):
         function = compiled(traced.graph, [torch.ones(3), torch.ones(1)], "inductor")
         torch.testing.assert_close(*function([torch.zeros(3), torch.ones(1)]), torch.ones(3))
-    assert counters["fxgraph_cache_miss"] == counters["fxgraph_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+@needs_inductor
+@pytest.mark.slow
+def test_inductor_compiles_for_fixed_shapes() -> None:
+    """Also where an argument is a view, whose base would be of any size: slow code, and convolutions may fail."""
+    sizes: list[Any] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        sizes.extend(size for value in values for size in value.shape)
+
+    def convolved(args: list[Tensor]) -> list[Tensor | None]:
+        weight, x = args[0].detach().requires_grad_(), args[1]
+        (grad,) = torch.autograd.grad(nn.functional.conv2d(x, weight).tanh().sum(), weight)
+        return [weight.detach() - 0.1 * grad]
+
+    args = [torch.randn(5, 1, 3, 3)[:4], torch.randn(8, 1, 4, 5)[2:]]
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=look):
+        function = compiled(trace(convolved, args).graph, args, "inductor")
+    assert {type(size) for size in sizes} == {int}
+    torch.testing.assert_close(*function(args), *convolved(args))
 
 
 def test_flat_graphs() -> None:

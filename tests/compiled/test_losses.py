@@ -28,10 +28,9 @@ from lightning_bilevel import (
     ZerothOrder,
     hypergradient,
 )
-from lightning_bilevel.compiled import evaluation, losses
-from lightning_bilevel.compiled.graphs import backend_for
+from lightning_bilevel.compiled import evaluation
 from lightning_bilevel.linear_solvers import Neumann
-from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, weighted
+from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, needs_inductor, weighted
 from tests.support.modules import Maml
 from tests.support.problems import RidgeBlackBox
 
@@ -308,14 +307,11 @@ def test_a_loss_that_is_another_one_each_time_is_eager_in_the_end(monkeypatch: p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
+@needs_inductor
 @pytest.mark.parametrize("name", [*STRATEGIES, "values"])
+@pytest.mark.usefixtures("by_inductor")
 @pytest.mark.filterwarnings("ignore:.Neumann.step_size=1.0.. diverges")
-def test_inductor(name: str, monkeypatch: pytest.MonkeyPatch, evaluated: list[int]) -> None:
-    from lightning_bilevel.compiled import plan
-
-    for each in (plan, losses):
-        monkeypatch.setattr(each, "backend_for", lambda kind: "inductor")
+def test_inductor(name: str, evaluated: list[int]) -> None:
     module = weighted(net=NET["BatchNorm"])
     module.log_lr.requires_grad_(False)
     strategy = ZerothOrder(2, mu=0.1) if name == "values" else STRATEGIES[name]()

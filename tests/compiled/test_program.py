@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.program import Form, Functions, Layout, made
 from lightning_bilevel.problem import InnerState
 from lightning_bilevel.stacking import tensors_in
-from tests.support.compiled import episode, weighted
+from tests.support.compiled import episode, logged, weighted
 
 
 class At:
@@ -76,11 +75,6 @@ def test_tangents_are_those_of_the_step() -> None:
 
 
 def test_what_is_logged_comes_out_of_the_graph() -> None:
-    def logged(self: Any, loss: Tensor) -> Tensor:
-        self.log("twice", 2 * loss, prog_bar=True)
-        self.log("number", 3)
-        return loss
-
     at, seen = At(term=logged), []
     with at.functional.session():
         part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])

@@ -8,11 +8,11 @@ from torch import Tensor, fx
 
 from lightning_bilevel import ImplicitGradient, tree
 from lightning_bilevel.compiled import series
-from lightning_bilevel.compiled.graphs import backend_for, trace
+from lightning_bilevel.compiled.graphs import trace
 from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.linear_solvers import LinearSystem, Neumann
 from tests.compiled.test_products import conditions
-from tests.support.compiled import apart, both, weighted
+from tests.support.compiled import apart, both, needs_inductor, weighted
 
 
 def product() -> tuple[fx.GraphModule, list[Tensor]]:
@@ -33,13 +33,7 @@ def product() -> tuple[fx.GraphModule, list[Tensor]]:
     "way",
     [
         "flat",
-        pytest.param(
-            "inductor",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler"),
-            ],
-        ),
+        pytest.param("inductor", marks=[pytest.mark.slow, needs_inductor]),
     ],
 )
 def test_terms_are_powers(terms: int, way: series.Backend) -> None:

@@ -30,11 +30,10 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.calculus import inner_step, run
-from lightning_bilevel.compiled import CompiledStep, Compiler, losses, plan
-from lightning_bilevel.compiled.graphs import backend_for
+from lightning_bilevel.compiled import CompiledStep, Compiler, plan
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
-from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, weighted
+from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, needs_inductor, weighted
 from tests.support.modules import Maml
 
 STRATEGIES: dict[str, Callable[[], HypergradientStrategy]] = {
@@ -269,7 +268,8 @@ def test_a_compiler_of_its_own_for_each_module() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
+@needs_inductor
+@pytest.mark.usefixtures("by_inductor")
 @pytest.mark.parametrize(
     ("strategy", "norm"),
     [(lambda: ReverseUnroll(checkpoint=2), nn.BatchNorm1d), (lambda: ForwardGradient(2), nn.LayerNorm)],
@@ -277,11 +277,8 @@ def test_a_compiler_of_its_own_for_each_module() -> None:
 def test_inductor(
     strategy: Callable[[], HypergradientStrategy],
     norm: Callable[[int], nn.Module],
-    monkeypatch: pytest.MonkeyPatch,
     calls: list[int],
 ) -> None:
-    for each in (plan, losses):
-        monkeypatch.setattr(each, "backend_for", lambda kind: "inductor")
     module = weighted(
         net=lambda: stacked(norm(HIDDEN), nn.Dropout(), nn.Tanh(), nn.Dropout()),
         optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9),

@@ -28,6 +28,7 @@ from lightning_bilevel.errors import MisconfigurationError
 from lightning_bilevel.host import DistributedSamplerWrapper
 from lightning_bilevel.problem import Episode
 from tests.support.loaders import (
+    UNUSUAL,
     Noisy,
     Recorder,
     Seen,
@@ -40,10 +41,7 @@ from tests.support.loaders import (
     sharded,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Your `(val|predict)_dataloader`'s sampler has shuffling enabled"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-]
+pytestmark = UNUSUAL
 
 # What an episode is made of
 

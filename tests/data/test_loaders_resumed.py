@@ -16,6 +16,7 @@ from lightning_bilevel.data.loaders import EpisodeLoader
 from lightning_bilevel.errors import MisconfigurationError
 from tests.support.fits import SaveAt
 from tests.support.loaders import (
+    UNUSUAL,
     Noisy,
     NoisyEverywhere,
     Recorder,
@@ -28,10 +29,7 @@ from tests.support.loaders import (
     sharded,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Your `(val|predict)_dataloader`'s sampler has shuffling enabled"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-]
+pytestmark = UNUSUAL
 
 
 def weighted(generator: torch.Generator | None = None) -> DataLoader:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_bilevel import Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import batch_norm
 from lightning_bilevel.kernels.safe import differentiable_kernels
+from tests.support.layers import derivatives, drawn
 from tests.support.modules import Maml
-from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "(n, c)": (lambda: nn.BatchNorm1d(3), (5, 3)),
@@ -33,13 +33,8 @@ LEFT_TO_PYTORCH = ("evaluation",)
 
 
 def prepared(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    make, shape = NETS[name]
-    generator = torch.Generator().manual_seed(0)
-    net = make().to(dtype)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return net, torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
+    net, x = drawn(*NETS[name], dtype)
+    return net, x.requires_grad_()
 
 
 class Plain(nn.Module):

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_bilevel import Episode, ForwardGradient, ReverseUnroll, hypergradient
 from lightning_bilevel.kernels import convolution
 from lightning_bilevel.kernels.safe import differentiable_kernels
+from tests.support.layers import derivatives, drawn
 from tests.support.modules import Maml
-from tests.support.problems import derivatives
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequences": (lambda: nn.Conv1d(2, 3, 2), (2, 2, 5)),
@@ -37,13 +37,7 @@ LEFT_TO_PYTORCH = ("same", "one image")
 
 
 def prepared(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    make, shape = NETS[name]
-    generator = torch.Generator().manual_seed(0)
-    net = make().to(dtype)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return net, torch.randn(shape, generator=generator, dtype=dtype)
+    return drawn(*NETS[name], dtype)
 
 
 @pytest.mark.parametrize("of", ["input and parameters", "parameters", "input", "shift"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from pytorch_lightning.callbacks import EarlyStopping
@@ -69,6 +67,7 @@ from lightning_bilevel.linear_solvers import (
     Nystrom,
 )
 from tests.support.modules import Maml, differing, identical, parameters
+from tests.support.seeds import forgotten
 
 CONFIGS = sorted((Path(data_cleaning_cli.__file__).parent / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:`ConjugateGradient")  # after two inner steps, ten of its own are few
@@ -78,12 +77,8 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """Leave no seed behind: the command line sets one for the whole process."""
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.delenv(name, raising=False)
+    with forgotten():
         yield
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            os.environ.pop(name, None)
 
 
 def run(command: str, folder: Path, config: Path, **options: Any) -> Any:

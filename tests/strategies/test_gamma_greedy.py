@@ -20,6 +20,7 @@ from tests.support.problems import (
     RidgeBlackBox,
     RidgeSolver,
     assert_close,
+    assert_optimum,
     episodes,
     plain_value,
     train,
@@ -201,9 +202,7 @@ def test_exact_through_a_solver(gamma: float) -> None:
     module = RidgeSolver()
     episode = module.episode()
     result, optimum = hypergradient(module, GammaGreedy(gamma), episode), module.optimum(episode)
-    assert_close(result.grads, optimum.grads, 1e-10)
-    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
-    torch.testing.assert_close(result.value, optimum.value)
+    assert_optimum(result, optimum)
 
 
 def test_refuses_a_solver_without_derivatives() -> None:

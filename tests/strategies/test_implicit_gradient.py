@@ -22,6 +22,7 @@ from tests.support.problems import (
     RidgeBlackBox,
     RidgeSolver,
     assert_close,
+    assert_optimum,
     draw,
     episodes,
     train,
@@ -61,9 +62,7 @@ def along(module: Quadratic, episode: Episode, theta: Tensor, x: Tensor) -> Para
 def test_exact_at_the_minimum_of_a_quadratic(solver: LinearSolver, rtol: float) -> None:
     module, episode = quadratic(400)
     result, optimum = hypergradient(module, ImplicitGradient(solver), episode), module.optimum(episode)
-    assert_close(result.grads, optimum.grads, rtol)
-    assert_close(result.state.params, {"theta": optimum.theta}, rtol)
-    torch.testing.assert_close(result.value, optimum.value)
+    assert_optimum(result, optimum, rtol)
 
 
 @every_solver
@@ -266,9 +265,7 @@ def test_ridge_regression_by_a_solver(solver: LinearSolver, kind: type[Ridge]) -
     module = kind()
     episode = module.episode()
     result, optimum = hypergradient(module, ImplicitGradient(solver), episode), module.optimum(episode)
-    assert_close(result.grads, optimum.grads, 1e-10)
-    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
-    torch.testing.assert_close(result.value, optimum.value)
+    assert_optimum(result, optimum)
 
 
 # --- Refusals ---

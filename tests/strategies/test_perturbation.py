@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,6 +39,7 @@ from tests.support.differences import (
     inner_products,
     plain_gradients,
 )
+from tests.support.precisions import Cleaning, by_hand
 from tests.support.problems import Mlp, NoisyMlp, Quadratic, RidgeBlackBox, RidgeSolver, assert_close, episodes, train
 from tests.support.seeds import call_of, forked, key_of
 from tests.support.statistics import check_mean
@@ -208,6 +210,37 @@ def test_runs_that_cannot_be_vectorized_are_looped_with_a_warning(make: Make) ->
     with pytest.warns(UserWarning, match=r"cannot be vectorized over directions.*vmap.*Set `chunk_size=1`"):
         assert_close(grads(strategy), looped, 1e-15)
     assert_close(grads(strategy), looped, 1e-15)  # and without a warning
+
+
+class Elsewhere(Cleaning):
+    """The outer loss is computed in a dtype; of runs that are vectorized it is off by a factor."""
+
+    def __init__(self, off: float, compute: torch.dtype) -> None:
+        super().__init__()
+        self.off, self.compute = off, compute
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        loss = super().outer_loss(batch).to(self.compute).float()
+        return (1 + self.off) * loss if torch._C._functorch.is_batchedtensor(loss) else loss
+
+
+@pytest.mark.parametrize(
+    ("compute", "cast"),
+    [
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float16, None),
+    ],
+)
+def test_vectorized_runs_may_be_apart_by_the_rounding_of_what_they_are_computed_in(
+    compute: torch.dtype, cast: torch.dtype | None
+) -> None:
+    half = compute == torch.float16 or cast is not None
+    for off, rounding in ((1e-5, True), (1e-2, half), (0.1, False)):
+        looped = pytest.warns(UserWarning, match="cannot be vectorized over directions.*elsewhere than one by one, by")
+        with torch.autocast("cpu", cast, enabled=cast is not None), nullcontext() if rounding else looped:
+            by_hand(Elsewhere(off, compute), ZerothOrder(2, mu=1.0, chunk_size=2), torch.float32)
 
 
 @both_ways

@@ -16,6 +16,7 @@ from tests.support.problems import (
     RidgeBlackBox,
     RidgeSolver,
     assert_close,
+    assert_optimum,
     episodes,
 )
 
@@ -109,9 +110,7 @@ def test_exact_through_a_solver(steps: int) -> None:
     module = RidgeSolver()
     episode = module.episode()
     result, optimum = hypergradient(module, TruncatedReverse(steps), episode), module.optimum(episode)
-    assert_close(result.grads, optimum.grads, 1e-10)
-    assert_close(result.state.params, {"weight": optimum.theta}, 1e-12)
-    torch.testing.assert_close(result.value, optimum.value)
+    assert_optimum(result, optimum)
 
 
 def test_refuses_a_solver_without_derivatives() -> None:

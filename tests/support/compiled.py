@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bilevel import SGD, BilevelModule, Episode, HypergradientStrategy, ReverseUnroll, hypergradient, tree
+from lightning_bilevel.compiled.graphs import backend_for
 from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.tree import Params
 
 FEATURES, CLASSES, EXAMPLES = 4, 3, 6
+
+needs_inductor = pytest.mark.skipif(backend_for("cpu") != "inductor", reason="there is no C++ compiler")
 
 
 class Weighted(BilevelModule):
@@ -59,6 +63,13 @@ def weighted(**options: Any) -> Weighted:
     """Return a :class:`Weighted` drawn from seed 0, whatever is in it."""
     torch.manual_seed(0)
     return Weighted(**options)
+
+
+def logged(module: Any, loss: Tensor) -> Tensor:
+    """Log twice the loss, which a graph has to return, and a number: a term of :class:`Weighted`."""
+    module.log("twice", 2 * loss, prog_bar=True)
+    module.log("number", 3)
+    return loss
 
 
 def episode(

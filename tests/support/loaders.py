@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -15,6 +16,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_bilevel.data.loaders import EpisodeLoader, prepare_episodes
 from lightning_bilevel.problem import Episode
 from tests.support.modules import trainer
+
+UNUSUAL = [
+    pytest.mark.filterwarnings("ignore:Your `(val|predict)_dataloader`'s sampler has shuffling enabled"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+"""Marks of files whose fits are not what Lightning expects."""
 
 Seen = list[tuple[list[list[float]], list[float]]]
 

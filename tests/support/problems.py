@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_bilevel import SGD, Adagrad, Adam, AdamW, BilevelModule, Episode, NAdam, RMSprop, tree
 from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.problem import Hypergradient
 from lightning_bilevel.tree import Params
 from tests.support.seeds import forked, masks
 
@@ -157,6 +158,13 @@ class Solution(NamedTuple):
     theta: Tensor
     value: Tensor
     grads: Params
+
+
+def assert_optimum(found: Hypergradient, optimum: Solution, rtol: float = 1e-10) -> None:
+    """Compare with the solution of a problem with one inner parameter."""
+    assert_close(found.grads, optimum.grads, rtol)
+    assert_close(found.state.params, dict.fromkeys(found.state.params, optimum.theta), rtol)
+    torch.testing.assert_close(found.value, optimum.value)
 
 
 class Quadratic(Problem):
@@ -464,16 +472,3 @@ def episodes(count: int, seed: int = 0, examples: tuple[int, ...] = (3,), inner_
         )
         for i in range(count)
     ]
-
-
-def derivatives(net: nn.Module, x: Tensor, order: int, inputs: list[Tensor] | None = None) -> list[Tensor]:
-    """Return the value, and gradients of gradients up to ``order``, each against random cotangents."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = [x, *net.parameters()] if inputs is None else inputs
-    outputs = [net(x).sin()]  # not linear in the shift
-    found = [outputs[0].detach()]
-    for _ in range(order):
-        scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs)
-        outputs = list(torch.autograd.grad(scalar, inputs, create_graph=True))
-        found += [output.detach() for output in outputs]
-    return found

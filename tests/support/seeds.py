@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_bilevel.randomness import Call, Key
@@ -23,6 +25,18 @@ def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """Return what ``build`` makes under a seed; the global generator stays as it was."""
     with forked(seed):
         return build()
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Let Lightning seed everything, as a command line does, and forget it afterwards."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        for name in names:
+            patch.delenv(name, raising=False)
+        yield
+        for name in names:
+            os.environ.pop(name, None)
 
 
 def key_of(seed: int = 0, estimate: int = 0, rank: int = 0) -> Key:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +34,7 @@ from lightning_bilevel.training.estimating import estimated
 from lightning_bilevel.training.parallel import Ranks
 from tests.support.modules import identical, trainer
 from tests.support.processes import ran
-from tests.support.seeds import call_of
+from tests.support.seeds import call_of, forgotten
 from tests.support.tables import ROWS
 from tests.support.workers.parallel import DIRECTIONS, EVERY, HABITS, OTHER, RESUMED, SEED, STEPS, TROUBLE, Noisy, fit
 
@@ -51,12 +50,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture
 def unseeded() -> Iterator[None]:
     """Let a test seed everything, and forget it afterwards."""
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.delenv(name, raising=False)
+    with forgotten():
         yield
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            os.environ.pop(name, None)
 
 
 def furthest(a: Any, b: Any) -> float:
