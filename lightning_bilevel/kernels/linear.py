@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_bilevel.kernels.onednn import is_faster, is_large, product
 
 NATIVE = F.linear
+BY_ONEDNN = is_faster()
 _functorch = torch._C._functorch
 
 
@@ -23,7 +24,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes, of one member: ``input`` ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``.
     """
     if not torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling() or not is_faster() or not _is_plain(input, weight):
+        if not BY_ONEDNN or torch.compiler.is_compiling() or not _is_plain(input, weight):
             return NATIVE(input, weight, bias)
         return _by_onednn(input, weight, bias)
     if bias is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -69,11 +71,13 @@ class GammaGreedy(HypergradientStrategy):
         rng = RngState(device)
         if any(value.requires_grad for value in start.params.values()):
             total = vector_jacobian(start.params, outer, outer_value_and_grads(problem, state, phi, episode).d)
-        for batch in problem.batches(episode):
+        batches, unobserved = problem.batches(episode), replace(problem, observer=None)
+        for taken, batch in enumerate(batches, start=1):
             rng.restore()  # the masks of earlier outer losses leave no trace: θ_T is that of a plain run
             state, loss, pull = step.vjp(state, phi, [batch])
             rng = RngState(device)
-            value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
+            judged_by = problem if taken == len(batches) else unobserved  # what counts is left behind at θ_T
+            value, d, c, observed = outer_value_and_grads(judged_by, state, phi, episode)
             _, through = pull(d, ())
             total = tree.add(through, total, alpha=self.gamma)
             for each in loss:

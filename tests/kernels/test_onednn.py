@@ -51,7 +51,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         made.append((*a.shape, b.shape[1]))
         return plain(a, b)
 
-    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "BY_ONEDNN", True)
     monkeypatch.setattr(onednn, "LEAST_OPERATIONS", 100)
     monkeypatch.setattr(onednn, "_product", noted)
     return made
@@ -112,5 +112,5 @@ def test_estimates(
     one: Episode = episode()
     found = hypergradient(module, strategy, one)
     assert chosen
-    monkeypatch.setattr(linear, "is_faster", lambda: False)
+    monkeypatch.setattr(linear, "BY_ONEDNN", False)
     assert apart(found, hypergradient(module, strategy, one)) < 2e-6
