@@ -359,7 +359,7 @@ class WeighingStep(InnerStep):
         """Take the step and add the weighed outer loss."""
         after, loss = self._step(replace(state, total=None), phi, batch.inner)
         if (problem := weighed(self.problem, phi, batch.number)) is not None:
-            with RngState(next(iter(phi.values())).device).fork():
+            with RngState(tree.device(phi)).fork():
                 value, _ = outer_value(problem, after, phi, Episode([], batch.outer))
             return replace(after, total=_sum(state.total, value)), loss
         return replace(after, total=state.total), loss
@@ -373,7 +373,7 @@ class WeighingStep(InnerStep):
             for loss in more:
                 append_loss(losses, loss)
             if (problem := weighed(self.problem, phi, batch.number)) is not None:
-                with RngState(next(iter(phi.values())).device).fork():
+                with RngState(tree.device(phi)).fork():
                     value, _ = outer_graph(problem, state, phi, Episode([], batch.outer))
                 with torch.enable_grad():
                     total = _sum(total, value)
@@ -420,7 +420,7 @@ class WeighingStep(InnerStep):
     def _judged(self, after: InnerState, phi: Params, batch: WeighedBatch) -> OuterEvaluation | None:
         if (problem := weighed(self.problem, phi, batch.number)) is None:
             return None
-        with RngState(next(iter(phi.values())).device).fork():
+        with RngState(tree.device(phi)).fork():
             return outer_value_and_grads(problem, after, phi, Episode([], batch.outer))
 
 

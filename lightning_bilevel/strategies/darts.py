@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class DARTS(HypergradientStrategy):
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
         before, losses = steps(inner_step(problem), start.detach(), phi, batches)
-        masks = RngState(next(iter(phi.values())).device)
+        masks = RngState(tree.device(phi))
         after, loss, pull = _last_step(problem, before, phi, batch)
         metrics = last_loss(problem, [*losses, loss])
         value, d, c, observed = outer_value_and_grads(problem, after, phi, episode)
@@ -74,11 +75,11 @@ class DARTS(HypergradientStrategy):
 
         def slopes(sign: float) -> tuple[Params, Params]:
             masks.restore()
-            moved = before.unflat({**before.flat(), **tree.add(before.params, u, alpha=sign * scale)})
+            moved = replace(before, params=tree.add(before.params, u, alpha=sign * scale))
             _, by_theta, by_phi = inner_value_and_grads(problem, moved, phi, [batch], by_theta=bool(moving))
             return by_theta, by_phi
 
-        with RngState(next(iter(phi.values())).device).fork():
+        with RngState(tree.device(phi)).fork():
             ahead, behind = slopes(1.0), slopes(-1.0)
         hessian, mixed = (tree.scale(tree.sub(a, b), 0.5 / scale) for a, b in zip(ahead, behind, strict=True))
         grads = tree.add(tree.add(c, by_phi), mixed)

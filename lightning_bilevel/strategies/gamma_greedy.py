@@ -59,7 +59,7 @@ class GammaGreedy(HypergradientStrategy):
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
-        outer, device = tree.leaves(phi), next(iter(phi.values())).device
+        outer, device = tree.leaves(phi), tree.device(phi)
         judged = None if problem.outer_loss_weights is None else _Judged(problem, outer)
         problem = problem.judged_at_the_end()
         step = inner_step(problem)
