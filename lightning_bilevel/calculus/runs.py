@@ -63,13 +63,8 @@ def run(problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequen
     >>> run(problem, state, phi, problem.batches(episode)).state.params
     {'theta': tensor(1.5000)}
     """
-    state, losses = steps(inner_step(problem), state, phi, batches)
+    state, losses = inner_step(problem).run(state, phi, batches)
     return Run(state, last_loss(problem, losses))
-
-
-def steps(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
-    """Take the steps; return the state after the last one and the inner losses before each."""
-    return step.run(state, phi, batches)
 
 
 def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
@@ -124,11 +119,9 @@ def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: 
     for batches in segments[:-1]:
         checkpoints.append((state, RngState(device), batches))
         state, taken = step.run(state, phi, batches)
-        for loss in taken:
-            append_loss(losses, loss)
+        append_loss(losses, *taken)
     last = [step.vjp(state, phi, segments[-1])]
-    for loss in last[0].losses:
-        append_loss(losses, loss)
+    append_loss(losses, *last[0].losses)
     end = last[0].state
     names = list(end.flat())
 

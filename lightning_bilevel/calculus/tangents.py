@@ -28,7 +28,7 @@ from lightning_bilevel.tree import Params
 PART_BYTES = 64 * 2**20
 """Tangents of θ that go through an elementwise update together; of smaller θ all do."""
 
-_PRIMAL_AND_TANGENT: Any = (None, 0)
+PRIMAL_AND_TANGENT: Any = (None, 0)
 _PRIMAL_TANGENT_AUX: Any = (None, 0, None)
 """``out_dims`` of a jvp vectorized over directions, which all share the primal."""
 
@@ -193,7 +193,7 @@ def _push_part(
     def push(t: Params, dg: Params, v: Params) -> Any:
         return jvp(update, (flat, gradient, phi), (t, dg, v))
 
-    after, tangents = vmap(push, out_dims=_PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
+    after, tangents = vmap(push, out_dims=PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
     return replace(state.unflat(tree.detach(after)), steps=step), typed_as(after, tangents)
 
 

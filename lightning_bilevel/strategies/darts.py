@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value_and_grads
-from lightning_bilevel.calculus.runs import last_loss, steps, vector_jacobian
+from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import number
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
@@ -63,7 +63,7 @@ class DARTS(HypergradientStrategy):
         *batches, batch = problem.batches(episode)
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
-        before, losses = steps(inner_step(problem), start.detach(), phi, batches)
+        before, losses = inner_step(problem).run(start.detach(), phi, batches)
         masks = RngState(tree.device(phi))
         after, loss, pull = _last_step(problem, before, phi, batch)
         metrics = last_loss(problem, [*losses, loss])

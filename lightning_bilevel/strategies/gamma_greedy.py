@@ -76,8 +76,7 @@ class GammaGreedy(HypergradientStrategy):
             value, d, c, observed = outer_value_and_grads(problem, state, phi, episode)
             _, through = pull(d, ())
             total = tree.add(through, total, alpha=self.gamma)
-            for each in loss:
-                append_loss(losses, each)
+            append_loss(losses, *loss)
             if judged is not None:
                 judged.add(value, tree.add(c, total))
         value, grads = (value, tree.add(c, total)) if judged is None else judged.end()
