@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args
 T = TypeVar("T")
 
 
-class MisconfigurationError(RuntimeError):
-    """Things that are fine by themselves do not work together, or something is missing.
+class _Explained(Exception):
+    """An error whose reason and fix are to be had apart from its message.
 
     Args:
         message: the whole text.
@@ -27,24 +27,20 @@ class MisconfigurationError(RuntimeError):
         self.reason, self.fix = reason or message, fix
 
 
-class ArgumentError(ValueError):
-    """A value is not what was expected; attributes as in :class:`MisconfigurationError`."""
+class MisconfigurationError(_Explained, RuntimeError):
+    """Things that are fine by themselves do not work together, or something is missing."""
 
-    def __init__(self, message: str, reason: str = "", fix: str = "") -> None:
-        super().__init__(message)
-        self.reason, self.fix = reason or message, fix
+
+class ArgumentError(_Explained, ValueError):
+    """A value is not what was expected."""
 
 
 class NoLossError(ArgumentError):
     """A loss is ``None``: its batch is left out, as Lightning does it where a training step returns that."""
 
 
-class NonfiniteError(FloatingPointError):
-    """A quantity became nan or infinite; attributes as in :class:`MisconfigurationError`."""
-
-    def __init__(self, message: str, reason: str = "", fix: str = "") -> None:
-        super().__init__(message)
-        self.reason, self.fix = reason or message, fix
+class NonfiniteError(_Explained, FloatingPointError):
+    """A quantity became nan or infinite."""
 
     def with_note(self, note: str) -> NonfiniteError:
         """Return this error with a further sentence in its message."""

@@ -489,7 +489,7 @@ class BilevelProblem:
             if carried:
                 return vmap(self.initial, in_dims=(0, None), randomness="different")(carried, phi)
             # All is shared: the starts are equal, unless the user's hook draws.
-            device = next(iter(phi.values())).device
+            device = tree.device(phi)
             before = RngState(device)
             start = self.initial(carried, phi)
             if before.untouched():

@@ -89,6 +89,24 @@ def norm(a: Params) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def device(a: Params) -> torch.device:
+    """Return the device of the first tensor.
+
+    >>> device({"w": torch.ones(1)})
+    device(type='cpu')
+    """
+    return next(iter(a.values())).device
+
+
+def count(stacked: Params) -> int:
+    """Return how many trees are stacked.
+
+    >>> count({"w": torch.ones(3, 2)})
+    3
+    """
+    return next(iter(stacked.values())).shape[0]
+
+
 def numel(a: Params) -> int:
     """Return the number of entries over all tensors.
 
@@ -196,8 +214,8 @@ def rows_dot(stacked: Params, vector: Params) -> Tensor:
     >>> rows_dot({"z": torch.tensor([[1 + 2j], [3 + 4j]])}, {"z": torch.tensor([3 + 4j])})
     tensor([11., 25.])
     """
-    count = next(iter(stacked.values())).shape[0]
-    rows = {name: values.reshape(count, -1) for name, values in stacked.items()}
+    number = count(stacked)
+    rows = {name: values.reshape(number, -1) for name, values in stacked.items()}
     products = [
         _matvec(rows[name], value.reshape(-1).to(rows[name].dtype).conj()).real for name, value in vector.items()
     ]

@@ -8,7 +8,6 @@ from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer
 from lightning_bilevel.calculus.runs import (
     PushedRun,
     Run,
-    directional_derivatives,
     last_loss,
     pushed_run,
     run,
@@ -27,7 +26,6 @@ __all__ = [
     "PushedRun",
     "Run",
     "Whole",
-    "directional_derivatives",
     "inner_step",
     "last_loss",
     "outer_graph",

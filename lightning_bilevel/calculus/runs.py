@@ -63,13 +63,8 @@ def run(problem: BilevelProblem, state: InnerState, phi: Params, batches: Sequen
     >>> run(problem, state, phi, problem.batches(episode)).state.params
     {'theta': tensor(1.5000)}
     """
-    state, losses = steps(inner_step(problem), state, phi, batches)
+    state, losses = inner_step(problem).run(state, phi, batches)
     return Run(state, last_loss(problem, losses))
-
-
-def steps(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
-    """Take the steps; return the state after the last one and the inner losses before each."""
-    return step.run(state, phi, batches)
 
 
 def last_loss(problem: BilevelProblem, losses: Sequence[Tensor], taken: int = 0) -> dict[str, Tensor]:
@@ -118,17 +113,15 @@ def run_checkpointed(step: InnerStep, state: InnerState, phi: Params, segments: 
     >>> torch.allclose(*ends)
     True
     """
-    device = next(iter(phi.values())).device
+    device = tree.device(phi)
     checkpoints: list[tuple[InnerState, RngState, Sequence[Batch]]] = []
     losses: list[Tensor] = []
     for batches in segments[:-1]:
         checkpoints.append((state, RngState(device), batches))
         state, taken = step.run(state, phi, batches)
-        for loss in taken:
-            append_loss(losses, loss)
+        append_loss(losses, *taken)
     last = [step.vjp(state, phi, segments[-1])]
-    for loss in last[0].losses:
-        append_loss(losses, loss)
+    append_loss(losses, *last[0].losses)
     end = last[0].state
     names = list(end.flat())
 
@@ -165,34 +158,6 @@ def vector_jacobian(outputs: Params, inputs: Params, cotangent: Params) -> Param
     return tree.like(inputs, torch.autograd.grad(ends, list(inputs.values()), vectors, allow_unused=True))
 
 
-def directional_derivatives(
-    problem: BilevelProblem, carried: InnerState, phi: Params, episode: Episode, directions: Params, mode: Mode = "auto"
-) -> tuple[Tensor, Hypergradient]:
-    """Return D with D_i = ⟨∇h(φ), v_i⟩ = d Z_T v_i + c v_i, without ever holding ∇h.
-
-    Args:
-        problem: the problem.
-        carried: the inner state to start from, see :meth:`BilevelProblem.start`.
-        phi: outer parameters.
-        episode: inner and outer batches.
-        directions: v, stacked: ``(n, *shape)`` per outer parameter.
-        mode: how tangents are pushed.
-
-    Returns:
-        D of shape ``(n,)`` and the run it belongs to, whose ``grads`` are c = ∂f/∂φ, not ∇h.
-
-    >>> from lightning_bilevel.testing import Quadratic
-    >>> module = Quadratic()
-    >>> (problem, phi, carry), episode = module.plain(), module.episode()
-    >>> axes = {"target": torch.eye(3, dtype=torch.float64)}
-    >>> slopes, _ = directional_derivatives(problem, carry.inner, phi, episode, axes)
-    >>> torch.allclose(slopes, module.solution(episode).grads["target"])
-    True
-    """
-    derivatives, result, _ = pushed_run(problem, carried, phi, episode, directions, mode)
-    return derivatives, result
-
-
 class PushedRun(NamedTuple):
     """The end of an inner run with tangents.
 
@@ -219,11 +184,11 @@ def pushed_run(
     mode: Mode = "auto",
     tangents: Params | None = None,
 ) -> PushedRun:
-    """Return :func:`directional_derivatives` and the tangents at the end.
+    """Return D with D_i = ⟨∇h(φ), v_i⟩ = d Z_T v_i + c v_i, without ever holding ∇h, and the tangents at the end.
 
     Args:
         problem: the problem.
-        carried: the inner state to start from.
+        carried: the inner state to start from, see :meth:`BilevelProblem.start`.
         phi: outer parameters.
         episode: inner and outer batches.
         directions: v, stacked: ``(n, *shape)`` per outer parameter.
@@ -231,11 +196,16 @@ def pushed_run(
         tangents: those of ``carried``, from earlier steps, ``(n, *shape)`` for tensors of ``carried.flat()``; what is
             missing is zero.
 
-    Of θ = (I − 0.2 A)³ θ_0 + …, from tangents of θ_0 along a direction that does nothing:
-
     >>> from lightning_bilevel.testing import Quadratic
     >>> module = Quadratic()
     >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> axes = {"target": torch.eye(3, dtype=torch.float64)}
+    >>> slopes = pushed_run(problem, carry.inner, phi, episode, axes).derivatives
+    >>> torch.allclose(slopes, module.solution(episode).grads["target"])
+    True
+
+    Of θ = (I − 0.2 A)³ θ_0 + …, from tangents of θ_0 along a direction that does nothing:
+
     >>> nowhere, before = {"target": torch.zeros(4, 3).double()}, {"theta": torch.eye(4).double()}
     >>> pushed = pushed_run(problem, carry.inner, phi, episode, nowhere, tangents=before).tangents["theta"]
     >>> torch.allclose(pushed, torch.linalg.matrix_power(torch.eye(4) - 0.2 * module.A, 3))
@@ -258,9 +228,9 @@ def _start_tangents(
 
     What is carried over has the tangents ``before_it``, or none.
     """
-    before = RngState(next(iter(phi.values())).device)
+    before = RngState(tree.device(phi))
     state = problem.start(carried, phi)
-    after = RngState(next(iter(phi.values())).device)
+    after = RngState(tree.device(phi))
 
     moving = {name: value for name, value in carried.flat().items() if name in before_it}
 

@@ -25,7 +25,7 @@ from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads, weighed
-from lightning_bilevel.calculus.tangents import Pushed, push_double_backward, push_forward, typed_as
+from lightning_bilevel.calculus.tangents import PRIMAL_AND_TANGENT, Pushed, push_double_backward, push_forward, typed_as
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents
@@ -33,8 +33,6 @@ from lightning_bilevel.linear_solvers.base import Series
 from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, WeighedBatch
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.tree import Params
-
-_PRIMAL_AND_TANGENT: Any = (None, 0)
 
 Mode = Literal["auto", "double_backward", "forward"]
 Product = Callable[[Params], Params]
@@ -316,7 +314,7 @@ class SolverStep(InnerStep):
             return jvp(solve, (state.params, phi), (tangent, v))
 
         with no_grad_stops_tangents(), forward_mode_kernels():
-            params, pushed = vmap(push, out_dims=_PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
+            params, pushed = vmap(push, out_dims=PRIMAL_AND_TANGENT, randomness="same")(tangents, directions)
         return Pushed(self._solved(state, params, batch).detach(), None, typed_as(params, pushed))
 
     def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
@@ -359,7 +357,7 @@ class WeighingStep(InnerStep):
         """Take the step and add the weighed outer loss."""
         after, loss = self._step(replace(state, total=None), phi, batch.inner)
         if (problem := weighed(self.problem, phi, batch.number)) is not None:
-            with RngState(next(iter(phi.values())).device).fork():
+            with RngState(tree.device(phi)).fork():
                 value, _ = outer_value(problem, after, phi, Episode([], batch.outer))
             return replace(after, total=_sum(state.total, value)), loss
         return replace(after, total=state.total), loss
@@ -370,10 +368,9 @@ class WeighingStep(InnerStep):
         total, state = state.total, replace(state, total=None)
         for batch in batches:
             state, more = self._step.graph(state, phi, [batch.inner])
-            for loss in more:
-                append_loss(losses, loss)
+            append_loss(losses, *more)
             if (problem := weighed(self.problem, phi, batch.number)) is not None:
-                with RngState(next(iter(phi.values())).device).fork():
+                with RngState(tree.device(phi)).fork():
                     value, _ = outer_graph(problem, state, phi, Episode([], batch.outer))
                 with torch.enable_grad():
                     total = _sum(total, value)
@@ -420,7 +417,7 @@ class WeighingStep(InnerStep):
     def _judged(self, after: InnerState, phi: Params, batch: WeighedBatch) -> OuterEvaluation | None:
         if (problem := weighed(self.problem, phi, batch.number)) is None:
             return None
-        with RngState(next(iter(phi.values())).device).fork():
+        with RngState(tree.device(phi)).fork():
             return outer_value_and_grads(problem, after, phi, Episode([], batch.outer))
 
 
@@ -493,19 +490,18 @@ def _condition(residual: Params, begin: Params, outer: Params) -> Condition:
 _JOINED_AT = 100
 
 
-def append_loss(losses: list[Tensor], loss: Tensor | None) -> None:
-    """Append a loss, or several that were joined, to those of a run.
+def append_loss(losses: list[Tensor], *more: Tensor | None) -> None:
+    """Append losses, each one or several that were joined, to those of a run; ``None`` is left out.
 
     Every 100 losses are concatenated: a 0-dim tensor costs about 1 kB of Python objects.
 
     >>> losses = []
-    >>> append_loss(losses, torch.tensor(2.0))
-    >>> append_loss(losses, torch.tensor([3.0, 4.0]))
+    >>> append_loss(losses, torch.tensor(2.0), torch.tensor([3.0, 4.0]))
     >>> losses
     [tensor([2.]), tensor([3., 4.])]
     """
-    if loss is None:
-        return
-    losses.append(loss if loss.ndim else loss.reshape(1))
-    if len(losses) == _JOINED_AT:
-        losses[:] = [torch.cat(losses)]
+    for loss in more:
+        if loss is not None:
+            losses.append(loss if loss.ndim else loss.reshape(1))
+        if len(losses) == _JOINED_AT:
+            losses[:] = [torch.cat(losses)]

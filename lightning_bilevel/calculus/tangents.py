@@ -28,7 +28,7 @@ from lightning_bilevel.tree import Params
 PART_BYTES = 64 * 2**20
 """Tangents of θ that go through an elementwise update together; of smaller θ all do."""
 
-_PRIMAL_AND_TANGENT: Any = (None, 0)
+PRIMAL_AND_TANGENT: Any = (None, 0)
 _PRIMAL_TANGENT_AUX: Any = (None, 0, None)
 """``out_dims`` of a jvp vectorized over directions, which all share the primal."""
 
@@ -76,7 +76,7 @@ def _push_gradient(
         grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     cotangents = [*(tangents[name] for name in theta), *directions.values()]
     pairs = [(g, rows) for g, rows in zip(grads, cotangents, strict=True) if g is not None and g.requires_grad]
-    count = next(iter(directions.values())).shape[0]
+    count = tree.count(directions)
 
     def row(i: int) -> Params:
         if not pairs:
@@ -109,7 +109,7 @@ def _push_no_derivative(
     cotangents = [*(tangents[name] for name in theta), *directions.values()]
     pairs = [(p, rows) for p, rows in zip(pulled, cotangents, strict=True) if p is not None and p.requires_grad]
     rows = []
-    for i in range(next(iter(directions.values())).shape[0]):
+    for i in range(tree.count(directions)):
         outputs, vectors = zip(*((p, rows_of[i].to(p.dtype)) for p, rows_of in pairs), strict=True)
         values = torch.autograd.grad(outputs, list(w.values()), vectors, retain_graph=True, allow_unused=True)
         rows.append(tree.like(theta, values))
@@ -193,7 +193,7 @@ def _push_part(
     def push(t: Params, dg: Params, v: Params) -> Any:
         return jvp(update, (flat, gradient, phi), (t, dg, v))
 
-    after, tangents = vmap(push, out_dims=_PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
+    after, tangents = vmap(push, out_dims=PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
     return replace(state.unflat(tree.detach(after)), steps=step), typed_as(after, tangents)
 
 

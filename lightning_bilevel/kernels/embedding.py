@@ -22,7 +22,6 @@ from lightning_bilevel.errors import combination_error
 from lightning_bilevel.kernels.inner_gradient import as_seen
 
 NATIVE = torch.embedding
-NATIVE_BAG = torch.embedding_bag
 FUNCTIONAL: Any = torch.nn.functional
 NATIVE_RENORM = FUNCTIONAL._no_grad_embedding_renorm_
 SUM, MEAN, MAX = range(3)

@@ -74,7 +74,7 @@ class BOME(HypergradientStrategy):
     ) -> Hypergradient:
         """Return ĝ, and θ after its step; see :meth:`HypergradientStrategy.estimate`."""
         batches, start = problem.batches(episode), problem.start(carry.inner, phi)
-        masks = RngState(next(iter(phi.values())).device)
+        masks = RngState(tree.device(phi))
 
         def inner(state: InnerState, by_theta: bool) -> InnerEvaluation:
             masks.restore()

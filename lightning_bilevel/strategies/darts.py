@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value_and_grads
-from lightning_bilevel.calculus.runs import last_loss, steps, vector_jacobian
+from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import number
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
@@ -62,8 +63,8 @@ class DARTS(HypergradientStrategy):
         *batches, batch = problem.batches(episode)
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
-        before, losses = steps(inner_step(problem), start.detach(), phi, batches)
-        masks = RngState(next(iter(phi.values())).device)
+        before, losses = inner_step(problem).run(start.detach(), phi, batches)
+        masks = RngState(tree.device(phi))
         after, loss, pull = _last_step(problem, before, phi, batch)
         metrics = last_loss(problem, [*losses, loss])
         value, d, c, observed = outer_value_and_grads(problem, after, phi, episode)
@@ -74,11 +75,11 @@ class DARTS(HypergradientStrategy):
 
         def slopes(sign: float) -> tuple[Params, Params]:
             masks.restore()
-            moved = before.unflat({**before.flat(), **tree.add(before.params, u, alpha=sign * scale)})
+            moved = replace(before, params=tree.add(before.params, u, alpha=sign * scale))
             _, by_theta, by_phi = inner_value_and_grads(problem, moved, phi, [batch], by_theta=bool(moving))
             return by_theta, by_phi
 
-        with RngState(next(iter(phi.values())).device).fork():
+        with RngState(tree.device(phi)).fork():
             ahead, behind = slopes(1.0), slopes(-1.0)
         hessian, mixed = (tree.scale(tree.sub(a, b), 0.5 / scale) for a, b in zip(ahead, behind, strict=True))
         grads = tree.add(tree.add(c, by_phi), mixed)

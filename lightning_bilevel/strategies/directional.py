@@ -99,7 +99,7 @@ class DirectionalStrategy(HypergradientStrategy):
     ) -> Hypergradient:
         """Return the estimate by random directions; see :meth:`HypergradientStrategy.estimate`."""
         members = self.members()
-        rng = RngState(next(iter(phi.values())).device) if members else None
+        rng = RngState(tree.device(phi)) if members else None
         slopes = self.slopes(problem, carry.inner, phi, episode)
         span, kept = Span(phi, min(self.num_directions - 1, len(members) + self.remember)), dict[str, Params]()
         for name, guide in members.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_bilevel import tree
@@ -72,20 +74,20 @@ class EvoGrad(HypergradientStrategy):
         value, observed = outer_value(problem, state, phi, episode)
         taken = len(episode.inner) if problem.solver is not None else problem.inner_steps
         batch = episode.inner[(taken - 1) % len(episode.inner)]
-        masks = RngState(next(iter(phi.values())).device)
-        with RngState(next(iter(phi.values())).device).fork():  # all copies have the same masks
+        masks = RngState(tree.device(phi))
+        with RngState(tree.device(phi)).fork():  # all copies have the same masks
             offsets, losses, slopes = [], [], []
             for k in range(self.num_copies):
                 v = tree.index(self.directions.draw(call.key, k, k + 1, state.params), 0)
                 offsets.append(tree.scale(v, self.sigma))
                 masks.restore()
-                copy = state.unflat({**state.flat(), **tree.add(state.params, offsets[-1])})
+                copy = replace(state, params=tree.add(state.params, offsets[-1]))
                 loss, _, slope = inner_value_and_grads(problem.stationary(), copy, phi, [batch], by_theta=False)
                 losses.append(loss)
                 slopes.append(slope)
             weights = torch.softmax(-torch.stack(losses) / self.temperature, 0)
             mean = tree.combine(weights, tree.stack(offsets))
-            middle = state.unflat({**state.flat(), **tree.add(state.params, mean)})
+            middle = replace(state, params=tree.add(state.params, mean))
             _, d, grads, _ = outer_value_and_grads(problem, middle, phi, episode)
         for weight, offset, slope in zip(weights, offsets, slopes, strict=True):
             along = tree.dot(d, tree.sub(offset, mean))

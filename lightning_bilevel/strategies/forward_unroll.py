@@ -94,7 +94,7 @@ class ForwardUnroll(HypergradientStrategy):
         return [combination_error(what, because, instead)]
 
     def _carried_on(self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode) -> Hypergradient:
-        size, rng = tree.numel(phi), RngState(next(iter(phi.values())).device)
+        size, rng = tree.numel(phi), RngState(tree.device(phi))
         chunks = TangentSlopes(problem, carry.inner, phi, episode, self.mode, self.chunk_size).chunks(0, size)
         before = carry.strategy.get("tangents", {})
         slopes, ended = [], []

@@ -61,7 +61,7 @@ class GammaGreedy(HypergradientStrategy):
         self, problem: BilevelProblem, carry: Carry, phi: Params, episode: Episode, call: Call
     ) -> Hypergradient:
         """Return the discounted sum; see :meth:`HypergradientStrategy.estimate`."""
-        outer, device = tree.leaves(phi), next(iter(phi.values())).device
+        outer, device = tree.leaves(phi), tree.device(phi)
         judged = None if problem.outer_loss_weights is None else _Judged(problem, outer)
         problem = problem.judged_at_the_end()
         step = inner_step(problem)
@@ -80,8 +80,7 @@ class GammaGreedy(HypergradientStrategy):
             value, d, c, observed = outer_value_and_grads(judged_by, state, phi, episode)
             _, through = pull(d, ())
             total = tree.add(through, total, alpha=self.gamma)
-            for each in loss:
-                append_loss(losses, each)
+            append_loss(losses, *loss)
             if judged is not None:
                 judged.add(value, tree.add(c, total))
         value, grads = (value, tree.add(c, total)) if judged is None else judged.end()

@@ -12,7 +12,7 @@ from lightning_bilevel.calculus.inner import InnerEvaluation, inner_value_and_gr
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss
 from lightning_bilevel.calculus.step import inner_step
-from lightning_bilevel.errors import MisconfigurationError, combination_error, number
+from lightning_bilevel.errors import MisconfigurationError, number
 from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -79,7 +79,7 @@ class MEHA(HypergradientStrategy):
         theta = problem.start(carry.inner, phi)
         fresh = replace(theta, opt_state=problem.init_opt_state(theta.params, phi))
         omega = fresh.unflat(carry.strategy["omega"]) if carry.strategy else fresh
-        masks = RngState(next(iter(phi.values())).device)
+        masks = RngState(tree.device(phi))
 
         def step(state: InnerState, loss: BilevelProblem) -> InnerState:
             masks.restore()
@@ -103,11 +103,7 @@ class MEHA(HypergradientStrategy):
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what a joint step cannot work with in ``problem``."""
-        found = refusals_of_joint_steps(problem, "MEHA")
-        if problem.inner_steps != 1:
-            what = f"`MEHA` with `inner_steps={problem.inner_steps}`"
-            found.append(combination_error(what, "it takes one inner step per outer step", "Use `inner_steps=1`"))
-        return found
+        return refusals_of_joint_steps(problem, "MEHA", one_step=True)
 
 
 def _pulled(problem: BilevelProblem, to: Params, strength: float) -> BilevelProblem:

@@ -89,7 +89,7 @@ class PenaltyGradient(HypergradientStrategy):
     ) -> Hypergradient:
         """Return the difference of the two ends; see :meth:`HypergradientStrategy.estimate`."""
         batches, start = problem.batches(episode), problem.start(carry.inner, phi)
-        device = next(iter(phi.values())).device
+        device = tree.device(phi)
         masks = RngState(device)
         z = run(problem, start, phi, batches)
         value, observed = outer_value(problem, z.state, phi, episode)

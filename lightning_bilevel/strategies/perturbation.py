@@ -45,7 +45,7 @@ class PerturbedRuns:
     ) -> None:
         self.problem, self.carried, self.phi, self.episode = problem, carried, phi, episode
         self._chunk_size = 1 if problem.solver is not None else chunk_size or problem.max_copies
-        self._device = next(iter(phi.values())).device
+        self._device = tree.device(phi)
         self._rng = RngState(self._device)
         self.start = problem.start(carried, phi)
         self.base: Run = run(problem, self.start, phi, problem.batches(episode))
@@ -86,7 +86,7 @@ class PerturbedRuns:
         return found[_H], replace(self.base.state, buffers=buffers).unflat(found)
 
     def _each(self, directions: Params, mu: float, read: _Read, states: InnerState | None = None) -> Params:
-        count = next(iter(directions.values())).shape[0]
+        count = tree.count(directions)
         # Views, where all start from the same.
         starts = self.carried.map(lambda value: value.expand(count, *value.shape)) if states is None else states
         with RngState(self._device).fork():
@@ -126,7 +126,7 @@ class PerturbedRuns:
 
     def _vectorized(self, directions: Params, mu: float, starts: InnerState, read: _Read) -> Params:
         phi = {name: value + mu * directions[name] for name, value in self.phi.items()}
-        count = next(iter(phi.values())).shape[0]
+        count = tree.count(phi)
         return self._run(self.problem.vmapped(count, over="phi"), starts, phi, read)
 
     def _run(self, problem: BilevelProblem, carried: InnerState, phi: Params, read: _Read) -> Params:
@@ -153,7 +153,7 @@ def coarsest(problem: BilevelProblem, carried: InnerState, phi: Params, episode:
             yield seen
         return
     problem = replace(problem.judged_at_the_end(), compiler=None)
-    with CoarsestDtype() as seen, RngState(next(iter(phi.values())).device).fork():
+    with CoarsestDtype() as seen, RngState(tree.device(phi)).fork():
         state = problem.start(carried, phi)
         if problem.solver is None:
             state, _ = inner_step(problem)(state, phi, problem.batches(episode)[0])

@@ -120,7 +120,7 @@ class PES(HypergradientStrategy):
         b, kept = self.num_directions, carry.strategy
         if not problem.traits.warm or not kept:
             return carry.inner.map(partial(_copies, 2 * b)), tree.map(partial(_copies, b), tree.zeros_like(phi))
-        pairs = len(next(iter(kept["sum"].values())))
+        pairs = tree.count(kept["sum"])
         if pairs != b:
             raise combination_error(
                 f"`PES(num_directions={b})`",

@@ -126,7 +126,7 @@ class _Responses(Slopes):
             path = tree.norm(tree.sub(theta, self._runs.start.params))
             rounding = torch.hypot(rounding, rounding_error(computed) * path)
             dtype = coarser(dtype, computed)
-        count = next(iter(differences.values())).shape[0]
+        count = tree.count(differences)
         moves = (tree.norm(differences) / (rounding * count**0.5)).item()
         if moves < _ENOUGH:
             reason = f"with it, the inner solution moves by {moves:.2g} times its rounding"

@@ -75,7 +75,7 @@ def projected_mean(
             R times its share of the sum, so that their mean is the estimate of one process.
         known: q, k orthonormal directions, stacked: ``(k, *shape)``. The first k of the b.
     """
-    k = 0 if known is None else next(iter(known.values())).shape[0]
+    k = 0 if known is None else tree.count(known)
     shards = call.shard[1]
     sampler = sampler.of(count - k)
     lengths = _lengths(k, tree.numel(phi) if slopes.differences else 1, call)
@@ -110,7 +110,7 @@ def complement(stacked: Params, known: Params) -> Params:
     >>> complement({"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[1.0, 0.0]])})
     {'w': tensor([[0., 4.]])}
     """
-    for number in range(next(iter(known.values())).shape[0]):
+    for number in range(tree.count(known)):
         q = tree.index(known, number)
         stacked = tree.add(stacked, tree.outer_product(tree.rows_dot(stacked, q), q), alpha=-1)
     return stacked

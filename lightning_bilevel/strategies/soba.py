@@ -110,7 +110,7 @@ class SOBA(HypergradientStrategy):
         """
         last, start = carry.strategy, problem.start(carry.inner, phi)
         v = last.get("v", tree.zeros_like(start.params))
-        masks = RngState(next(iter(phi.values())).device)
+        masks = RngState(tree.device(phi))
         loss, after = _inner_loss(problem, start, phi, episode)
         masks.restore()
         at = _gradients(problem, start, phi, v, episode)
@@ -142,11 +142,7 @@ class SOBA(HypergradientStrategy):
 
     def refusals(self, problem: BilevelProblem) -> list[MisconfigurationError]:
         """Return what the single loop cannot work with in ``problem``."""
-        found = refusals_of_joint_steps(problem, "SOBA")
-        if problem.inner_steps != 1:
-            what = f"`SOBA` with `inner_steps={problem.inner_steps}`"
-            found.append(combination_error(what, "it takes one inner step per outer step", "Use `inner_steps=1`"))
-        return found
+        return refusals_of_joint_steps(problem, "SOBA", one_step=True)
 
     def _continues(self, steps: int) -> bool:
         """Return whether the directions of a step, the number of those before it given, go on from the last ones."""

@@ -117,7 +117,7 @@ def _ways(problem: BilevelProblem, state: InnerState, phi: Params, residual: Par
     sign = -1.0 if problem.maximize else 1.0
     other = _of_penalty(problem.penalty, state.params, phi)
     furthest = []
-    with torch.no_grad(), RngState(next(iter(phi.values())).device).fork():
+    with torch.no_grad(), RngState(tree.device(phi)).fork():
         for direction in (1.0, -1.0):
             gradient = tree.scale(tree.add(tree.scale(residual, direction), other, alpha=-1), sign)
             params, opt_state = state.params, state.opt_state

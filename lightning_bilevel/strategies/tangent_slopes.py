@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value_and_grads
-from lightning_bilevel.calculus.runs import directional_derivatives, run
+from lightning_bilevel.calculus.runs import pushed_run, run
 from lightning_bilevel.calculus.step import Mode
 from lightning_bilevel.problem import BilevelProblem, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import RngState
@@ -45,7 +46,7 @@ class TangentSlopes(Slopes):
     ) -> None:
         self.problem, self.carried, self.phi, self.episode, self.mode = problem, carried, phi, episode, mode
         self._size = size
-        self._rng = RngState(next(iter(phi.values())).device)
+        self._rng = RngState(tree.device(phi))
         self._last: Hypergradient | None = None
 
     def chunk_size(self) -> int:
@@ -58,7 +59,7 @@ class TangentSlopes(Slopes):
         per_direction = sum(4 * value.numel() * value.element_size() for value in state.values())
         per_direction += sum(value.numel() * value.element_size() for value in self.phi.values())
         most, enough = (size // max(1, per_direction) for size in (TANGENT_BYTES, TANGENT_BYTES_CPU))
-        if next(iter(self.phi.values())).device.type == "cpu":
+        if tree.device(self.phi).type == "cpu":
             most = min(most, max(enough, FEWEST_DIRECTIONS))
         return max(1, most)
 
@@ -66,10 +67,9 @@ class TangentSlopes(Slopes):
         """Return ⟨∇h(φ), v_i⟩ by one inner run."""
         self._last = None  # or its θ_T would be held through this run
         self._rng.restore()
-        values, self._last = directional_derivatives(
-            self.problem, self.carried, self.phi, self.episode, directions, self.mode
-        )
-        return values
+        pushed = pushed_run(self.problem, self.carried, self.phi, self.episode, directions, self.mode)
+        self._last = pushed.result
+        return pushed.derivatives
 
     def result(self, grads: Params) -> Hypergradient:
         """Return ``grads`` with what belongs to the last run; a process without a share takes the steps now."""

@@ -10,12 +10,15 @@ from lightning_bilevel.problem import BilevelProblem
 from lightning_bilevel.strategies.stationarity import unseen_by_the_minimum
 
 
-def refusals_of_joint_steps(problem: BilevelProblem, strategy: str) -> list[MisconfigurationError]:
+def refusals_of_joint_steps(
+    problem: BilevelProblem, strategy: str, one_step: bool = False
+) -> list[MisconfigurationError]:
     """Return refusals of problems in which θ does not go on from step to step, or φ does not act through g.
 
     Args:
         problem: the problem.
         strategy: the class name.
+        one_step: whether more than one inner step is refused, too.
     """
     if problem.shared:  # then the rest does not matter
         shared = f"`{strategy}` with parameters shared by both levels"
@@ -24,6 +27,9 @@ def refusals_of_joint_steps(problem: BilevelProblem, strategy: str) -> list[Misc
     if not problem.traits.warm:
         what = f"`{strategy}` with an inner level that starts anew"
         found.append(combination_error(what, "it moves θ by one step for each of φ", "Use `inner_start='warm'`"))
+    if one_step and problem.inner_steps != 1:
+        what = f"`{strategy}` with `inner_steps={problem.inner_steps}`"
+        found.append(combination_error(what, "it takes one inner step per outer step", "Use `inner_steps=1`"))
     return found
 
 

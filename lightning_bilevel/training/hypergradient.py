@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_bilevel import tree
 from lightning_bilevel.data.inputs import check_episodes
 from lightning_bilevel.errors import missing_error, value_error
 from lightning_bilevel.estimation import estimate, stack_size, vectorizes
@@ -100,7 +101,7 @@ def _of_problem(
         raise missing_error("BilevelProblem", f"{lacking} to start from", fix)
     call = Call(Key((seed, 0, 0, 0)))
     carried = [carry.inner] * len(episodes)
-    device = next(iter(phi.values())).device
+    device = tree.device(phi)
     with differentiable_kernels(None, strategy.second_order), RngState(device).fork(call.key.fold_in(-1).seed):
         size = stack_size(problem, episodes, None, lambda: vectorizes(problem, carry.inner, phi, episodes[0]))
         return estimate(problem, strategy, carried, phi, episodes, call, size, carry.strategy)

@@ -142,8 +142,8 @@ def test_bags_are_pytorchs(mode: int, padding: int | None, last: bool, weights: 
     shares = SHARES.clone().requires_grad_() if weights else None
     inputs = [table.requires_grad_()] + ([shares] if shares is not None else [])
     found = []
-    for function in (kernels.NATIVE_BAG, kernels.embedding_bag):
-        none = -1 if function is kernels.NATIVE_BAG else None
+    for function in (torch.embedding_bag, kernels.embedding_bag):
+        none = -1 if function is torch.embedding_bag else None
         options = (False, mode, False, shares, last, none if padding is None else padding)
         out = function(table, INDICES, torch.tensor(offsets), *options)[0]
         loss = (out.sin() * draw(*out.shape, seed=2)).sum()
