@@ -208,6 +208,17 @@ def number(
     return float(value)
 
 
+def flag(what: str, value: Any) -> bool:
+    """Return ``value`` if it is a ``bool``; raise the value error otherwise.
+
+    >>> flag("ForwardUnroll(warm_start=...)", True)
+    True
+    """
+    if not isinstance(value, bool):
+        raise value_error(what, "True or False", value)
+    return value
+
+
 def one_of(what: str, kind: Any, value: T) -> T:
     """Return ``value`` if it is among those of the ``Literal`` type ``kind``; raise the value error otherwise.
 

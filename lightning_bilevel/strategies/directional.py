@@ -11,7 +11,7 @@ import torch
 
 from lightning_bilevel import tree
 from lightning_bilevel.directions import DirectionSampler
-from lightning_bilevel.errors import integer, value_error
+from lightning_bilevel.errors import flag, integer, value_error
 from lightning_bilevel.host import rank_zero_warn
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState
 from lightning_bilevel.randomness import Call, RngState
@@ -64,15 +64,14 @@ class DirectionalStrategy(HypergradientStrategy):
         if not isinstance(sampler, DirectionSampler):
             expected = "a sampler of directions such as `Rademacher()`"
             raise value_error(f"{name}(directions=...)", expected, sampler)
-        self.directions, self.guide, self.remember = directions, guide, remember
+        self.directions, self.guide = directions, guide
+        self.remember = flag(f"{name}(remember=...)", remember)
         self.chunk_size = checked_chunk_size(name, chunk_size)
         guides = [] if guide is None else [guide] if isinstance(guide, HypergradientStrategy) else guide
         if not isinstance(guides, Sequence) or not all(isinstance(each, HypergradientStrategy) for each in guides):
             raise value_error(
                 f"{name}(guide=...)", "a strategy such as `TruncatedReverse(1)`, or a list of them", guide
             )
-        if not isinstance(remember, bool):
-            raise value_error(f"{name}(remember=...)", "True or False", remember)
         known = {"a guide": "`guide=...`"} if guides else {}
         known |= {"a memory": "`remember=True`"} if remember else {}
         if known and num_directions < 2:

@@ -8,7 +8,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.runs import pushed_run
 from lightning_bilevel.calculus.step import Mode
 from lightning_bilevel.directions import Rademacher
-from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, flag, one_of
 from lightning_bilevel.problem import TOTAL, BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
@@ -61,9 +61,7 @@ class ForwardUnroll(HypergradientStrategy):
     def __init__(self, chunk_size: int | None = None, mode: Mode = "auto", warm_start: bool = False) -> None:
         self.chunk_size = checked_chunk_size("ForwardUnroll", chunk_size)
         self.mode = one_of("ForwardUnroll(mode=...)", Mode, mode)
-        if not isinstance(warm_start, bool):
-            raise value_error("ForwardUnroll(warm_start=...)", "a bool", warm_start)
-        self.warm_start = warm_start
+        self.warm_start = flag("ForwardUnroll(warm_start=...)", warm_start)
         if warm_start:  # exact for a run that began long ago, with another φ
             self.exact = self.unbiased = self.supports_stacking = False
 

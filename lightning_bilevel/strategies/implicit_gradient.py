@@ -11,7 +11,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.runs import run, vector_jacobian
 from lightning_bilevel.calculus.step import Condition, inner_step
-from lightning_bilevel.errors import MisconfigurationError, combination_error, one_of, value_error
+from lightning_bilevel.errors import MisconfigurationError, combination_error, flag, one_of, value_error
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, LinearSolver, LinearSystem, Neumann
 from lightning_bilevel.linear_solvers.base import MatVec
@@ -107,7 +107,7 @@ class ImplicitGradient(HypergradientStrategy):
             )
         self.solver = solver
         self.form: Form = one_of("ImplicitGradient(form=...)", Form, form)
-        self.warm_start = one_of("ImplicitGradient(warm_start=...)", Literal[True, False], warm_start)
+        self.warm_start = flag("ImplicitGradient(warm_start=...)", warm_start)
         self.batches: Batches = one_of("ImplicitGradient(batches=...)", Batches, batches)
         self.supports_stacking = solver.supports_stacking and not warm_start  # x is carried as a mean over episodes
         if batches == "fresh":

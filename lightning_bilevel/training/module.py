@@ -12,7 +12,7 @@ import torch
 from lightning_bilevel.calculus.runs import run
 from lightning_bilevel.data.batch_hooks import each_batch, holds_episodes, settled
 from lightning_bilevel.data.inputs import check_episodes, check_inner_batches, warn_of_parts
-from lightning_bilevel.errors import integer, missing_error, number, one_of, value_error
+from lightning_bilevel.errors import flag, integer, missing_error, number, one_of
 from lightning_bilevel.host import is_overridden, notice_other_namespace, rank_zero_warn
 from lightning_bilevel.modules.examine import examination_of
 from lightning_bilevel.modules.functional import FunctionalModule
@@ -103,9 +103,7 @@ class BilevelModule(BilevelHooks):
         self.episode_chunk_size = episode_chunk_size
         self.on_nonfinite = one_of("BilevelModule(on_nonfinite=...)", OnNonfinite, on_nonfinite)
         self.allow_unused = allow_unused
-        if not isinstance(compile, bool):
-            raise value_error("BilevelModule(compile=...)", "True or False", compile)
-        self.compiles_steps = compile
+        self.compiles_steps = flag("BilevelModule(compile=...)", compile)
         self._levels = None  # here, so that a fit adds no attribute
         self.fit_context = FitContext(self, BilevelModule.training_step)
 

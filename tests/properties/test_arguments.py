@@ -152,6 +152,7 @@ ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     (PenaltyGradient, {"scheme": "backward"}, "scheme", "'forward' or 'central'"),
     (ImplicitGradient, {"solver": Identity(), "batches": "all"}, "batches", "'one' or 'fresh'"),
     (ImplicitGradient, {"solver": Identity(), "warm_start": "yes"}, "warm_start", "True or False"),
+    (ImplicitGradient, {"solver": Identity(), "warm_start": 1}, "warm_start", "True or False"),
     (SOBA, {"tau": 0.0}, "tau", "a positive number"),
     (SOBA, {"beta": -1.0}, "beta", "a positive number"),
     (SOBA, {"eta": 1.5}, "eta", "a number in (0, 1]"),

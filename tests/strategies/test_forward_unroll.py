@@ -77,7 +77,7 @@ def test_refusals() -> None:
         MisconfigurationError, match=r"Cannot use `ForwardUnroll\(warm_start=True\)` with an inner level"
     ):
         hypergradient(Mlp("SGD", inner_start="reset"), ForwardUnroll(warm_start=True), data)
-    with pytest.raises(ValueError, match=r"Expected `ForwardUnroll\(warm_start=...\)` to be a bool, got 1"):
+    with pytest.raises(ValueError, match=r"Expected `ForwardUnroll\(warm_start=...\)` to be True or False, got 1"):
         ForwardUnroll(warm_start=1)  # type: ignore[arg-type]
     assert not ForwardUnroll(warm_start=True).exact
     assert ForwardUnroll().exact
