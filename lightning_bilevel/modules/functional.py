@@ -144,7 +144,7 @@ class FunctionalModule:
         if self._solves:
             return True
         self._converted = None
-        configured = self._configured()
+        configured = self.inner_optimizer()
         self._maximize = configured.maximize
         return is_elementwise(configured)
 
@@ -213,7 +213,7 @@ class FunctionalModule:
                 grads = tree.map(torch.ones_like, theta)
                 for step in range(1, max(steps, 2 if warm else 1) + 1):
                     with self.swapper.swapped(phi):
-                        optimizer = self._configured()
+                        optimizer = self.inner_optimizer()
                         if not decay and isinstance(optimizer, ElementwiseOptimizer):
                             optimizer = optimizer.with_constant_decay()
                         theta, opt_state = optimizer.update(theta, grads, opt_state, step)
@@ -228,12 +228,12 @@ class FunctionalModule:
         """Return the outer parameters that hyperparameters depend on which do not move a fixed point of the updates."""
         phi = tree.leaves(self.phi())
         with torch.enable_grad(), self.swapper.swapped(phi):
-            optimizer = None if self._solves else self._configured()
+            optimizer = None if self._solves else self.inner_optimizer()
             tensors = optimizer.rates() if isinstance(optimizer, ElementwiseOptimizer) else []
             return frozenset(names_reached(tensors, phi))
 
     def _unstationary(self) -> str:
-        optimizer = None if self._solves else self._configured()
+        optimizer = None if self._solves else self.inner_optimizer()
         if optimizer is None:
             return ""
         moved = isinstance(optimizer, ElementwiseOptimizer) and optimizer.moves_fixed_points
@@ -241,7 +241,7 @@ class FunctionalModule:
 
     def mixes_entries(self) -> bool:
         """Return whether an optimizer that says it is elementwise treats two copies of θ otherwise than one by one."""
-        if self._solves or not self._elementwise or is_ours(self._configured()):
+        if self._solves or not self._elementwise or is_ours(self.inner_optimizer()):
             return False
         phi, theta = self.phi(), self.theta()
         copies = [theta, tree.map(lambda value: value.flip(0) if value.ndim else value + 1, theta)]
@@ -320,12 +320,26 @@ class FunctionalModule:
         return self._autocast_dtype
 
     def inner_optimizer(self) -> InnerOptimizer:
-        """Return the inner optimizer, with the module's own parameters in place."""
-        return self._configured()
+        """Call the user's hook; a ``torch.optim`` instance is built once, with the real parameters."""
+        if self._converted is not None:
+            return self._converted
+        optimizer = self.module.configure_inner_optimizer()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            refuse_learned(optimizer)
+            refuse_scheduled(optimizer)
+            self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
+            return self._converted
+        if not isinstance(optimizer, InnerOptimizer):
+            raise value_error(
+                f"{type(self.module).__name__}.configure_inner_optimizer()",
+                "an `InnerOptimizer` or a `torch.optim` instance",
+                optimizer,
+            )
+        return optimizer
 
     def converted(self) -> InnerOptimizer | None:
         """Return what was made of a ``torch.optim`` instance; ``None`` where the hook returns one of ours."""
-        self._configured()
+        self.inner_optimizer()
         return self._converted
 
     @cached_property
@@ -335,7 +349,7 @@ class FunctionalModule:
 
     def negative(self) -> list[str]:
         """Return the hyperparameters of the inner optimizer that are tensors of negative numbers only."""
-        optimizer = None if self._solves else self._configured()
+        optimizer = None if self._solves else self.inner_optimizer()
         found = optimizer.hyperparameters if isinstance(optimizer, ElementwiseOptimizer) else {}
         return [
             f"{type(optimizer).__name__}({argument}=...)"
@@ -420,7 +434,7 @@ class FunctionalModule:
             return {}
         self.turn()
         with self.swapper.swapped(phi):
-            return self._configured().init(params)
+            return self.inner_optimizer().init(params)
 
     def _update(
         self, params: Params, grads: Params, opt_state: OptState, phi: Params, step: int
@@ -428,12 +442,12 @@ class FunctionalModule:
         self._whereabouts.took(step)
         self.turn()
         with self.swapper.swapped(phi):
-            return self._configured().update(params, grads, opt_state, step)
+            return self.inner_optimizer().update(params, grads, opt_state, step)
 
     def _penalty(self, theta: Params, phi: Params) -> Tensor:
         self.turn()
         with self.swapper.swapped(phi):
-            value = self._configured().penalty(theta)
+            value = self.inner_optimizer().penalty(theta)
         if isinstance(value, Tensor):
             return value
         like = next(iter(theta.values())).real  # `new_tensor` fails under vmap in torch 2.4
@@ -453,24 +467,6 @@ class FunctionalModule:
                 "`ImplicitGradient`, `PZOBO` or `ZerothOrder`",
             )
         return solved
-
-    def _configured(self) -> InnerOptimizer:
-        """Call the user's hook; a ``torch.optim`` instance is built once, with the real parameters."""
-        if self._converted is not None:
-            return self._converted
-        optimizer = self.module.configure_inner_optimizer()
-        if isinstance(optimizer, torch.optim.Optimizer):
-            refuse_learned(optimizer)
-            refuse_scheduled(optimizer)
-            self._converted = from_torch(optimizer, {name: self.swapper.current(name) for name in self.levels.inner})
-            return self._converted
-        if not isinstance(optimizer, InnerOptimizer):
-            raise value_error(
-                f"{type(self.module).__name__}.configure_inner_optimizer()",
-                "an `InnerOptimizer` or a `torch.optim` instance",
-                optimizer,
-            )
-        return optimizer
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
