@@ -4,7 +4,7 @@ A seed draws the split of training and validation examples, the noise features o
 Newsgroups runs where `--data-dir` leads to it; results of other seeds and data stay.
 
     python benchmarks/papers/hyperparameters.py --data digits
-    python benchmarks/papers/hyperparameters.py --data newsgroups --data-dir FOLDER --seeds 0 1 2
+    python benchmarks/papers/hyperparameters.py --data newsgroups --data-dir FOLDER
     python benchmarks/papers/hyperparameters.py --without          (baselines, beside the runs that are there)
 """
 
