@@ -24,9 +24,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes, of one member: ``input`` ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``.
     """
     if not torch._C._are_functorch_transforms_active():
-        if not BY_ONEDNN or torch.compiler.is_compiling() or not _is_plain(input, weight):
-            return NATIVE(input, weight, bias)
-        return _by_onednn(input, weight, bias)
+        if BY_ONEDNN and not torch.compiler.is_compiling() and _is_plain(input, weight):
+            rows, columns = input.reshape(-1, weight.shape[1]), weight.t()
+            if is_large(rows, columns):
+                outputs = product(rows, columns)
+                outputs = outputs if bias is None else outputs + bias
+                return outputs.view(*input.shape[:-1], len(weight))
+        return NATIVE(input, weight, bias)
     if bias is None:
         return NATIVE(input, weight, bias)
     level = _functorch.current_level()
@@ -43,17 +47,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_plain(input: Tensor, weight: Tensor) -> bool:
-    """Return whether a layer is computed as it is, large, and nothing watches: no trace, no cast, no forward AD."""
+    """Return whether a layer is computed as it is and nothing watches: no trace, no cast, no forward AD."""
     if torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     usual = type(input) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2
-    return usual and input.shape[-1:] == weight.shape[-1:] and is_large(input.reshape(-1, weight.shape[1]), weight.t())
-
-
-def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = product(input.reshape(-1, weight.shape[1]), weight.t())
-    rows = rows if bias is None else rows + bias
-    return rows.view(*input.shape[:-1], len(weight))
+    return usual and input.shape[-1:] == weight.shape[-1:]
 
 
 def _batched(value: Tensor, level: int) -> bool:

@@ -79,6 +79,7 @@ class LogRecorder:
                 child.__dict__.update(before)
             self._loggers = []
             attributes.put(self._start)
+            attributes.take()  # which lets go of what the losses have written
             self._warn_of(written_in_place(self._start))
 
     def forget(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from typing import Any
 
@@ -12,7 +14,16 @@ from torch import nn
 from torch.func import vmap
 from torch.nn.utils import prune
 
-from lightning_bilevel import PZOBO, SGD, BilevelModule, Episode, ReverseUnroll, ZerothOrder, hypergradient
+from lightning_bilevel import (
+    PZOBO,
+    SGD,
+    BilevelModule,
+    Episode,
+    GammaGreedy,
+    ReverseUnroll,
+    ZerothOrder,
+    hypergradient,
+)
 from lightning_bilevel.modules.attributes import Attributes, once, plain
 from tests.support.modules import listed, trainer
 
@@ -167,3 +178,44 @@ def test_plain_tensors_written_in_place_are_named():
 
     with pytest.warns(UserWarning, match=r"^The losses write to `average` in place, a plain tensor"):
         hypergradient(Averaging(), ReverseUnroll(), Episode([X], X))
+
+
+@pytest.mark.parametrize("strategy", [ReverseUnroll(), GammaGreedy(), ZerothOrder()])
+def test_what_losses_write_is_let_go_with_the_estimate(strategy: Any):
+    class Watched(Writing):
+        def written(self, x):
+            y = super().written(x)
+            written.append(weakref.ref(y))
+            return y
+
+    written: list[Any] = []
+    module = Watched()
+    hypergradient(module, strategy, Episode([X], X))
+    gc.collect()
+    assert written
+    assert not any(ref() is not None for ref in written)
+
+
+def test_what_was_taken_before_is_taken_anew_where_it_has_changed():
+    module = nn.Sequential(nn.ReLU())
+    module.words, module.listed, module.pair, module.average = "a", [1], ([],), torch.zeros(1)
+    attributes = Attributes(module)
+    start = attributes.take()
+    assert attributes.take() == start
+    module.other = module.__dict__.pop("words")
+    module.listed.append(2)
+    module.pair[0].append(3)
+    module.average += 1
+    module[0].inplace = True
+    now, first = attributes.take(), start[0]
+    assert "words" not in now[0]
+    assert now[0]["other"].value == "a"
+    assert not now[0]["listed"].same(first["listed"])
+    assert not now[0]["pair"].same(first["pair"])
+    assert now[0]["average"].version > first["average"].version
+    assert now[1]["inplace"].value is True
+    assert attributes.put(start)
+    assert (module.words, module.listed, module.pair, module[0].inplace) == ("a", [1], ([],), False)
+    module.append(nn.Tanh())
+    attributes.look()
+    assert len(attributes.take()) == 3
