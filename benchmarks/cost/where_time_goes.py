@@ -1,13 +1,14 @@
 """What is the time spent on?
 
-Four things whose totals other benchmarks show, taken apart:
+Five things whose totals other benchmarks show, taken apart:
 
 * `directions`: one more direction of `ForwardGradient` beside the inner run, on a convolutional net with and without
   batch norm (`cost_against_directions`);
 * `recomputation`: an inner step of `FirstOrder()`, of `ReverseUnroll()` and of `ReverseUnroll("sqrt")` on a perceptron
   (`long_runs`), and on the CNN without batch norm;
 * `sinusoids`: a meta-step of MAML in a Trainer (`maml_speed`);
-* `trainer`: an outer step by hand, in a LightningModule and as a `BilevelModule` (`trainer_overhead`).
+* `trainer`: an outer step by hand, in a LightningModule and as a `BilevelModule` (`trainer_overhead`);
+* `compiled`: an outer step in a Trainer with `compile=True`, of those two problems of `against_jax` that compute least.
 
 The first three by operator, with torch.profiler: the time within an operator and in no other that it calls, by kind.
 Every run calls the same operators in the same order, so that of each the fastest of the repeats counts. What the whole
@@ -15,9 +16,9 @@ takes more than that, without the profiler, is spent outside of operators: in Py
 is the difference of two runs, over the number of them that one has more. The arithmetic is counted, too: the
 floating-point operations of convolutions and matrix products.
 
-The last by function, with timers around a few of Lightning and of this library; a part has what no other part within it
-takes; of all steps, the mean over the fastest tenth. CPU seconds of one thread, in turns. What has been measured of the
-other parts before is kept.
+The other two by function, with timers around a few of Lightning and of this library; a part has what no other part
+within it takes; of all steps, the mean over the fastest tenth. CPU seconds of one thread, in turns. What has been
+measured of the other parts before is kept.
 
     python benchmarks/cost/where_time_goes.py
 """
@@ -46,7 +47,19 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_overhead import WARM_UP, ByHand, fitted, looped, problems
 
-from lightning_bilevel import BilevelModule, FirstOrder, ForwardGradient, ReverseUnroll, hypergradient
+from lightning_bilevel import (
+    FirstOrder,
+    ForwardGradient,
+    HypergradientStrategy,
+    ImplicitGradient,
+    ReverseUnroll,
+    hypergradient,
+)
+from lightning_bilevel.compiled.evaluation import Evaluation
+from lightning_bilevel.compiled.program import Part
+from lightning_bilevel.compiled.watch import Watch
+from lightning_bilevel.linear_solvers import Neumann
+from lightning_bilevel.training.fit import Fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
@@ -54,6 +67,7 @@ from support.curves import PLAIN
 from support.few_shot_problems import sinusoids as meta_learning
 from support.fits import Stopwatch
 from support.measure import least_seconds
+from support.penalties import LR, TERMS, penalties
 from support.problems import NETS, episodes, module, plain_run
 from support.results import ORANGE, PURPLE, SKY, keep, plot
 
@@ -81,9 +95,11 @@ WHOLE = ("convolutions", "batch norm")
 PYTHON = "outside of operators"
 
 HYPERGRADIENT, ADAM, LIGHTNING, LOG = "the hypergradient", "Adam", "Lightning", "self.log"
+GRAPHS, GUARDS = "compiled graphs", "whether they hold"
 AROUND, STEP, SURROGATE = "ours, around the estimate", "ours, the rest of the step", "ours, the surrogate's backward"
 COLORS = {kind: color for kind, (_, color) in KINDS.items()} | {PYTHON: report.GREY}
 PARTS = {
+    GRAPHS: report.GREEN, GUARDS: "#F0E442",
     HYPERGRADIENT: report.BLUE, ADAM: SKY, LIGHTNING: report.GREY, LOG: "#B0B0B0",
     AROUND: report.VERMILION, STEP: ORANGE, SURROGATE: PURPLE,
 }  # fmt: skip
@@ -93,6 +109,7 @@ TITLES = {
     "recomputation": "A perceptron 784-256-10, and a CNN: an inner step",
     "sinusoids": "MAML, 25 sinusoids: a meta-step in a Trainer",
     "trainer": "MAML, 25 sinusoids: an outer step, by function",
+    "compiled": "An outer step with compile=True, by function",
 }
 
 Times = dict[str, float]
@@ -272,10 +289,37 @@ TIMED: list[tuple[Any, str, str]] = [
     (Closure, "__call__", LIGHTNING),
     (pl.LightningModule, "log", LOG),
     (pl.LightningModule, "backward", SURROGATE),
-    (BilevelModule, "training_step", STEP),
-    (BilevelModule, "_estimate", AROUND),
+    (Fit, "output", STEP),
+    (Fit, "estimate", AROUND),
 ]
-"""What is timed, and as which part. Adam's step calls the closure, and that the training step."""
+"""What is timed, and as which part. Adam's step calls the closure, and that what the training step consists of."""
+
+COMPILED: list[tuple[Any, str, str]] = [
+    *TIMED,
+    (ImplicitGradient, "estimate", HYPERGRADIENT),
+    (Part, "__call__", GRAPHS),
+    *((Evaluation, method, GRAPHS) for method in ("__call__", "product", "terms")),
+    (Watch, "look", GUARDS),
+]
+
+
+def charged_steps(
+    timed: Sequence[tuple[Any, str, str]], fit: Callable[[Clock], None], clock: Clock | None = None
+) -> list[Counter[str]]:
+    """Return the seconds of each step of a fit, but for the first ones, by part."""
+    clock = clock or Clock()
+    with ExitStack() as stack:
+        for owner, method, part in timed:
+            stack.enter_context(patch.object(owner, method, clock.timed(part, getattr(owner, method))))
+        fit(clock)
+    return clock.steps[WARM_UP + 1 :]  # what is charged at a start belongs to the step before
+
+
+def by_part(every: Sequence[Counter[str]]) -> dict[str, Any]:
+    """Return the milliseconds of the fastest steps, and those of their parts."""
+    fastest = sorted(every, key=lambda step: step.total())[: max(1, len(every) // 10)]
+    own = {part: 1000 * sum(step[part] for step in fastest) / len(fastest) for part in PARTS}
+    return {"ms": 1000 * sum(step.total() for step in fastest) / len(fastest), "by part": own}
 
 
 def trainer(rounds: int, steps: int) -> dict[str, Any]:
@@ -286,25 +330,41 @@ def trainer(rounds: int, steps: int) -> dict[str, Any]:
     for _ in range(rounds):
         starts = looped(problem.make(), problem, loader)[WARM_UP:]
         taken["by hand"] += [Counter({"": float(seconds)}) for seconds in np.diff(starts)]
-        for name in ("in a LightningModule", "BilevelModule"):
-            clock = Clock()
-            with ExitStack() as stack:
-                for owner, method, part in TIMED:
-                    stack.enter_context(patch.object(owner, method, clock.timed(part, getattr(owner, method))))
-                if name == "BilevelModule":
-                    fitted(problem.make(), loader, [ReverseUnroll(), clock])
-                else:
-                    fitted(
-                        ByHand(problem._replace(by_hand=clock.timed(HYPERGRADIENT, problem.by_hand))), loader, [clock]
-                    )
-            taken[name] += clock.steps[WARM_UP + 1 :]  # what is charged at a start belongs to the step before
-    found: dict[str, Any] = {}
-    for name, every in taken.items():
-        fastest = sorted(every, key=lambda step: step.total())[: max(1, len(every) // 10)]
-        found[name] = {"ms": 1000 * sum(step.total() for step in fastest) / len(fastest)}
-        if name != "by hand":
-            own = {part: 1000 * sum(step[part] for step in fastest) / len(fastest) for part in PARTS}
-            found[name]["by part"] = own
+        clock = Clock()
+        by_hand = ByHand(problem._replace(by_hand=clock.timed(HYPERGRADIENT, problem.by_hand)))
+        fit = partial(fitted, by_hand, loader)
+        taken["in a LightningModule"] += charged_steps(TIMED, lambda clock, fit=fit: fit([clock]), clock)
+        ours = partial(fitted, problem.make(), loader)
+        taken["BilevelModule"] += charged_steps(TIMED, lambda clock, fit=ours: fit([ReverseUnroll(), clock]))
+    found = {name: by_part(every) for name, every in taken.items()}
+    del found["by hand"]["by part"]
+    return found
+
+
+def compiled(rounds: int, steps: int) -> dict[str, Any]:
+    """Return the milliseconds of an outer step of two small problems, by part."""
+
+    def maml() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        module, loader = meta_learning()
+        return module, next(iter(loader))
+
+    cases: dict[str, tuple[Callable[[], tuple[Any, Any]], Callable[[], HypergradientStrategy]]] = {
+        "MAML, 25 sinusoids": (maml, ReverseUnroll),
+        "implicit gradient, 22 numbers": (penalties, lambda: ImplicitGradient(Neumann(TERMS, step_size=LR))),
+    }
+    found = {}
+    for name, (make, strategy) in cases.items():
+        every: list[Counter[str]] = []
+        for _ in range(rounds):
+            learner, batch = make()
+            learner.compiles_steps = True
+            loader: DataLoader = DataLoader([batch] * (10 * steps + WARM_UP), batch_size=None)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "You defined a `validation_step`")  # and no data for it: as is meant
+                fit, own = partial(fitted, learner, loader), strategy()
+                every += charged_steps(COMPILED, lambda clock, fit=fit, own=own: fit([own, clock]))
+        found[name] = by_part(every)
     return found
 
 
@@ -364,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "recomputation": lambda: by_operator(recomputation(args.depth), args.repeats),
         "sinusoids": lambda: sinusoids(args.repeats, args.steps),
         "trainer": lambda: trainer(args.repeats, args.steps),
+        "compiled": lambda: compiled(args.repeats, args.steps),
     }
     results: dict[str, Any] = {}
     for name in args.parts:

@@ -28,12 +28,12 @@ MOST_UPDATES = 8
 MOST_NUMBERS = 64
 """Numbers of updates that are looked at to find these."""
 
-
-MOST_NODES = 1_000
+MOST_NODES = 700
 """Operations of one graph that several steps share: compiling a hundred takes a second or two."""
 
-MOST_NUMBERS_OF_A_STEP = 2**23
-"""Numbers that a step may write for steps to share a graph: where it writes more, starting a graph takes no time."""
+MOST_NUMBERS_OF_A_STEP = 2**21
+"""Numbers that a step may write for steps to share a graph: it takes a millisecond then, beside which starting a graph
+is nothing."""
 
 FIRST = 2
 """The update that is watched where its number is an input of the graphs."""

@@ -61,12 +61,12 @@ class Part(NamedTuple):
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
-        return self.call([*self._first(steps), *args, *self._read()])
+        return self.call([*self._first(steps, args), *args, *self._read()])
 
     def backward(self, steps: int, args: list[Tensor], kept: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         """Return the gradients, zeros left out where nothing depends on an outer parameter."""
         assert self.back is not None
-        return list(self.back([*self._first(steps), *args, *kept, *cotangents, *self._read()]))
+        return list(self.back([*self._first(steps, args), *args, *kept, *cotangents, *self._read()]))
 
     def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the loss logs."""
@@ -76,11 +76,16 @@ class Part(NamedTuple):
         """Log what the outer loss logs, the first of these results."""
         _log(self.judged, results, log)
 
-    def _first(self, steps: int) -> list[Tensor]:
-        return [torch.tensor(float(steps), dtype=torch.float64)] if self.numbered else []
+    def _first(self, steps: int, args: list[Tensor]) -> list[Tensor]:
+        return [_number(steps, args[0])] if self.numbered else []
 
     def _read(self) -> list[Tensor]:
         return [place.value() for place in self.places]
+
+
+def _number(steps: int, beside: Tensor) -> Tensor:
+    """Return the number of steps before; on a GPU with all else, for a CUDA graph reads nothing from elsewhere."""
+    return torch.full((), float(steps), dtype=torch.float64, device=beside.device if beside.is_cuda else "cpu")
 
 
 def _tensors(logged: Sequence[Logged]) -> int:
@@ -340,7 +345,7 @@ def made(
     function: Function = getattr(functions, name)
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
-    first = [torch.zeros((), dtype=torch.float64)] if numbered else []
+    first = [_number(0, args[0])] if numbered else []
     layout, outputs = functions.layout, functions.outputs
     live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
@@ -359,5 +364,4 @@ def traced_at(function: Function, args: list[Tensor], steps: int | None) -> Trac
     """Trace a function at a number of steps, or with it as its first argument where that is ``None``."""
     if steps is not None:
         return trace(lambda inputs: function(inputs, steps), args)
-    number = torch.zeros((), dtype=torch.float64)
-    return trace(lambda inputs: function(inputs[1:], inputs[0]), [number, *args])
+    return trace(lambda inputs: function(inputs[1:], inputs[0]), [_number(0, args[0]), *args])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch._dynamo.utils
 import torch._inductor.config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from lightning_bilevel import SGD, ForwardGradient, ReverseUnroll, hypergradient
 from lightning_bilevel.compiled import graphs
-from lightning_bilevel.compiled.graphs import backend_for, compiled, trace
-from tests.support.compiled import needs_inductor
+from lightning_bilevel.compiled.graphs import backend_for, compiled, fits_a_cuda_graph, trace
+from tests.support.compiled import episode, needs_inductor, weighted
 
 
 def step(args: list[Tensor]) -> list[Tensor | None]:
@@ -149,3 +152,56 @@ def test_inductor_compiles_for_fixed_shapes() -> None:
 def test_flat_graphs() -> None:
     traced = trace(lambda args: [args[0] + 1], [torch.ones(1)])
     assert graphs.compiled(traced.graph, [torch.ones(1)], "flat")([torch.ones(1)])[0].item() == 2
+
+
+def test_what_a_cuda_graph_returns_outlasts_its_next_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def replaying(graph: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        place = torch.empty(2)
+
+        def replay(*args: Tensor) -> list[Tensor]:
+            calls.append(options)
+            return [place.copy_(graph(*args)[0])]
+
+        return replay
+
+    monkeypatch.setattr(torch._inductor, "compile", replaying)
+    monkeypatch.setattr(graphs, "fits_a_cuda_graph", lambda examples: True)
+    x = torch.ones(2)
+    call = compiled(trace(lambda args: [2 * args[0]], [x]).graph, [x], "inductor")
+    assert len(calls) == 2  # it has been recorded
+    assert all(options["triton.cudagraphs"] for options in calls)
+    (first,), (second,) = call([x]), call([3 * x])
+    assert (first.tolist(), second.tolist()) == ([2.0, 2.0], [6.0, 6.0])
+
+
+def test_cuda_graphs_are_for_small_tensors_on_a_gpu() -> None:
+    class OnGpu(NamedTuple):
+        size: int
+        is_cuda: bool = True
+
+        def numel(self) -> int:
+            return self.size
+
+    most = graphs.MOST_NUMBERS_OF_A_CUDA_GRAPH
+    sizes: list[Any] = [OnGpu(most - 1), OnGpu(1)]
+    assert fits_a_cuda_graph(sizes)
+    assert not fits_a_cuda_graph([*sizes, OnGpu(1)])
+    assert not fits_a_cuda_graph([OnGpu(1), torch.ones(1)])  # which would be a constant of the launch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("most", [0, graphs.MOST_NUMBERS_OF_A_CUDA_GRAPH])
+def test_estimates_on_a_gpu_with_cuda_graphs_and_without(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_NUMBERS_OF_A_CUDA_GRAPH", most)
+    module = weighted(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9)).to("cuda")
+    eager = copy.deepcopy(module)
+    eager.compiles_steps = False
+    for seed in range(4):  # the third call of a CUDA graph is its first replay
+        batch = tree_map_only(Tensor, Tensor.cuda, episode(seed))
+        for strategy in (ReverseUnroll(), ReverseUnroll(checkpoint=1), ForwardGradient(4)):
+            ours, expected = (hypergradient(each, strategy, batch, seed=seed) for each in (module, eager))
+            for name, value in expected.grads.items():
+                torch.testing.assert_close(ours.grads[name], value, rtol=1e-4, atol=1e-6)
