@@ -48,7 +48,7 @@ class Sight:
         penalty = self._watchmen[0].look_at_penalty(functional) if self._penalty else 0
         return tuple(watchman.look(functional) for watchman in self._watchmen), penalty
 
-    def look_at_update(self, functional: FunctionalModule, number: int) -> int:
+    def look_at_update(self, functional: FunctionalModule, number: int) -> Hashable:
         """Return what tells the present of an update from other times."""
         return self._watchmen[0].look_at_update(functional, number)
 

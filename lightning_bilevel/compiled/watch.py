@@ -2,7 +2,7 @@
 
 A trace writes down what one run did and looks at nothing later. So the same Python goes through Dynamo too, whose graph
 is thrown away: its guards are asked before each run of inner steps (some 15 µs), and what it cannot follow is not
-compiled.
+compiled. What the guards leave out is in :mod:`~lightning_bilevel.compiled.unguarded`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
+from lightning_bilevel.compiled.unguarded import Unguarded
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
@@ -45,31 +46,37 @@ class Watch:
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         self.state, self.inputs = 0, tuple[Any, ...]()
-        self._module, self._states = module, 0
+        self._module, self._unguarded = module, list[Unguarded]()
         self._attributes: tuple[Attributes, Snapshot] | None = None
         code = function.__code__.replace(co_name=f"watched_{id(self)}")  # Dynamo's limit of states is for each code
         copy = FunctionType(code, function.__globals__, closure=function.__closure__)
+        self._args: tuple[Any, ...] = ()
+        self._copy = copy
         self._function = torch.compile(copy, backend=self._backend, fullgraph=True, dynamic=False)
 
-    def look(self, *args: Any) -> int:
-        """Return the state.
+    def look(self, *args: Any) -> Hashable:
+        """Return what tells the present from other times: the state, and what no guard is for.
 
         Raises:
             NotCompiled: Dynamo cannot follow, there have been too many states, or it writes to attributes.
         """
         self._forget()
+        self._args = args
         try:
             with torch.no_grad():
                 self._function(*args)
         except Exception as error:  # Dynamo's, of many kinds, and the user's
             raise NotCompiled(reason(error)) from error
+        finally:
+            self._args = ()
         if not self.state:
             raise NotCompiled("`torch.compile` is switched off")
         if self._attributes is not None:  # a new state: what Python does besides is done by now
             attributes, before = self._attributes
             if attributes.put(before):
                 raise NotCompiled("it writes to an attribute of the module")
-        return self.state
+        beside = self._unguarded[self.state - 1].now(args)
+        return self.state if beside is None else (self.state, beside)
 
     def _forget(self) -> None:
         self.state, self.inputs, self._attributes = 0, (), None
@@ -77,12 +84,12 @@ class Watch:
     def _backend(self, graph: Any, examples: Any) -> Any:
         if len(list(graph.graph.nodes)[-1].args[0]) != 1:  # the others are what it writes to the module, or logs
             raise NotCompiled("it leaves tensors behind besides its value: an attribute, a log, a metric")
-        if self._states == MOST_STATES:
+        if len(self._unguarded) == MOST_STATES:
             raise NotCompiled(f"it has done {MOST_STATES} different things so far, by an attribute that changes, say")
         attributes = Attributes(self._module)
         self._attributes = attributes, attributes.take()
-        self._states += 1
-        number, nothing = self._states, [torch.empty(())]
+        self._unguarded.append(Unguarded(self._copy, self._args))
+        number, nothing = len(self._unguarded), [torch.empty(())]
 
         def remember(*args: Any) -> list[Tensor]:
             self.state, self.inputs = number, args
@@ -126,7 +133,7 @@ class Watchman:
         self._module, self._batch, self._update = module, batch, update
         self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
         self._updates: dict[int, Watch] = {}
-        self._seen: dict[Hashable, tuple[Hashable, int]] = {}
+        self._seen: dict[Hashable, tuple[Hashable, Hashable]] = {}
         self._theta = functional.theta()
         self.examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
 
@@ -141,14 +148,14 @@ class Watchman:
         """
         around = _surroundings(self._module, functional)
 
-        def look() -> int:
+        def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
             with functional.recorder.apart(_looked_at), under:
                 return self.loss.look(self._batch)
 
         return self._once("loss", functional, around, look), around
 
-    def look_at_update(self, functional: FunctionalModule, number: int) -> int:
+    def look_at_update(self, functional: FunctionalModule, number: int) -> Hashable:
         """Return what tells the present of an update from other times, like :meth:`look`.
 
         Args:
@@ -158,12 +165,14 @@ class Watchman:
         watch, converted = self.update(number), functional.converted()
         return self._once(number, functional, 0, lambda: watch.look(self._theta, converted, number))
 
-    def look_at_penalty(self, functional: FunctionalModule) -> int:
+    def look_at_penalty(self, functional: FunctionalModule) -> Hashable:
         """Return what tells the present of the inner optimizer's penalty from other times, like :meth:`look`."""
         converted = functional.converted()
         return self._once("penalty", functional, 0, lambda: self._penalty.look(self._theta, converted))
 
-    def _once(self, what: Hashable, functional: FunctionalModule, around: Hashable, look: Callable[[], int]) -> int:
+    def _once(
+        self, what: Hashable, functional: FunctionalModule, around: Hashable, look: Callable[[], Hashable]
+    ) -> Hashable:
         """Return the state, looked up anew where code of the user's may have changed it since."""
         now = functional.turns, around
         if self._seen.get(what, (None, 0))[0] != now:

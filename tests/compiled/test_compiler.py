@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +57,7 @@ class Rule(InnerOptimizer):
         return {name: value - self.rate(step) * grads[name] for name, value in params.items()}, {}
 
 
+VARIABLE = "FACTOR_OF_A_LOSS"
 NUMBERS = "it takes numbers out of an array or a tensor"
 CASES = {
     # seen: compiled again, or the graphs read it
@@ -64,6 +67,12 @@ CASES = {
     "there and back": Case(scaled(lambda m: m.number), lambda m: setattr(m, "number", 4.0 - m.number)),
     "a global": Case(scaled(lambda m: GLOBAL["scale"]), lambda m: GLOBAL.update(scale=GLOBAL["scale"] + 1)),
     "an entry of a dict": Case(scaled(lambda m: m.config["a"]), lambda m: m.config.update(a=m.config["a"] + 1)),
+    "the order of an OrderedDict": Case(
+        scaled(lambda m: next(iter(m.ordered.values()))), lambda m: m.ordered.move_to_end(next(iter(m.ordered)))
+    ),
+    "the order of keys": Case(scaled(lambda m: 1 + (list(m.keyed)[0] == "a")), lambda m: _turned(m.keyed)),
+    "the environment": Case(scaled(lambda m: float(os.getenv(VARIABLE, "1"))), lambda m: _one_more(os.environ)),
+    "what is in the environment": Case(scaled(lambda m: 1 + (VARIABLE in os.environ)), lambda m: _one_more(os.environ)),
     "a list": Case(scaled(lambda m: sum(m.listed)), lambda m: m.listed.append(1.0)),
     "a set": Case(scaled(lambda m: len(m.bag)), lambda m: m.bag.add(len(m.bag))),
     "the length of a text": Case(scaled(lambda m: len(m.title)), lambda m: setattr(m, "title", m.title + "x")),
@@ -141,6 +150,15 @@ def _counted(module: Any, loss: Tensor) -> Tensor:
     return loss * module.count
 
 
+def _turned(keyed: dict[str, Any]) -> None:
+    first = next(iter(keyed))
+    keyed[first] = keyed.pop(first)
+
+
+def _one_more(environment: Any) -> None:
+    environment[VARIABLE] = str(float(environment.get(VARIABLE, "1")) + 1)
+
+
 def furnished(options: dict[str, Any]) -> Weighted:
     module: Any = weighted(**options)
     module.number, module.count, module.listed, module.title, module.bag = 1.0, 1, [1.0], "a", {-1}
@@ -151,6 +169,7 @@ def furnished(options: dict[str, Any]) -> Weighted:
     )
     module.tensor, module.ask = torch.tensor(1.0), lambda: module.count
     module.numbers, module.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    module.ordered, module.keyed = OrderedDict(a=1.0, b=2.0), {"a": 1.0, "b": 2.0}
     module.metric = MeanMetric()
     module.register_buffer("buffer", torch.ones(2))
     module.save_hyperparameters({"a": 1.0})
@@ -170,7 +189,11 @@ FAST = {
     "case",
     [pytest.param(case, id=name, marks=() if name in FAST else pytest.mark.slow) for name, case in CASES.items()],
 )
-def test_what_changes_is_seen_or_the_steps_are_eager(case: Case, calls: list[int]) -> None:
+def test_what_changes_is_seen_or_the_steps_are_eager(
+    case: Case, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    del os.environ[VARIABLE]  # which stands as it did, in the end
     module = furnished(case.options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
