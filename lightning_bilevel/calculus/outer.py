@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.surrogate import surrogate_loss
-from lightning_bilevel.problem import TOTAL, Batch, BilevelProblem, Episode, InnerState, Slopes
+from lightning_bilevel.problem import TOTAL, BilevelProblem, Episode, InnerState, Slopes
 from lightning_bilevel.tree import Params
 
 
@@ -116,27 +115,40 @@ def outer_weights(problem: BilevelProblem, phi: Params) -> Tensor:
         return problem.outer_loss_weights(phi)
 
 
-def weighed(problem: BilevelProblem, phi: Params, number: int) -> BilevelProblem | None:
-    """Return the problem with w_t f for its outer loss, unobserved but at the last step.
+def weight_at(problem: BilevelProblem, weights: Tensor, number: int) -> Tensor | None:
+    """Return w_t.
 
     Args:
         problem: with weights of the outer loss.
-        phi: outer parameters.
+        weights: those, from :func:`outer_weights` at parameters that have a graph.
         number: of the step t, from 0.
 
     Returns:
         ``None`` where w_t is zero whatever φ is; not at the last step, where the losses log what counts.
     """
+    weight = problem.weighed(weights, number)
     last = number == problem.inner_steps - 1
-    weights = outer_weights(problem, tree.leaves(phi))
-    if not last and not weights.requires_grad and not problem.weighed(weights, number).any():
-        return None
+    return weight if last or weights.requires_grad or weight.any() else None
 
-    def outer_loss(theta: Params, phi: Params, batch: Batch, buffers: Params) -> Tensor:
-        value = problem.outer_loss(theta, phi, batch, buffers)
-        return problem.weighed(outer_weights(problem, phi), number).to(value) * value
 
-    return replace(problem.judged_at_the_end(), outer_loss=outer_loss, observer=None, compiler=None)
+def weighed(found: OuterEvaluation, weight: Tensor, phi: Params) -> OuterEvaluation:
+    """Return w f with its gradients from those of f: ∂(w f)/∂φ = w ∂f/∂φ + f ∂w/∂φ.
+
+    Args:
+        found: f at a state.
+        weight: w, see :func:`weight_at`.
+        phi: the leaves that w hangs on.
+
+    >>> phi = {"p": torch.tensor(3.0, requires_grad=True)}
+    >>> one = torch.tensor(1.0)
+    >>> weighed(OuterEvaluation(5 * one, {"w": one}, {"p": one}, None), 2 * phi["p"], phi).c
+    {'p': tensor(16.)}
+    """
+    value, d, c, observed = found
+    size = weight.detach().to(value)
+    _, by_weight = gradients(weight, {}, phi)
+    c = tree.add(tree.scale(c, size), by_weight, alpha=value)
+    return OuterEvaluation(size * value, tree.scale(d, size), c, observed)
 
 
 def _total(state: InnerState) -> Tensor:

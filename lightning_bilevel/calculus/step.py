@@ -15,7 +15,7 @@ With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for para
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,16 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads, weighed
+from lightning_bilevel.calculus.outer import (
+    OuterEvaluation,
+    gradients,
+    outer_graph,
+    outer_value,
+    outer_value_and_grads,
+    outer_weights,
+    weighed,
+    weight_at,
+)
 from lightning_bilevel.calculus.tangents import PRIMAL_AND_TANGENT, Pushed, push_double_backward, push_forward, typed_as
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.kernels.safe import forward_mode_kernels
@@ -74,7 +83,7 @@ class Whole(NamedTuple):
     Attributes:
         state: its end.
         losses: the inner losses at the start of each step.
-        value: f.
+        value: f; where it is weighed, its values in a row, of whose weighed sum the gradients are.
         d: df/ds by the state s that it starts from, named as :meth:`InnerState.flat`.
         c: df/dφ at that state.
         observed: what the outer loss left behind, see :class:`~lightning_bilevel.problem.Observer`.
@@ -164,9 +173,14 @@ class InnerStep(ABC):
         end, losses = self.graph(state.unflat(begin), outer, batches)
         return Pulled(end.detach(), losses, pullback(end.flat(), begin, outer))
 
-    @abstractmethod
     def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
         """Take one step per batch that counts as the identity, A = I and B = 0: no graph of any."""
+        state, losses = self.run(state, phi, batches)
+
+        def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
+            return {name: value for name, value in cotangent.items() if name in wanted}, tree.zeros_like(phi)
+
+        return Pulled(state, losses, pull)
 
     @abstractmethod
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
@@ -193,8 +207,23 @@ class InnerStep(ABC):
             append_loss(losses, loss)
         return state, losses, tangents
 
-    def whole(self, state: InnerState, phi: Params, batches: Sequence[Batch], outer: Batch) -> Whole | None:
+    def whole(
+        self,
+        state: InnerState,
+        phi: Params,
+        batches: Sequence[Batch],
+        outer: Batch,
+        weights: Mapping[int, Tensor] | None = None,
+    ) -> Whole | None:
         """Take one step per batch, evaluate the outer loss, and differentiate it.
+
+        Args:
+            state: before the first step.
+            phi: outer parameters.
+            batches: the inner batches.
+            outer: the outer batch.
+            weights: by the number of steps after which the outer loss is evaluated, the last of them the end, those
+                of the sum that is differentiated; its terms are returned. ``None``: it is evaluated at the end.
 
         Returns:
             ``None`` where that is not one graph, and nothing is done.
@@ -255,10 +284,6 @@ class GradientStep(InnerStep):
             append_loss(losses, loss)
         return state, losses
 
-    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-        """Take the steps without a graph."""
-        return _held(self, state, phi, batches)
-
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents by the chosen engine."""
         return self._push(self.problem, state, phi, batch, tangents, directions)
@@ -299,10 +324,6 @@ class SolverStep(InnerStep):
         with torch.enable_grad():
             params = self._solve(state, phi, batch)
         return self._solved(state, params, batch), []
-
-    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-        """Call the solver without a graph."""
-        return _held(self, state, phi, batches)
 
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Push tangents through the solver by forward AD."""
@@ -352,28 +373,31 @@ class WeighingStep(InnerStep):
     def __init__(self, problem: BilevelProblem, step: InnerStep) -> None:
         super().__init__(problem)
         self._step = step
+        self._judge = replace(problem.judged_at_the_end(), observer=None)  # what counts is left behind at the end
 
     def __call__(self, state: InnerState, phi: Params, batch: WeighedBatch) -> tuple[InnerState, Tensor | None]:
         """Take the step and add the weighed outer loss."""
         after, loss = self._step(replace(state, total=None), phi, batch.inner)
-        if (problem := weighed(self.problem, phi, batch.number)) is not None:
+        total, weights = state.total, outer_weights(self.problem, tree.leaves(phi))
+        if (weight := weight_at(self.problem, weights, batch.number)) is not None:
             with RngState(tree.device(phi)).fork():
-                value, _ = outer_value(problem, after, phi, Episode([], batch.outer))
-            return replace(after, total=_sum(state.total, value)), loss
-        return replace(after, total=state.total), loss
+                value, _ = outer_value(self._judge, after, phi, Episode([], batch.outer))
+            total = _sum(total, weight.detach().to(value) * value)
+        return replace(after, total=total), loss
 
     def graph(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> tuple[InnerState, list[Tensor]]:
         """Take the steps and add the weighed outer losses, all with their graphs."""
         losses: list[Tensor] = []
         total, state = state.total, replace(state, total=None)
+        weights = outer_weights(self.problem, phi)
         for batch in batches:
             state, more = self._step.graph(state, phi, [batch.inner])
             append_loss(losses, *more)
-            if (problem := weighed(self.problem, phi, batch.number)) is not None:
+            if (weight := weight_at(self.problem, weights, batch.number)) is not None:
                 with RngState(tree.device(phi)).fork():
-                    value, _ = outer_graph(problem, state, phi, Episode([], batch.outer))
+                    value, _ = outer_graph(self._judge, state, phi, Episode([], batch.outer))
                 with torch.enable_grad():
-                    total = _sum(total, value)
+                    total = _sum(total, weight.to(value) * value)
         return replace(state, total=total), losses
 
     def held(self, state: InnerState, phi: Params, batches: Sequence[WeighedBatch]) -> Pulled:
@@ -410,15 +434,40 @@ class WeighingStep(InnerStep):
             return Pushed(after, loss, tangents)
         return Pushed(replace(after, total=total), loss, {**tangents, TOTAL: slope.to(total)})
 
+    def whole(
+        self,
+        state: InnerState,
+        phi: Params,
+        batches: Sequence[WeighedBatch],
+        outer: Batch,
+        weights: Mapping[int, Tensor] | None = None,
+    ) -> Whole | None:
+        """Take the steps and the outer losses after them in one graph, which is given the weights."""
+        leaves = tree.leaves(phi)
+        each = outer_weights(self.problem, leaves)
+        found = {n: weight_at(self.problem, each, batch.number) for n, batch in enumerate(batches, start=1)}
+        there = {n: weight for n, weight in found.items() if weight is not None}
+        run = self._step.whole(replace(state, total=None), phi, [batch.inner for batch in batches], outer, there)
+        if run is None:
+            return None
+        with torch.enable_grad():
+            total = (torch.stack(list(there.values())).to(run.value) * run.value).sum()
+        _, by_weights = gradients(total, {}, leaves)
+        value = total.detach()
+        return run._replace(state=replace(run.state, total=value), value=value, c=tree.add(run.c, by_weights))
+
     def fixed_point(self, state: InnerState, phi: Params, batch: WeighedBatch) -> Condition:
         """Return the condition of the step without the total, which has no fixed point."""
         return self._step.fixed_point(replace(state, total=None), phi, batch.inner)
 
     def _judged(self, after: InnerState, phi: Params, batch: WeighedBatch) -> OuterEvaluation | None:
-        if (problem := weighed(self.problem, phi, batch.number)) is None:
+        outer = tree.leaves(phi)
+        weight = weight_at(self.problem, outer_weights(self.problem, outer), batch.number)
+        if weight is None:
             return None
         with RngState(tree.device(phi)).fork():
-            return outer_value_and_grads(problem, after, phi, Episode([], batch.outer))
+            found = outer_value_and_grads(self._judge, after, phi, Episode([], batch.outer))
+        return weighed(found, weight, outer)
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
@@ -445,15 +494,6 @@ def inner_step(problem: BilevelProblem, mode: Mode = "auto") -> InnerStep:
         return SolverStep(problem)
     step = GradientStep(problem, mode)
     return step if problem.compiler is None else problem.compiler.compiled(step)
-
-
-def _held(step: InnerStep, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-    state, losses = step.run(state, phi, batches)
-
-    def pull(cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
-        return {name: value for name, value in cotangent.items() if name in wanted}, tree.zeros_like(phi)
-
-    return Pulled(state, losses, pull)
 
 
 def pullback(end: Params, begin: Params, outer: Params) -> Pullback:

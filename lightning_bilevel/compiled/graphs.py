@@ -132,12 +132,13 @@ def _tidy(graph: fx.GraphModule) -> fx.GraphModule:
         if node.target in (_ATEN.detach.default, _ATEN.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    drawing = {
+    unlike = {_ATEN.native_batch_norm, _ATEN.clone}  # it writes to copies of buffers, which no schema says
+    unlike |= {
         node.target.overloadpacket
         for node in graph.graph.nodes
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     }
-    tidied: fx.GraphModule = CSEPass(get_CSE_banned_ops() | drawing)(graph).graph_module  # type: ignore[union-attr]
+    tidied: fx.GraphModule = CSEPass(get_CSE_banned_ops() | unlike)(graph).graph_module  # type: ignore[union-attr]
     tidied.graph.eliminate_dead_code()
     tidied.recompile()
     return tidied

@@ -98,9 +98,10 @@ class Plan(NamedTuple):
     layout: Layout
     judged: Judged | None = None
 
-    def judged_by(self, judged: Judged) -> Plan:
-        """Return the plan of these steps with an outer loss at their end."""
-        layout = self.layout.over(self.layout.order, judged.form)
+    def judged_by(self, judged: Judged, after: tuple[int, ...] = ()) -> Plan:
+        """Return the plan of these steps with an outer loss at their end, or after these numbers of them, weighed."""
+        layout = self.layout.over(self.layout.order, judged.form, after)
+        judged = judged._replace(key=(judged.key, after))
         return self._replace(tensors=[*self.tensors, *judged.tensors], layout=layout, judged=judged)
 
     def most(self, name: str, steps: int, args: list[Tensor]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
+from lightning_bilevel.randomness import RngState
 from lightning_bilevel.stacking import replaced
 from lightning_bilevel.tree import Params
 
@@ -134,6 +136,7 @@ class Layout:
     Attributes:
         order: of each step of a stretch, which of its batches it takes.
         judge: the form of the outer batch, where a graph takes one.
+        after: how many steps are taken where the outer loss is evaluated and weighed; empty: it is at the end alone.
     """
 
     def __init__(self, state: InnerState, phi: Params, form: Form) -> None:
@@ -141,12 +144,13 @@ class Layout:
         self.names, self.outer, self.buffers = list(state.flat()), list(phi), list(state.buffers)
         self.order: tuple[int, ...] = ONE
         self.judge: Form | None = None
+        self.after: tuple[int, ...] = ()
         self._template, self._form = state.map(lambda _: nothing), form
 
-    def over(self, order: tuple[int, ...], judge: Form | None = None) -> Layout:
-        """Return the layout of a stretch of steps, and of an outer loss at its end."""
+    def over(self, order: tuple[int, ...], judge: Form | None = None, after: tuple[int, ...] = ()) -> Layout:
+        """Return the layout of a stretch of steps, and of an outer loss at its end, or on the way."""
         layout = copy.copy(self)
-        layout.order, layout.judge = order, judge
+        layout.order, layout.judge, layout.after = order, judge, after
         return layout
 
     @property
@@ -263,23 +267,34 @@ class Functions:
         return list(InnerState(params, opt_state=opt_state).flat().values())
 
     def whole(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Take the steps; return the outer loss at their end, the buffers it leaves, and its gradient as well."""
-        before, phi, batches, judge, _ = self.layout.opened(args, steps)
+        """Take the steps; return the outer loss at their end, the buffers it leaves, and its gradient as well.
+
+        Where it is weighed on the way: all of its values, and the gradient of their weighed sum. What it draws leaves
+        no trace there, which no graph can do.
+        """
+        before, phi, batches, judge, weights = self.layout.opened(args, steps)
         begin, outer = tree.leaves(before.flat()), tree.leaves(phi)
-        with self._logging() as logged:
-            after, losses = self.step.graph(self.layout.state(begin, before.buffers, steps), outer, batches)
-        ended = self._ended(after, losses, logged)
-        with self._logging() as logged, torch.enable_grad():
-            value = self.step.problem.outer_loss(after.params, outer, judge, after.buffers)
-            left, beside = self._recorder.left()
+        state, losses, values = self.layout.state(begin, before.buffers, steps), list[Tensor](), list[Tensor]()
+        for first, last in pairwise((0, *(self.layout.after or (len(batches),)))):
+            with self._logging() as logged:
+                state, more = self.step.graph(state, outer, batches[first:last])
+            losses += more
+            fork = RngState(losses[0].device).fork() if weights else nullcontext()
+            with self._logging() as of_outer, torch.enable_grad(), fork:
+                values.append(self.step.problem.outer_loss(state.params, outer, judge, state.buffers))
+                left, beside = self._recorder.left()
         if beside:
             raise NotCompiled("the outer loss returns more than a number")
-        self.judged = described(logged)
+        ended = self._ended(state, losses, logged)
+        self.judged = described(of_outer)
+        with torch.enable_grad():
+            value = torch.stack(values) if weights else values[0]
+            total = (value * weights[0].to(value)).sum() if weights else value
         inputs = [*begin.values(), *outer.values()]
         found: Sequence[Tensor | None] = [None] * len(inputs)
-        if value.requires_grad:
-            found = torch.autograd.grad(value, inputs, allow_unused=True)
-        there = [value.detach(), *(left[name] for name in self.layout.buffers), *tensors_of(logged)]
+        if total.requires_grad:
+            found = torch.autograd.grad(total, inputs, allow_unused=True)
+        there = [value.detach(), *(left[name] for name in self.layout.buffers), *tensors_of(of_outer)]
         return [*ended, *there, *_gradients(begin, found)]
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -109,10 +109,6 @@ class CompiledStep(InnerStep):
         after, losses, _ = end.pop()
         return after.unflat(dict(zip(flat, values, strict=True))), losses
 
-    def held(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> Pulled:
-        """Take the steps without a graph."""
-        return GradientStep.held(self, state, phi, batches)  # type: ignore[arg-type]
-
     def jvp(self, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params) -> Pushed:
         """Take the step and push tangents."""
         state, (loss,), tangents = self.push(state, phi, [batch], tangents, directions)
@@ -139,7 +135,14 @@ class CompiledStep(InnerStep):
                 tangents = dict(zip(plan.layout.names, results[part.outputs :], strict=True))
         return state, losses, tangents
 
-    def whole(self, state: InnerState, phi: Params, batches: Sequence[Batch], outer: Batch) -> Whole | None:
+    def whole(
+        self,
+        state: InnerState,
+        phi: Params,
+        batches: Sequence[Batch],
+        outer: Batch,
+        weights: Mapping[int, Tensor] | None = None,
+    ) -> Whole | None:
         """Take the steps, evaluate the outer loss and differentiate it in one graph, where all is small."""
         plans = self._same(state, phi, batches)
         if plans is None or not plans[0].graphs.whole:
@@ -149,8 +152,10 @@ class CompiledStep(InnerStep):
                 return None
             if (judged := self._planner.judged(self, outer)) is None:
                 return None
-            plan = joined(plans).judged_by(judged)
+            plan = joined(plans).judged_by(judged, tuple(weights or ()))
             args = [*_flat(state, phi), *plan.tensors]
+            if weights is not None:
+                args.append(torch.stack([weight.detach() for weight in weights.values()]))
             try:
                 part = plan.part("whole", state.steps, args)
             except NotCompiled as error:

@@ -20,11 +20,14 @@ from lightning_bilevel import (
     Episode,
     EvoGrad,
     FirstOrder,
+    ForwardGradient,
+    ForwardUnroll,
     GammaGreedy,
     HypergradientStrategy,
     ImplicitGradient,
     PenaltyGradient,
     ReverseUnroll,
+    TruncatedReverse,
     ZerothOrder,
     hypergradient,
 )
@@ -238,7 +241,59 @@ def test_stacked_buffers_that_the_outer_loss_leaves(evaluated: list[int]) -> Non
         torch.testing.assert_close(ours.carry.inner.buffers[name], value)
 
 
-class Observing(GammaGreedy):
+class EveryStep(Judging):
+    """Weighs its outer loss at every step, by weights that are learned."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.outlook = nn.Parameter(torch.tensor([0.5, -0.5, 1.0]))
+
+    def outer_loss_weights(self) -> Tensor:
+        return self.outlook.softmax(0)
+
+    def outer_parameters(self) -> Any:
+        return [self.logits, self.log_lr, self.outlook]
+
+
+EVERY_STEP: dict[str, Callable[[], HypergradientStrategy]] = {
+    "reverse": ReverseUnroll,
+    "checkpointed": lambda: ReverseUnroll(checkpoint=2),
+    "truncated": lambda: TruncatedReverse(2),
+    "first order": FirstOrder,
+    "greedy": lambda: GammaGreedy(0.9),
+    "forward": ForwardUnroll,
+    "forward mode": lambda: ForwardGradient(2, mode="forward"),
+    "differences, one by one": lambda: ZerothOrder(2, chunk_size=1),
+    "differences": lambda: ZerothOrder(4, chunk_size=4),
+}
+
+
+@pytest.mark.parametrize("strategy", some(EVERY_STEP, {"reverse", "truncated", "forward", "differences"}))
+def test_the_outer_loss_at_every_step(strategy: str, evaluated: list[int], calls: list[int]) -> None:
+    torch.manual_seed(0)
+    module = EveryStep(net=NET["dropout"], optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.5))
+    module.judge = lambda m, loss: loss * m.number
+    for turn in range(2):
+        assert apart(*both(module, EVERY_STEP[strategy](), episode(turn))) < 2e-6
+        module.number += 1
+    assert len(evaluated) >= 6
+    assert len(calls) >= 6
+
+
+def test_the_outer_loss_at_every_step_of_a_stack(evaluated: list[int]) -> None:
+    torch.manual_seed(0)
+    module = EveryStep(net=NET["BatchNorm"], episode_chunk_size=2)
+    episodes = [episode(0), episode(1)]
+    for _ in range(2):
+        ours, eager = both(module, ReverseUnroll(), episodes)
+        assert apart(ours, eager) < 2e-6
+        for name, value in eager.carry.inner.buffers.items():
+            torch.testing.assert_close(ours.carry.inner.buffers[name], value)
+        module.outlook.data += torch.tensor([1.0, 0.0, 0.0])
+    assert evaluated
+
+
+class Observing(ReverseUnroll):
     """Keeps what the losses logged."""
 
     def estimate(self, *args: Any) -> Any:
@@ -247,13 +302,16 @@ class Observing(GammaGreedy):
         return result
 
 
-def test_what_the_outer_loss_logs_is_logged() -> None:
+@pytest.mark.parametrize("kind", [Judging, EveryStep])
+def test_what_the_outer_loss_logs_is_logged(kind: Any) -> None:
     def logged(self: Any, loss: Tensor) -> Tensor:
         self.log("outer/twice", 2 * loss, prog_bar=True)
         self.log_dict({"outer/number": self.number})
         return loss
 
-    module, ours, eager = judging(logged), Observing(), Observing()
+    torch.manual_seed(0)
+    module, ours, eager = kind(), Observing(), Observing()
+    module.judge = logged
     hypergradient(module, ours, episode())
     module.compiles_steps = False
     hypergradient(module, eager, episode())

@@ -164,6 +164,70 @@ def test_masks_in_both_losses(calls: list[int]) -> None:
     assert len(calls) == 4
 
 
+class EveryStep(Judging):
+    """Weighs the outer loss at every step, and learns the weights if they are parameters."""
+
+    def __init__(self, weights: Tensor, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.weights = weights
+
+    def outer_loss_weights(self) -> Tensor:
+        return self.weights
+
+    def outer_parameters(self) -> Any:
+        learned = [self.weights] if isinstance(self.weights, nn.Parameter) else []
+        return [self.logits, self.log_lr, *learned]
+
+
+def every_step(weights: Any, *args: Any, **options: Any) -> EveryStep:
+    torch.manual_seed(0)
+    return EveryStep(weights, *args, optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.5), **options)
+
+
+def noisy(module: Any, loss: Tensor) -> Tensor:
+    return loss * (1 + torch.rand(()))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [0.0, 0.4, 0.6], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], ids=str)
+def test_the_outer_loss_at_every_step(weights: list[float], learned: bool, calls: list[int]) -> None:
+    given = torch.tensor(weights)
+    module = every_step(nn.Parameter(given) if learned else given, lambda m, loss: loss * m.kept)
+    for _ in range(2):
+        assert apart(*both(module)) < 2e-6
+        module.kept = 2 * module.kept
+        module.weights.data *= 1.5
+    assert len(calls) == 3  # the first is compared with eager
+
+
+def test_the_outer_loss_at_every_step_of_a_stack(calls: list[int]) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+    module = every_step(torch.tensor([0.2, 0.3, 0.5]), net=net, episode_chunk_size=3)
+    ours, eager = both(module, episodes=[episode(seed) for seed in range(3)])
+    assert apart(ours, eager) < 2e-6
+    assert len(calls) == 2
+
+
+def test_the_outer_loss_at_every_step_that_draws(calls: list[int]) -> None:
+    module = every_step(torch.tensor([0.2, 0.3, 0.5]), noisy, term=noisy)
+    assert apart(*both(module)) < 2e-6
+    assert len(calls) > 3  # no graph holds both: it goes on with what the outer losses have drawn
+
+
+def test_what_an_outer_loss_on_the_way_logs_does_not_count() -> None:
+    def outer(self: Any, loss: Tensor) -> Tensor:
+        self.log("outer", loss)
+        return loss
+
+    module, ours, eager = every_step(torch.tensor([0.2, 0.3, 0.5]), outer), Observing(), Observing()
+    hypergradient(module, ours, episode())
+    module.compiles_steps = False
+    hypergradient(module, eager, episode())
+    torch.testing.assert_close(ours.observed.calls["outer"][0], eager.observed.calls["outer"][0])
+
+
 def test_a_warm_start_goes_on_from_the_end(calls: list[int]) -> None:
     module = judging(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9), inner_start="warm")
     ours, eager = both(module)
