@@ -86,5 +86,6 @@ def accuracy(features: Callable[[Tensor], Tensor], head: str, task: Episode) -> 
     ((x, y),), (x_query, y_query) = task
     support, query = (F.normalize(features(each).flatten(1), dim=1).numpy() for each in (x, x_query))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*zero standard deviation")  # of pixels that are always empty
+        # Prototypes ask for the deviations within classes: of pixels that are always empty, of one example of a class.
+        warnings.filterwarnings("ignore", ".*(zero standard deviation|invalid value encountered in divide)")
         return float(HEADS[head]().fit(support, y.numpy()).score(query, y_query.numpy()))

@@ -29,12 +29,13 @@ def test_a_fitted_kernel_is_the_one_that_drew_the_functions() -> None:
     assert sum(errors) < 0.2 * sum(each.outer[1].square().mean().item() for each in tasks[20:])
 
 
+@pytest.mark.parametrize("shots", [1, 2])
 @pytest.mark.parametrize("head", baselines.HEADS)
-def test_a_head_tells_what_features_separate(head: str) -> None:
+def test_a_head_tells_what_features_separate(head: str, shots: int) -> None:
     generator = torch.Generator().manual_seed(0)
     directions = torch.eye(3, 6)
-    x = torch.cat([directions, directions]) + 0.05 * torch.randn(6, 6, generator=generator)
-    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    x = directions.repeat(shots, 1) + 0.05 * torch.randn(3 * shots, 6, generator=generator)
+    y = torch.arange(3).repeat(shots)
     task = Episode([(x, y)], (5 * directions, torch.arange(3)))  # only the direction of features counts
     assert baselines.accuracy(nn.Identity(), head, task) == 1
     wrong = task._replace(outer=(5 * directions, torch.tensor([1, 2, 0])))
