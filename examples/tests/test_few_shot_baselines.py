@@ -42,6 +42,18 @@ def test_a_head_tells_what_features_separate(head: str, shots: int) -> None:
     assert baselines.accuracy(nn.Identity(), head, wrong) == 0
 
 
+def test_scores_are_those_of_what_suits_the_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 1, generator=generator)
+    numbers = Episode([(x[:6], x[:6].sin())], (x[6:], x[6:].sin()))
+    x = torch.rand(12, 2, generator=generator)
+    classes = Episode([(x[:6], torch.arange(6) % 2)], (x[6:], torch.arange(6) % 2))
+    expected = baselines.squared_error(baselines.fitted([numbers]), numbers)
+    assert baselines.scores([numbers] * 2, [numbers]) == {"Gaussian process": [expected] * 2}
+    found = baselines.scores([classes], [classes])
+    assert found == {f"pixels, {head}": [baselines.accuracy(nn.Identity(), head, classes)] for head in baselines.HEADS}
+
+
 def test_a_classifier_learns_and_returns_its_body() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(40) % 2
