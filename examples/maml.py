@@ -10,7 +10,8 @@ gradient steps from the learned start) and judged on the query set (outer level:
     python examples/maml.py --data learn2learn:omniglot --data-dir FOLDER
 
 `--strategy reverse` is MAML, `first-order` FOMAML, `implicit` iMAML. Tasks of evaluation are of classes that training
-never sees. The curve is the score on the query set after 0, 1, 2, … steps on the support set. Finn et al. (ICML 2017).
+never sees. The curve is the score on the query set after 0, 1, 2, … steps on the support set. Below it stands what
+needs no outer level: a Gaussian process on sinusoids, heads on the pixels of images. Finn et al. (ICML 2017).
 """
 
 from __future__ import annotations

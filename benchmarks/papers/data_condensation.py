@@ -1,14 +1,15 @@
 """Condensed sets by every strategy, in the same CPU seconds and after the same outer steps: (FG)2U, section 4.
 
-A case is a data set and a number of images per class; `digits-10` starts from the centres that k-means finds in each
-class, the others from real images. One run is one strategy and one seed, which draws the real images
+A case is a data set and a number of images per class; `digits-1` and `digits-10` start from the centres that k-means
+finds in each class, the others from real images. One run is one strategy and one seed, which draws the real images
 to start from, the inner nets and the batches; its accuracies, losses and images are saved when it ends, and results of
 other runs stay. `two-phase` spends half of its seconds on the first phase, for which `truncated` has to have run.
 
     python benchmarks/papers/data_condensation.py --case digits
-    python benchmarks/papers/data_condensation.py --case digits-10 --seeds 0 1 2 3 4
+    python benchmarks/papers/data_condensation.py --case digits-1 digits-10 --seeds 0 1 2 3 4
     python benchmarks/papers/data_condensation.py --case mnist mnist-28 mnist-10 mnist-50 --data-dir FOLDER
     python benchmarks/papers/data_condensation.py --case mnist-10 --strategy forward --least-steps 5 --data-dir FOLDER
+    python benchmarks/papers/data_condensation.py --case digits --baselines          (only what is not learned)
     python benchmarks/papers/data_condensation.py --draw
 """
 
@@ -56,6 +57,7 @@ CASES = {
     "mnist": Case(("--pixels", "14"), ALL, 40, (5, 20)),
     "mnist-28": Case((), PAPER, 160, (5,)),
     "mnist-10": Case(("--pixels", "14", "--per-class", "10"), ("checkpointed", "truncated", "forward"), 40, (5,)),
+    "digits-1": Case(("--start", "centres"), ("reverse",), 35, ()),
     "digits-10": Case(("--start", "centres", "--per-class", "10"), ("reverse",), 35, ()),
     "mnist-50": Case(("--pixels", "14", "--per-class", "50"), ("checkpointed", "truncated", "forward"), 40, (3,)),
 }
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--least-steps", type=int, default=1, help="outer steps, if those take longer")
+    parser.add_argument("--baselines", action="store_true", help="only what needs no outer level, anew")
     parser.add_argument("--cosines", action="store_true", help="with the exact hypergradient at the start, instead")
     parser.add_argument("--draw", action="store_true", help="draw what was saved")
     args = script.begin(parser, argv)
@@ -81,16 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_case(name: str, seed: int, args: argparse.Namespace) -> None:
-    """Run the strategies of one case, and what they are compared with if that was not done before."""
+    """Run the strategies of one case, and what they are compared with if that was not done before or is all."""
     case = CASES[name]
     chosen, data = prepared(name, seed, args)
-    for strategy in args.strategy or case.strategies:
+    for strategy in () if args.baselines else args.strategy or case.strategies:
         with tempfile.TemporaryDirectory() as folder:
             chosen.output = Path(folder)
             if strategy == "two-phase":
                 chosen.phase_steps = saved()[name][str(seed)]["truncated"]["outer steps"] // 2
             add(name, seed, strategy, *judged(data, example.condense(data, strategy, chosen), case.steps, chosen))
-    if "baselines" not in saved().get(name, {}).get(str(seed), {}):
+    if args.baselines or "baselines" not in saved().get(name, {}).get(str(seed), {}):
         found = {"real images": example.test_real(data, chosen), **example.test_chosen(data, chosen)}
         if chosen.start == "real":
             found["start"] = example.test(data, example.start_of(data, chosen), chosen)

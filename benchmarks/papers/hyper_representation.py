@@ -4,7 +4,7 @@ A seed draws the data, the start, the batches and the directions. `two-layer` ha
 are `lenet`; MNIST needs `--data-dir`, and every strategy has the same CPU seconds there. `--inner-steps` compares
 numbers N of inner steps, for PZOBO with directions of length 1. Results of other seeds and cases stay.
 
-    python benchmarks/papers/hyper_representation.py --case linear --seeds 0 1 2 3 4
+    python benchmarks/papers/hyper_representation.py --case linear
     python benchmarks/papers/hyper_representation.py --case mnist --data-dir FOLDER --seeds 0
     python benchmarks/papers/hyper_representation.py --inner-steps
     python benchmarks/papers/hyper_representation.py --without         (one level, beside runs that are there)
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = script.options(__doc__)
     parser.add_argument("--case", choices=CASES, nargs="+", default=["linear", "two-layer", "digits"])
-    parser.add_argument("--seeds", type=int, nargs="*", default=range(3))
+    parser.add_argument("--seeds", type=int, nargs="*", default=range(5))
     parser.add_argument("--strategy", choices=example.STRATEGIES, nargs="+", default=list(example.STRATEGIES))
     parser.add_argument("--data-dir", type=Path, help="folder with the four MNIST files")
     parser.add_argument("--seconds", type=float, default=20, help="of each strategy on MNIST (%(default)s)")

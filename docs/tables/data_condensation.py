@@ -29,6 +29,8 @@ PAPER_MORE = {
 BASELINES = {
     "start": "the real images of the start",
     "real images": "real images, other draws",
+    "nearest real images": "the real images nearest to the class means",
+    "k-means centres": "the class means",
     "whole training set": "whole training set",
 }
 CASES = {
@@ -47,7 +49,7 @@ def tables() -> dict[str, str]:
         "condensation_mnist_28": strategies(found["mnist-28"], paper=True),
         "condensation_more": sizes(found),
         "condensation_phases": phases(found),
-        "condensation_centres": centres(found["digits-10"]),
+        "condensation_centres": centres(found),
     }
 
 
@@ -57,15 +59,23 @@ def by_seed(seeds: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [100 * mean(run[name]) for run in runs] for name in runs[0]}
 
 
-def centres(seeds: dict[str, Any]) -> str:
+def centres(found: dict[str, Any]) -> str:
     """Return what is learned from the centres on, beside sets that are not learned."""
-    runs = by_seed(seeds)
-    labels = {"learned": "**learned, from the centres on**", "real images": "real images, drawn by chance"}
+    columns = {"one image per class": by_seed(found["digits-1"]), "ten": by_seed(found["digits-10"])}
+    labels = {
+        "learned": "**learned, from the centres on**",
+        "k-means centres": "k-means centres, at one image the class means",
+        "real images": "real images, drawn by chance",
+    }
     rows = []
     for name in ("learned", "k-means centres", "nearest real images", "herding", "real images"):
-        ahead = "" if name == "learned" else difference(runs["learned"], runs[name])
-        rows.append([labels.get(name, name), interval(runs[name]), ahead])
-    return markdown((f"trained on, {len(seeds)} seeds", "test %", "learned − it"), rows)
+        cells = []
+        for runs in columns.values():
+            ahead = "" if name == "learned" else difference(runs["learned"], runs[name])
+            cells += [interval(runs[name]), ahead]
+        rows.append([labels.get(name, name), *cells])
+    heads = (head for name in columns for head in (f"{name}: test %", "learned − it"))
+    return markdown((f"trained on, {len(found['digits-10'])} seeds", *heads), rows)
 
 
 def strategies(seeds: dict[str, Any], paper: bool) -> str:
@@ -85,9 +95,10 @@ def strategies(seeds: dict[str, Any], paper: bool) -> str:
         cosines = [value for run in runs for value in run.get("cosines", {}).get(name, [])]
         cosine = f"{mean(cosines):.2f}" if cosines else {"reverse": "1"}.get(name, "")
         rows.append([label, *([PAPER.get(name, "")] if paper else []), cosine, count, *accuracies])
-    for name, published in (("start", ""), ("real images", ""), ("whole training set", "99.6")):
+    for name, label in BASELINES.items():
         accuracies = cell([run["baselines"][name] for run in runs])
-        rows.append([BASELINES[name], *([published] if paper else []), "", "", accuracies])
+        published = {"whole training set": "99.6"}.get(name, "")
+        rows.append([label, *([published] if paper else []), "", "", accuracies])
     return markdown(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
 
 
@@ -119,6 +130,8 @@ def sizes(found: dict[str, Any]) -> str:
                 few, after = next(iter(mine[0]["accuracy after"].items()), ("", []))
                 few_steps = f"{cell([after])} ({few})" if few else ""
                 rows.append([label, NAMES[name], PAPER_MORE[case, name], real, few_steps, count, ends])
+        for name in ("k-means centres", "nearest real images", "herding"):
+            rows.append([label, name, "", "", "", "", cell([run["baselines"][name] for run in seeds])])
     heads = ("images per class", "strategy", "paper", "start", "after as many steps", "outer steps", "same seconds")
     return markdown(heads, rows)
 

@@ -78,7 +78,7 @@ def cases() -> list[Case]:
     return [
         learned_start(),
         *cleaning(),
-        condensation(),
+        *condensation(),
         *hyperparameters(),
         few_hyperparameters(),
         sinusoids(),
@@ -125,10 +125,16 @@ def cleaning() -> list[Case]:
     return made
 
 
-def condensation() -> Case:
-    runs = data_condensation.by_seed(results("data_condensation")["results"]["digits-10"])
-    ours = runs.pop("learned")
-    return Case("digits in ten images per class", "6,400, T = 100", "images, from centres on", ours, runs, "points")
+def condensation() -> list[Case]:
+    made = []
+    for case, problem, sizes in (
+        ("digits-1", "digits in one image per class", "640, T = 100"),
+        ("digits-10", "digits in ten images per class", "6,400, T = 100"),
+    ):
+        runs = data_condensation.by_seed(results("data_condensation")["results"][case])
+        ours = runs.pop("learned")
+        made.append(Case(problem, sizes, "images, from centres on", ours, runs, "points"))
+    return made
 
 
 def hyperparameters() -> list[Case]:
@@ -183,7 +189,9 @@ def representations() -> list[Case]:
     rows = results("hyper_representation")["results"]
     settings = (
         ("linear", "a linear embedding", "8,192, T = 20", "ridge", "test_loss", 1e3, "e-3", False),
+        ("two-layer", "a net of two layers", "262,144, T = 10", "ridge", "test_loss", 1, "squared", False),
         ("digits", "a LeNet under a head, digits", "60,856, T = 10", "jointly", "test_accuracy", 100, "points", True),
+        ("mnist", "a LeNet under a head, MNIST", "60,856, T = 10", "jointly", "test_accuracy", 100, "points", True),
     )
     names = {"ridge": "ridge regression", "jointly": "body and head together"}
     made = []

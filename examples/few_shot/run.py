@@ -15,8 +15,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 import report
-from few_shot import data, picture
-from few_shot.learners import Level, MetaLearner, adaptation_curve
+from few_shot import baselines, data, picture
+from few_shot.learners import Level, MeanWithInterval, MetaLearner, adaptation_curve
 from lightning_bilevel import (
     PZOBO,
     Episode,
@@ -135,12 +135,24 @@ def train(
             "metric": module.metric,
             "test_tasks": len(tasks),
             "curve": adaptation_curve(module, tasks, args.test_steps),
+            "without": without(problem, tasks),
             "during the run": curves.get(f"val_{module.metric}"),
             "seconds": seconds,
             "cpu seconds": cpu,
         },
         tasks[0],
     )
+
+
+def without(problem: data.Problem, tasks: Sequence[Episode]) -> dict[str, dict[str, float]]:
+    """Return the mean score of what needs no outer level, and half of its 95% interval."""
+    training = [problem.train[index] for index in range(min(20, len(problem.train)))]
+    found = {}
+    for name, values in baselines.scores(tasks, training).items():
+        scores = MeanWithInterval()
+        scores.update(torch.tensor(values))
+        found[name] = {key: value.item() for key, value in zip(("mean", "95%"), scores.compute(), strict=True)}
+    return found
 
 
 def main(
@@ -162,12 +174,14 @@ def main(
 
 
 def show(name: str, results: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Print the adaptation curve."""
+    """Print the adaptation curve, and what needs no outer level."""
     unit = 100 if results["metric"] == "accuracy" else 1
     label = "accuracy %" if results["metric"] == "accuracy" else "squared error"
     curve = results["curve"]
     points = zip(curve["steps"], curve["mean"], curve["95%"], strict=True)
     rows = [[str(steps), f"{unit * mean:.2f}", f"± {unit * half:.2f}"] for steps, mean, half in points]
+    for other, row in results["without"].items():
+        rows.append([other, f"{unit * row['mean']:.2f}", f"± {unit * row['95%']:.2f}"])
     title = (
         f"{name} with `{results['strategy']}` on {results['data']}: {results['test_tasks']} held-out tasks, "
         f"{results['seconds']:.0f} s of training"

@@ -98,15 +98,18 @@ def test_anil_learns(tmp_path: Path) -> None:
     assert before < 0.35
     assert after > 0.6
     assert result["during the run"][0] == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    assert {name for name, row in result["without"].items() if row["mean"] > after} >= {"pixels, nearest neighbour"}
 
 
 def test_maml_learns_sinusoids(tmp_path: Path) -> None:
     """One step of a trained start does more than ten of an untrained one."""
     common = ("--quiet", "--test-tasks", "30", "--test-steps", "1", "10", "--output", str(tmp_path))
     untrained = maml.main([*common, "--steps", "1"])["curve"]["mean"]
-    trained = maml.main([*common, "--steps", "250", "--outer-lr", "0.01"])["curve"]["mean"]
+    result = maml.main([*common, "--steps", "250", "--outer-lr", "0.01"])
+    trained = result["curve"]["mean"]
     assert trained[0] < 0.9 * untrained[1]
     assert trained[1] < 0.7 * untrained[1]
+    assert result["without"]["Gaussian process"]["mean"] < trained[1]
 
 
 def test_a_run_resumes(tmp_path: Path) -> None:

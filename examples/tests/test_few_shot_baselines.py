@@ -29,16 +29,29 @@ def test_a_fitted_kernel_is_the_one_that_drew_the_functions() -> None:
     assert sum(errors) < 0.2 * sum(each.outer[1].square().mean().item() for each in tasks[20:])
 
 
+@pytest.mark.parametrize("shots", [1, 2])
 @pytest.mark.parametrize("head", baselines.HEADS)
-def test_a_head_tells_what_features_separate(head: str) -> None:
+def test_a_head_tells_what_features_separate(head: str, shots: int) -> None:
     generator = torch.Generator().manual_seed(0)
     directions = torch.eye(3, 6)
-    x = torch.cat([directions, directions]) + 0.05 * torch.randn(6, 6, generator=generator)
-    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    x = directions.repeat(shots, 1) + 0.05 * torch.randn(3 * shots, 6, generator=generator)
+    y = torch.arange(3).repeat(shots)
     task = Episode([(x, y)], (5 * directions, torch.arange(3)))  # only the direction of features counts
     assert baselines.accuracy(nn.Identity(), head, task) == 1
     wrong = task._replace(outer=(5 * directions, torch.tensor([1, 2, 0])))
     assert baselines.accuracy(nn.Identity(), head, wrong) == 0
+
+
+def test_scores_are_those_of_what_suits_the_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 1, generator=generator)
+    numbers = Episode([(x[:6], x[:6].sin())], (x[6:], x[6:].sin()))
+    x = torch.rand(12, 2, generator=generator)
+    classes = Episode([(x[:6], torch.arange(6) % 2)], (x[6:], torch.arange(6) % 2))
+    expected = baselines.squared_error(baselines.fitted([numbers]), numbers)
+    assert baselines.scores([numbers] * 2, [numbers]) == {"Gaussian process": [expected] * 2}
+    found = baselines.scores([classes], [classes])
+    assert found == {f"pixels, {head}": [baselines.accuracy(nn.Identity(), head, classes)] for head in baselines.HEADS}
 
 
 def test_a_classifier_learns_and_returns_its_body() -> None:
