@@ -28,7 +28,7 @@ MOST_UPDATES = 8
 MOST_NUMBERS = 64
 """Numbers of updates that are looked at to find these."""
 
-MOST_NODES = 700
+MOST_NODES = 1_000
 """Operations of one graph that several steps share: compiling a hundred takes a second or two."""
 
 MOST_NUMBERS_OF_A_STEP = 2**21
