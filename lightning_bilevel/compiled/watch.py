@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
+from lightning_bilevel.compiled.recurrent import Recurrent
 from lightning_bilevel.compiled.unguarded import Unguarded
 from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
@@ -135,6 +136,7 @@ class Watchman:
         self._updates: dict[int, Watch] = {}
         self._seen: dict[Hashable, tuple[Hashable, Hashable]] = {}
         self._theta = functional.theta()
+        self._recurrent = Recurrent(module)
         self.examples = {id(value) for value in (*tensors_in(batch), *self._theta.values())}
 
     def look(self, functional: FunctionalModule) -> Hashable:
@@ -150,7 +152,7 @@ class Watchman:
 
         def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
-            with functional.recorder.apart(_looked_at), under:
+            with functional.recorder.apart(_looked_at), under, self._recurrent.followed():
                 return self.loss.look(self._batch)
 
         return self._once("loss", functional, around, look), around

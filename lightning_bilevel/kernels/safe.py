@@ -27,6 +27,7 @@ from lightning_bilevel.kernels.linear_cross_entropy import NATIVE as CHUNKED
 from lightning_bilevel.kernels.linear_cross_entropy import linear_cross_entropy
 from lightning_bilevel.kernels.losses import OWNER as LOSSES
 from lightning_bilevel.kernels.losses import hardsigmoid, huber_loss, mse_loss, soft_margin_loss
+from lightning_bilevel.kernels.recurrent import gru, lstm, rnn_relu, rnn_tanh, without_mkldnn
 from lightning_bilevel.kernels.spectral_norm import OLD, PARAMETRIZATION, old_spectral_norm, spectral_norm
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -48,6 +49,10 @@ _ALWAYS: list[tuple[Any, str, Any]] = [
     (torch, "embedding_bag", embedding_bag),
     (F, "_no_grad_embedding_renorm_", renormalize),
     (F, "linear", linear),
+    (torch._VF, "lstm", lstm),
+    (torch._VF, "gru", gru),
+    (torch._VF, "rnn_tanh", rnn_tanh),
+    (torch._VF, "rnn_relu", rnn_relu),
     (PARAMETRIZATION, "forward", spectral_norm),
     (OLD, "compute_weight", old_spectral_norm),
 ]
@@ -127,14 +132,9 @@ def recomputing_within(surroundings: Callable[[], Callable[[], AbstractContextMa
 @contextmanager
 def forward_mode_kernels() -> Iterator[None]:
     """Use kernels with forward AD: mkldnn's and cuDNN's RNNs have none, nor have some losses."""
-    mkldnn = torch.backends.mkldnn.enabled
-    with torch.backends.cudnn.flags(enabled=False), ExitStack() as stack:
-        try:
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # its ``flags`` context warns about TF32
-            _replace(stack, _FORWARD)
-            yield
-        finally:
-            torch.backends.mkldnn.enabled = mkldnn
+    with torch.backends.cudnn.flags(enabled=False), without_mkldnn(), ExitStack() as stack:
+        _replace(stack, _FORWARD)
+        yield
 
 
 def _replace(stack: ExitStack, replacements: list[tuple[Any, str, Any]]) -> None:
