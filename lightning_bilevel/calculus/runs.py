@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import InnerStep, Pulled, append_loss
 from lightning_bilevel.calculus.outer import outer_value_and_grads
-from lightning_bilevel.calculus.step import InnerStep, Mode, Pulled, append_loss, inner_step
+from lightning_bilevel.calculus.step import Mode, inner_step
 from lightning_bilevel.errors import nonfinite_error
 from lightning_bilevel.kernels.safe import forward_mode_kernels
 from lightning_bilevel.kernels.stopped import no_grad_stops_tangents

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep
+from lightning_bilevel.calculus.base import Condition, InnerStep
+from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.losses import CompiledLosses, shapes
 from lightning_bilevel.compiled.plan import FIRST, Graphs, Plan, takes_number

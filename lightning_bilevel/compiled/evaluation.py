@@ -13,9 +13,10 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
-from lightning_bilevel.calculus.step import Condition, GradientStep
+from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.passes import cut, taken
 from lightning_bilevel.compiled.program import Functions, Layout, Log, Logged, described, tensors_of, traced_at

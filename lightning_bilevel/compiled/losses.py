@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_bilevel.calculus.step import Condition
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.compiled import evaluation
 from lightning_bilevel.compiled.agree import alike, precision
 from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations

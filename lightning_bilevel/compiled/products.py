@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.step import Condition
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.compiled.evaluation import Evaluation
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.tree import Params

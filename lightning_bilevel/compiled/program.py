@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.step import GradientStep, append_loss
+from lightning_bilevel.calculus.base import append_loss
+from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.passes import cut
 from lightning_bilevel.compiled.reasons import NotCompiled

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.step import Condition, GradientStep, InnerStep, Pulled, Whole, append_loss
+from lightning_bilevel.calculus.base import Condition, InnerStep, Pulled, Whole, append_loss
+from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.calculus.tangents import Pushed
 from lightning_bilevel.compiled.plan import Plan, joined, shared_out
 from lightning_bilevel.compiled.products import at_fixed_point
@@ -269,7 +270,7 @@ class _Tape:
         self._steps.append((layout, part, steps, args, kept))
 
     def pull(self, cotangent: Params, wanted: Collection[str]) -> tuple[Params, Params]:
-        """Run the steps backward; see :data:`~lightning_bilevel.calculus.step.Pullback`."""
+        """Run the steps backward; see :data:`~lightning_bilevel.calculus.base.Pullback`."""
         through: dict[str, Tensor] = {}
         with torch.no_grad():
             while self._steps:

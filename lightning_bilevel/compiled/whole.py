@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bilevel.calculus.step import Whole
+from lightning_bilevel.calculus.base import Whole
 from lightning_bilevel.compiled.program import Form, Layout, Part
 from lightning_bilevel.compiled.sight import Sight
 from lightning_bilevel.modules.functional import FunctionalModule

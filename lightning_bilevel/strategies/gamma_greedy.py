@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.outer import outer_value_and_grads, outer_weights
 from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
-from lightning_bilevel.calculus.step import append_loss, inner_step
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import number
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, RngState

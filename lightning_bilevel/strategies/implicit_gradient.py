@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.runs import run, vector_jacobian
-from lightning_bilevel.calculus.step import Condition, inner_step
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import MisconfigurationError, combination_error, flag, one_of, value_error
 from lightning_bilevel.kernels.inner_gradient import inner_gradient
 from lightning_bilevel.linear_solvers import ConjugateGradient, Identity, LinearSolver, LinearSystem, Neumann

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss
-from lightning_bilevel.calculus.step import Condition, inner_step
+from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.data.numbered import places_of
 from lightning_bilevel.errors import MisconfigurationError, combination_error, integer, number, one_of, value_error
 from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient, InnerState

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.runs import last_loss
-from lightning_bilevel.calculus.step import append_loss
 from tests.support.problems import Mlp
 
 

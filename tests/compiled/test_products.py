@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bilevel import SGD, tree
 from lightning_bilevel.calculus import inner_step
-from lightning_bilevel.calculus.step import Condition
+from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.compiled import CompiledStep
 from lightning_bilevel.problem import BilevelProblem, InnerState
 from lightning_bilevel.tree import Params
