@@ -24,6 +24,7 @@ from torch._C._functorch import (
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_leaves, tree_map
 
+_PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device)
 _WHOLE = (Tensor, str, int, float)
 """Types of what can be in a batch and has nothing to copy in it."""
 
@@ -227,15 +228,16 @@ def _rest(value: Any) -> Hashable:
         if value.layout is not torch.strided:
             raise TypeError
         return value.shape, value.dtype, value.device
-    if value is None or isinstance(value, (str, bytes, int, float, complex, torch.dtype, torch.device)):
+    if value is None or isinstance(value, _PLAIN):
         return type(value), repr(value)  # which tells 0.0 from -0.0
     if isinstance(value, Tensor) or (entries := _entries(value)) is None:
         raise TypeError
     keys = tuple(value) if isinstance(value, (dict, UserDict)) else ()
-    besides = getattr(value, "__dict__", {}).keys() - {"data", *(_names(value) or ())}
-    if besides:
+    counted = {"data"} if isinstance(value, UserDict) else set(_names(value) or ())
+    besides = {name: each for name, each in getattr(value, "__dict__", {}).items() if name not in counted}
+    if not all(each is None or isinstance(each, _PLAIN) for each in besides.values()):
         raise TypeError
-    return type(value), keys, tuple(map(_rest, entries))
+    return type(value), keys, tuple(map(_rest, entries)), tuple((name, _rest(each)) for name, each in besides.items())
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

@@ -226,6 +226,7 @@ def test_batches_that_differ_in_numbers_only_are_flattened_alike():
         ({"x": torch.ones(2), "n": (1, "a", None)}, {"x": torch.zeros(2), "n": (1, "a", None)}),
         (Numbered(torch.ones(2), 0.0), Numbered(torch.zeros(2), 0.0)),
         (UserDict(x=[torch.ones(2)]), UserDict(x=[torch.zeros(2)])),
+        (Encoding({"x": torch.ones(2)}, "a"), Encoding({"x": torch.zeros(2)}, "a")),
     ]
     others = [
         (torch.ones(2), torch.ones(3)),
@@ -235,6 +236,8 @@ def test_batches_that_differ_in_numbers_only_are_flattened_alike():
         ([1], [True]),
         ([0.0], [-0.0]),
         (Numbered(torch.ones(2), 0.0), Numbered(torch.ones(2), 1.0)),
+        (Encoding({"x": torch.ones(2)}, "a"), Encoding({"x": torch.ones(2)}, "b")),
+        (Encoding({"x": torch.ones(2)}), UserDict({"x": torch.ones(2)})),
     ]
     for a, b in alike:
         assert flattened(a).rest == flattened(b).rest is not None
@@ -249,7 +252,7 @@ class Own(Tensor):
 
 @pytest.mark.parametrize(
     "batch",
-    [[object()], torch.ones(2).to_sparse(), np.ones(2), [torch.ones(2).as_subclass(Own)], Encoding({"x": 1}, "about")],
+    [[object()], torch.ones(2).to_sparse(), np.ones(2), [torch.ones(2).as_subclass(Own)], Encoding({"x": 1}, [2])],
 )
 def test_what_else_a_batch_may_hold_cannot_be_told_apart(batch):
     assert flattened(batch).rest is None

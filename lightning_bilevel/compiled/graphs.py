@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from lightning_bilevel.compiled.onednn import with_onednn
-from lightning_bilevel.compiled.passes import apart, by_rows, without_alpha
+from lightning_bilevel.compiled.passes import apart, as_in_memory, by_rows, without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.kernels.onednn import is_faster
 
@@ -73,7 +73,7 @@ def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tens
     read, literal = _without_arguments(graph, args, read, literal)
     if any(_writes(node) for node in graph.graph.nodes):  # BatchNorm's statistics, `clamp_`: written out of place
         with torch.no_grad():
-            functional = torch.func.functionalize(graph, remove="mutations")
+            functional = torch.func.functionalize(as_in_memory(graph), remove="mutations")
             graph = make_fx(functional, tracing_mode="fake")(*copies, *read)
         if _lifted(graph)[0]:
             raise NotCompiled("it writes to a tensor that cannot be followed")

@@ -33,6 +33,27 @@ def without_alpha(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
+def as_in_memory(graph: fx.GraphModule) -> fx.GraphModule:
+    """Let masks of what is permuted be drawn in the order of memory, as in place they are, and out of place not.
+
+    Dropout in the layers of a transformer, which permute what attention returns.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not _ATEN.bernoulli_.float:
+            continue
+        mask, value = node.args[0], node.args[0].meta["val"]
+        order = sorted(range(value.ndim), key=value.stride().__getitem__, reverse=True)
+        if value.is_contiguous() or not value.permute(order).is_contiguous():
+            continue
+        with graph.graph.inserting_before(node):
+            dense = graph.graph.call_function(_ATEN.permute.default, (mask, order))
+            graph.graph.call_function(_ATEN.bernoulli_.float, (dense, *node.args[1:]), node.kwargs)
+        node.replace_all_uses_with(mask)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
 def by_rows(graph: fx.GraphModule) -> fx.GraphModule:
     """Compute what is pointwise in a stack of large rows row by row, and stack the results.
 

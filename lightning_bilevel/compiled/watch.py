@@ -25,7 +25,7 @@ from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
-from lightning_bilevel.stacking import tensors_in
+from lightning_bilevel.stacking import copied, tensors_in
 
 Level = Literal["inner", "outer"]
 
@@ -47,12 +47,12 @@ class Watch:
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         self.state, self.inputs = 0, tuple[Any, ...]()
-        self._module, self._unguarded = module, list[Unguarded]()
+        self._module, self._unguarded, self._with_gradients = module, list[Unguarded](), True
         self._attributes: tuple[Attributes, Snapshot] | None = None
         code = function.__code__.replace(co_name=f"watched_{id(self)}")  # Dynamo's limit of states is for each code
         copy = FunctionType(code, function.__globals__, closure=function.__closure__)
         self._args: tuple[Any, ...] = ()
-        self._copy = copy
+        self._copy, self._following_gradients = copy, torch._dynamo.config.patch(trace_autograd_ops=True)
         self._function = torch.compile(copy, backend=self._backend, fullgraph=True, dynamic=False)
 
     def look(self, *args: Any) -> Hashable:
@@ -61,15 +61,16 @@ class Watch:
         Raises:
             NotCompiled: Dynamo cannot follow, there have been too many states, or it writes to attributes.
         """
-        self._forget()
-        self._args = args
         try:
-            with torch.no_grad():
-                self._function(*args)
+            self._called(args)
         except Exception as error:  # Dynamo's, of many kinds, and the user's
-            raise NotCompiled(reason(error)) from error
-        finally:
-            self._args = ()
+            if not self._with_gradients:
+                raise NotCompiled(reason(error)) from error
+            self._with_gradients = False  # it cannot follow an autograd function with a ``jvp``, where these are taken
+            try:
+                self._called(args)
+            except Exception:
+                raise NotCompiled(reason(error)) from error
         if not self.state:
             raise NotCompiled("`torch.compile` is switched off")
         if self._attributes is not None:  # a new state: what Python does besides is done by now
@@ -79,8 +80,13 @@ class Watch:
         beside = self._unguarded[self.state - 1].now(args)
         return self.state if beside is None else (self.state, beside)
 
-    def _forget(self) -> None:
-        self.state, self.inputs, self._attributes = 0, (), None
+    def _called(self, args: tuple[Any, ...]) -> None:
+        self.state, self.inputs, self._attributes, self._args = 0, (), None, args
+        try:
+            with torch.set_grad_enabled(self._with_gradients), self._following_gradients:
+                self._function(*args)
+        finally:
+            self._args = ()
 
     def _backend(self, graph: Any, examples: Any) -> Any:
         if len(list(graph.graph.nodes)[-1].args[0]) != 1:  # the others are what it writes to the module, or logs
@@ -153,7 +159,7 @@ class Watchman:
         def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
             with functional.recorder.apart(_looked_at), under, self._recurrent.followed():
-                return self.loss.look(self._batch)
+                return self.loss.look(copied(self._batch))  # a loss may take it apart
 
         return self._once("loss", functional, around, look), around
 

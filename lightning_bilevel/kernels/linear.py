@@ -23,8 +23,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes, of one member: ``input`` ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``.
     """
+    if torch.compiler.is_dynamo_compiling():  # which follows no levels of transforms
+        return NATIVE(input, weight, bias)
     if not torch._C._are_functorch_transforms_active():
-        if BY_ONEDNN and not torch.compiler.is_compiling() and _is_plain(input, weight):
+        if BY_ONEDNN and _is_plain(input, weight):
             rows, columns = input.reshape(-1, weight.shape[1]), weight.t()
             if is_large(rows, columns):
                 outputs = product(rows, columns)

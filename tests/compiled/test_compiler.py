@@ -8,7 +8,7 @@ import random
 import re
 import types
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,6 +108,9 @@ CASES = {
     "a rate that a table has": Case({"optimizer": lambda m: Rule(lambda step: {3: 0.01}.get(step, 0.3))}),
     "a rate for each step": Case({"optimizer": lambda m: Rule(lambda step: 0.3 / step)}),
     "what is logged": Case(doing(lambda m: m.log("scale", m.number, prog_bar=True)), up("number")),
+    "a float, where gradients are taken": Case(
+        scaled(lambda m: m.number if torch.is_grad_enabled() else 1.0), up("number")
+    ),
     # not seen: eager
     "a number in an array": Case(scaled(lambda m: float(m.array[0])), lambda m: m.array.__iadd__(1), NUMBERS),
     "an entry of an array": Case(scaled(lambda m: m.array[0]), lambda m: m.array.__iadd__(1), NUMBERS),
@@ -177,7 +180,8 @@ def furnished(options: dict[str, Any]) -> Weighted:
 
 
 FAST = {
-    "nothing", "a float", "a global", "a tensor, replaced", "a tensor, in place", "a buffer, in place", "the mode",
+    "nothing", "a float", "a float, where gradients are taken",
+    "a global", "a tensor, replaced", "a tensor, in place", "a buffer, in place", "the mode",
     "a forward hook", "the inner rate", "the learned inner rate", "the rate of a torch.optim", "what is logged",
     "a rate that a table has", "a number in an array", "a number in a tensor", "Python's random", "NumPy's random",
     "a branch on data", "a counter", "a feature that is kept",
@@ -262,6 +266,35 @@ def test_a_batch_with_numbers_in_it_has_graphs_of_its_own(calls: list[int]) -> N
     module, (first, second), outer = Tempered(), episode().inner, episode().outer
     batches = [{"data": first, "temperature": 1.0}, {"data": second, "temperature": 3.0}]
     assert apart(*both(module, episodes=Episode(batches, outer))) < 2e-6
+    assert calls
+
+
+def test_a_batch_that_a_loss_takes_apart(calls: list[int]) -> None:
+    class Popping(Weighted):
+        def inner_loss(self, batch: Any) -> Tensor:
+            index = batch.pop("index")
+            return super().inner_loss((*batch.values(), index))
+
+    torch.manual_seed(0)
+    module, given = Popping(), episode()
+    batches = [UserDict(zip(("x", "y", "index"), each, strict=True)) for each in given.inner]
+    for _ in range(2):
+        assert apart(*both(module, episodes=Episode(batches, given.outer))) < 2e-6
+    assert calls
+
+
+WITHIN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a gradient by the net": lambda m, loss: (
+        loss + sum(g.square().sum() for g in torch.autograd.grad(loss, list(m.net.parameters()), create_graph=True))
+    ),
+    "vmap": lambda m, loss: loss + torch.func.vmap(lambda x: m.net(x).tanh().sum())(torch.eye(FEATURES)).sum(),
+    "a Jacobian": lambda m, loss: loss + torch.func.jacrev(m.net)(torch.ones(FEATURES)).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_derivatives_and_vmap_within_a_loss(name: str, calls: list[int]) -> None:
+    assert apart(*both(weighted(term=WITHIN[name], inner_steps=2))) < 2e-6
     assert calls
 
 

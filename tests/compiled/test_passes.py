@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_bilevel.compiled.graphs import trace
@@ -43,6 +44,20 @@ def test_a_factor_in_an_addition_is_written_out() -> None:
         changed = without_alpha(graph)
         assert not any("alpha" in node.kwargs for node in changed.graph.nodes)
         torch.testing.assert_close(changed(*args)[0], expected)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1), (0, 1, 2)], ids=str)
+def test_masks_of_what_is_permuted_are_those_of_dropout(order: tuple[int, ...]) -> None:
+    def masked(args: list[Tensor]) -> list[Tensor | None]:
+        return [F.dropout(args[0].permute(order), 0.4), args[0].permute(order)[:, ::2].bernoulli(0.3), torch.rand(2)]
+
+    args = [torch.randn(3, 4, 5)]
+    graph = trace(masked, args).graph
+    found = []
+    for run in (masked, lambda args: graph(*args)):
+        torch.manual_seed(0)
+        found.append(run(args))
+    assert all(map(torch.equal, *found))
 
 
 def targets(graph: fx.GraphModule) -> list[str]:

@@ -73,6 +73,22 @@ class Attention(nn.Module):
         return self.head(self.layer(x).mean(1))
 
 
+class Transformer(nn.Module):
+    """Layers of a transformer with dropout, which look back only, and at what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(FEATURES, 2, 8, 0.5, batch_first=True)
+        self.encoder, self.head = (
+            nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+            nn.Linear(FEATURES, CLASSES),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.head(self.encoder(x, causal, x[..., 0] > 9, is_causal=True).mean(1))
+
+
 class Twice(nn.Module):
     """A batch norm that sees one batch twice, and counts it twice."""
 
@@ -104,6 +120,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, CLASSES)), (FEATURES,)),
     "convolution": (convolution, (1, 4, 4)),
     "attention": (Attention, (2, FEATURES)),
+    "a transformer": (Transformer, (2, FEATURES)),
     "recomputed": (Recomputed, (FEATURES,)),
 }
 
@@ -135,7 +152,7 @@ def test_nets_one_step_after_another(name: str, calls: list[int]) -> None:
     assert len(calls) >= 3
 
 
-SLOW = {"LayerNorm", "weight norm", "attention", "recomputed"}
+SLOW = {"BatchNorm, twice", "LayerNorm", "weight norm", "attention", "recomputed"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETS])
