@@ -19,7 +19,18 @@ from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.passes import cut, taken
-from lightning_bilevel.compiled.program import Functions, Layout, Log, Logged, described, tensors_of, traced_at
+from lightning_bilevel.compiled.program import (
+    Functions,
+    Layout,
+    Log,
+    Logged,
+    count_of,
+    described,
+    log_all,
+    read,
+    tensors_of,
+    traced_at,
+)
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.compiled.watch import Place
@@ -47,7 +58,7 @@ class Evaluations(Functions):
     @property
     def outputs(self) -> int:
         """How many tensors come first, with what is logged, by the last call."""
-        return self._first + sum(each.value is None for each in self.logged)
+        return self._first + count_of(self.logged)
 
     def described(self, number: int) -> str:
         """Return what an output is."""
@@ -134,12 +145,12 @@ class Evaluation(NamedTuple):
 
     def __call__(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the graph returns."""
-        return list(self.call([*args, *self.read()]))
+        return list(self.call([*args, *read(self.places)]))
 
     @property
     def logs(self) -> int:
         """How many tensors are logged."""
-        return sum(each.value is None for each in self.logged)
+        return count_of(self.logged)
 
     def all_of(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the function returns that the graphs were made of, all products with the same vectors."""
@@ -152,13 +163,13 @@ class Evaluation(NamedTuple):
 
     def product(self, which: int, args: list[Tensor], kept: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
         """Return what one of the later graphs returns."""
-        return list(self.later[which]([*args, *kept, *vectors, *self.read()]))
+        return list(self.later[which]([*args, *kept, *vectors, *read(self.places)]))
 
     def terms(
         self, count: int, step_size: float, args: list[Tensor], kept: list[Tensor], vectors: list[Tensor]
     ) -> list[Tensor] | None:
         """Return terms of the Neumann series of the first product, see :func:`written_out`."""
-        given = [*args, *kept, *vectors, *self.read()]
+        given = [*args, *kept, *vectors, *read(self.places)]
         if (count, step_size) not in self.series:
             assert self.product_graph is not None
             first, n = len(args) + len(kept), len(vectors)
@@ -170,13 +181,7 @@ class Evaluation(NamedTuple):
 
     def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the loss logs."""
-        values = iter(results[self.outputs - self.logs : self.outputs])
-        for name, value, args, kwargs in self.logged:
-            log(name, next(values) if value is None else value, *args, **kwargs)
-
-    def read(self) -> list[Tensor]:
-        """Return what the losses read besides the arguments, as it is now."""
-        return [place.value() for place in self.places]
+        log_all(self.logged, results[self.outputs - self.logs : self.outputs], log)
 
 
 def evaluation(

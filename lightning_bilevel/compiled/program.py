@@ -64,26 +64,28 @@ class Part(NamedTuple):
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
-        return self.call([*self._first(steps, args), *args, *self._read()])
+        return self.call([*self._first(steps, args), *args, *read(self.places)])
 
     def backward(self, steps: int, args: list[Tensor], kept: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         """Return the gradients, zeros left out where nothing depends on an outer parameter."""
         assert self.back is not None
-        return list(self.back([*self._first(steps, args), *args, *kept, *cotangents, *self._read()]))
+        return list(self.back([*self._first(steps, args), *args, *kept, *cotangents, *read(self.places)]))
 
     def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the loss logs."""
-        _log(self.logged, results[self.outputs - _tensors(self.logged) : self.outputs], log)
+        log_all(self.logged, results[self.outputs - count_of(self.logged) : self.outputs], log)
 
     def log_judged(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
         """Log what the outer loss logs, the first of these results."""
-        _log(self.judged, results, log)
+        log_all(self.judged, results, log)
 
     def _first(self, steps: int, args: list[Tensor]) -> list[Tensor]:
         return [_number(steps, args[0])] if self.numbered else []
 
-    def _read(self) -> list[Tensor]:
-        return [place.value() for place in self.places]
+
+def read(places: Sequence[Place]) -> list[Tensor]:
+    """Return what stands at places now."""
+    return [place.value() for place in places]
 
 
 def _number(steps: int, beside: Tensor) -> Tensor:
@@ -91,11 +93,13 @@ def _number(steps: int, beside: Tensor) -> Tensor:
     return torch.full((), float(steps), dtype=torch.float64, device=beside.device if beside.is_cuda else "cpu")
 
 
-def _tensors(logged: Sequence[Logged]) -> int:
+def count_of(logged: Sequence[Logged]) -> int:
+    """Return how many tensors are logged."""
     return sum(each.value is None for each in logged)
 
 
-def _log(logged: Sequence[Logged], results: Sequence[Tensor], log: Callable[..., None]) -> None:
+def log_all(logged: Sequence[Logged], results: Sequence[Tensor], log: Callable[..., None]) -> None:
+    """Log what a graph has returned of it, the first of these results."""
     values = iter(results)
     for name, value, args, kwargs in logged:
         log(name, next(values) if value is None else value, *args, **kwargs)
@@ -213,7 +217,7 @@ class Functions:
     @property
     def outputs(self) -> int:
         """How many tensors a function returns before its derivatives, by the last call."""
-        return self.layout.outputs + _tensors(self.logged)
+        return self.layout.outputs + count_of(self.logged)
 
     def described(self, number: int) -> str:
         """Return what an output is."""

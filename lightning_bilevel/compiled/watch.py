@@ -33,6 +33,10 @@ MOST_STATES = 4
 """Different things that a loss or an update may do before it is left to eager; each takes seconds to compile."""
 
 
+_FUNCTIONS = ("custom jvp", "custom vjp", "autograd.Function", "autograd_function")
+"""What Dynamo says of autograd functions that it does not follow where gradients are taken."""
+
+
 class Watch:
     """Tells which of the things it has done so far a function does now, with nothing computed.
 
@@ -47,12 +51,13 @@ class Watch:
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         self.state, self.inputs = 0, tuple[Any, ...]()
-        self._module, self._unguarded, self._with_gradients = module, list[Unguarded](), True
+        self._module, self._unguarded = module, list[Unguarded]()
+        self._with_gradients, self._differentiates = True, False
         self._attributes: tuple[Attributes, Snapshot] | None = None
         code = function.__code__.replace(co_name=f"watched_{id(self)}")  # Dynamo's limit of states is for each code
         copy = FunctionType(code, function.__globals__, closure=function.__closure__)
         self._args: tuple[Any, ...] = ()
-        self._copy, self._following_gradients = copy, torch._dynamo.config.patch(trace_autograd_ops=True)
+        self._copy = copy
         self._function = torch.compile(copy, backend=self._backend, fullgraph=True, dynamic=False)
 
     def look(self, *args: Any) -> Hashable:
@@ -61,16 +66,13 @@ class Watch:
         Raises:
             NotCompiled: Dynamo cannot follow, there have been too many states, or it writes to attributes.
         """
-        try:
-            self._called(args)
-        except Exception as error:  # Dynamo's, of many kinds, and the user's
-            if not self._with_gradients:
-                raise NotCompiled(reason(error)) from error
-            self._with_gradients = False  # it cannot follow an autograd function with a ``jvp``, where these are taken
+        while True:
             try:
                 self._called(args)
-            except Exception:
-                raise NotCompiled(reason(error)) from error
+                break
+            except Exception as error:  # Dynamo's, of many kinds, and the user's
+                if not self._otherwise(reason(error)):
+                    raise NotCompiled(reason(error)) from error
         if not self.state:
             raise NotCompiled("`torch.compile` is switched off")
         if self._attributes is not None:  # a new state: what Python does besides is done by now
@@ -82,11 +84,27 @@ class Watch:
 
     def _called(self, args: tuple[Any, ...]) -> None:
         self.state, self.inputs, self._attributes, self._args = 0, (), None, args
+        config: Any = torch._dynamo.config
         try:
-            with torch.set_grad_enabled(self._with_gradients), self._following_gradients:
-                self._function(*args)
+            with torch.set_grad_enabled(self._with_gradients):
+                with config.patch(trace_autograd_ops=True) if self._differentiates else nullcontext():
+                    self._function(*args)
         finally:
             self._args = ()
+
+    def _otherwise(self, because: str) -> bool:
+        """Return whether there is another way for Dynamo to follow, taken from now on.
+
+        Derivatives that a loss takes it follows if it is told to, which costs time at every look; autograd functions of
+        some kinds, such as those that have a ``jvp``, only where no gradients are taken.
+        """
+        if not self._differentiates and "trace_autograd_ops" in because:
+            self._differentiates = True
+            return True
+        if self._with_gradients and any(words in because for words in _FUNCTIONS):
+            self._with_gradients = False
+            return True
+        return False
 
     def _backend(self, graph: Any, examples: Any) -> Any:
         if len(list(graph.graph.nodes)[-1].args[0]) != 1:  # the others are what it writes to the module, or logs

@@ -48,6 +48,55 @@ def test_nothing_is_computed() -> None:
     assert watch.look(torch.empty(2)) == 1
 
 
+class Squared(torch.autograd.Function):
+    """Has forward mode, too."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent * ctx.saved_tensors[0]
+
+
+def test_losses_are_watched_where_gradients_are_taken() -> None:
+    holder, weight = Holder(), torch.ones(2, requires_grad=True)
+    watch = Watch(lambda x: (x * weight).sum() * (holder.scale if torch.is_grad_enabled() else 1.0), holder)
+    states = []
+    for holder.scale in (1.0, 2.0, 1.0):
+        states.append(watch.look(torch.ones(2)))
+    assert states == [1, 2, 1]
+
+
+def test_a_function_with_forward_mode_is_followed() -> None:
+    holder, weight = Holder(), torch.ones(2, requires_grad=True)
+    watch = Watch(lambda x: Squared.apply(x * weight).sum() * holder.scale, holder)
+    states = []
+    for holder.scale in (1.0, 2.0, 1.0):
+        states.append(watch.look(torch.ones(2)))
+    assert states == [1, 2, 1]
+
+
+def test_a_gradient_within_is_followed() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad((x * weight).square().sum(), weight, create_graph=True)
+        return gradient.sum()
+
+    assert Watch(loss, Holder()).look(torch.ones(2)) == 1
+
+
 def test_what_is_written_is_put_back() -> None:
     holder = Holder()
 
