@@ -70,10 +70,11 @@ def over_documents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return gains and differences with intervals over the documents of all runs, not over the few runs."""
     gains = {
         name: [gain for row in rows for gain in row["adaptation"][name]["gain by document"]]
-        for name in ("uniform", "learned", "oracle")
+        for name in rows[0]["adaptation"]
+        if name != "no adaptation"
     }
     found = {f"gain of {name}": interval(values) for name, values in gains.items()}
-    for name in ("uniform", "oracle"):
+    for name in [name for name in gains if name != "learned"]:
         pairs = zip(gains["learned"], gains[name], strict=True)
         found[f"learned over {name}"] = interval([own - other for own, other in pairs])
     return found
