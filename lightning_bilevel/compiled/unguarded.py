@@ -1,7 +1,7 @@
 """What Dynamo's guards leave out of what a function reads: in which order a dict has its keys, and the environment.
 
 Their contents are guarded, but with torch 2.13 neither the order of an ``OrderedDict``, nor that of the keys of a dict
-that is iterated over, nor what ``os.getenv`` and ``os.environ.get`` return where nothing has stood so far.
+that is iterated over, nor what ``os.getenv`` returns, and ``os.environ.get`` where nothing has stood so far.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch._guards import TracingContext
 _ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 _TORCHS = ("__dict__", *(f".{name}" for name in vars(nn.Module())))
 """Ends of names of dicts whose order no loss goes by."""
+
+_WIDTH = 1_000
+"""A longer dict is a table to look things up in."""
 
 
 class Unguarded:
@@ -35,7 +38,8 @@ class Unguarded:
         self._dicts: list[CodeType] = []
         scope = self._scope(args)
         for name in names:
-            if not name.endswith(_TORCHS) and isinstance(value := _evaluated(name, scope), dict) and len(value) > 1:
+            value = () if name.endswith(_TORCHS) else _evaluated(name, scope)
+            if isinstance(value, dict) and 1 < len(value) <= _WIDTH:
                 self._dicts.append(compile(name, "<guard>", "eval"))
 
     def now(self, args: Sequence[Any]) -> Hashable:
