@@ -40,10 +40,10 @@ def test_the_order_of_keys(kind: Any, place: str) -> None:
     module.held = [{"inside": keyed}]  # type: ignore[assignment]
     x = torch.ones(())
     functions: dict[str, Callable[..., Tensor]] = {
-        "closure": lambda x: x * keyed[list(keyed)[0]],
-        "global": lambda x: x * KEYED[list(KEYED)[0]],
-        "argument": lambda given: given[1] * [given[0][name] for name in given[0]][0],
-        "attribute": lambda x: x * [module.held[0]["inside"][name] for name in module.held[0]["inside"]][0],
+        "closure": lambda x: x * (1 + (list(keyed)[0] == "a")),
+        "global": lambda x: x * (1 + (list(KEYED)[0] == "a")),
+        "argument": lambda given: given[1] * (1 + (list(given[0])[0] == "a")),
+        "attribute": lambda x: x * (1 + (list(module.held[0]["inside"])[0] == "a")),
     }
     given = (keyed, x) if place == "argument" else x
     first, second, third = states(functions[place], lambda: (turn(keyed), turn(KEYED)), given)
@@ -77,3 +77,11 @@ def test_the_environment(read: Callable[[Tensor], Tensor], monkeypatch: pytest.M
 def test_where_nothing_is_left_out_the_number_of_the_state_is_all() -> None:
     scale = {"a": 2.0}
     assert states(lambda x: x * scale["a"], lambda: scale.update(a=3.0), torch.ones(())) == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("count", "is_seen"), [(1_000, True), (1_001, False)])
+def test_a_long_dict_is_a_table(count: int, is_seen: bool) -> None:
+    keyed = {str(number): float(number) for number in range(count)}
+    first, second, third = states(lambda x: x * (1 + (list(keyed)[0] == "0")), lambda: turn(keyed), torch.ones(()))
+    assert first == second
+    assert (second != third) is is_seen
