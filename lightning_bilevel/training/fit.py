@@ -32,6 +32,7 @@ from lightning_bilevel.training.estimating import Reach, estimated
 from lightning_bilevel.training.memory import FitMemory
 from lightning_bilevel.training.modes import modes_of
 from lightning_bilevel.training.monitor import HypergradientMonitor
+from lightning_bilevel.training.own_numbers import OwnNumbers
 from lightning_bilevel.training.parallel import Ranks, parallel_refusals
 from lightning_bilevel.training.precision import warn_of_precision
 from lightning_bilevel.training.rollback import Rollback, after_each_batch
@@ -313,6 +314,7 @@ class Fit:
         self._epoch = -1  # in which the modes were looked at
         self._batch = -1  # Lightning's number of the batch that was estimated last
         self._reach = Reach()
+        self._numbers = OwnNumbers(self.module)
         self.module._levels = levels = functional.levels
         self._start = self.module.inner_start
         trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
@@ -403,8 +405,8 @@ class Fit:
         if not module.trainer.barebones:  # there, logging does nothing but warn
             # What the losses log by a name of ours is theirs, with the options that they give it.
             if "outer_loss" not in theirs:
-                module.log("outer_loss", value, prog_bar=True, batch_size=len(episodes))
-            module.log_dict({k: v for k, v in metrics.items() if k not in theirs}, batch_size=len(episodes))
+                self._numbers.log({"outer_loss": value}, len(episodes), prog_bar=True)
+            self._numbers.log({k: v for k, v in metrics.items() if k not in theirs}, len(episodes))
         self._log_skipped()
         return result
 
