@@ -69,8 +69,8 @@ class Whole(NamedTuple):
         state: its end.
         losses: the inner losses at the start of each step.
         value: f; where it is weighed, its values in a row, of whose weighed sum the gradients are.
-        d: df/ds by the state s that it starts from, named as :meth:`InnerState.flat`.
-        c: df/dφ at that state.
+        d: df/ds by the state s that it starts from, named as :meth:`InnerState.flat`, but for what is tied to φ.
+        c: df/dφ at that state, and through what is tied to φ.
         observed: what the outer loss left behind, see :class:`~lightning_bilevel.problem.Observer`.
 
     >>> one = torch.ones(1)
@@ -199,6 +199,7 @@ class InnerStep(ABC):
         phi: Params,
         batches: Sequence[Batch],
         outer: Batch,
+        tied: Collection[str] = (),
         weights: Mapping[int, Tensor] | None = None,
     ) -> Whole | None:
         """Take one step per batch, evaluate the outer loss, and differentiate it.
@@ -208,6 +209,7 @@ class InnerStep(ABC):
             phi: outer parameters.
             batches: the inner batches.
             outer: the outer batch.
+            tied: names of inner parameters that start as φ, see :func:`tied_to`.
             weights: by the number of steps after which the outer loss is evaluated, the last of them the end, those
                 of the sum that is differentiated; its terms are returned. ``None``: it is evaluated at the end.
 
@@ -239,6 +241,21 @@ class InnerStep(ABC):
         """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, those of :meth:`stationarity`."""
         condition = self.stationarity(state, phi, batch)
         return condition.transposed, condition.mixed
+
+
+def tied_to(phi: Params, start: Params) -> list[str]:
+    """Return the names of tensors in a start that are the very ones in φ, or repeat these for each of several episodes.
+
+    >>> phi = {"w": torch.ones(2), "v": torch.ones(2)}
+    >>> tied_to(phi, {"w": phi["w"].expand(3, 2), "v": 2 * phi["v"], "u": torch.ones(2)})
+    ['w']
+    """
+    return [name for name, value in start.items() if name in phi and (value is phi[name] or _repeats(value, phi[name]))]
+
+
+def _repeats(value: Tensor, one: Tensor) -> bool:
+    same_place = value._base is one and value.storage_offset() == one.storage_offset()
+    return same_place and value.shape[1:] == one.shape and value.stride() == (0, *one.stride())
 
 
 def pullback(end: Params, begin: Params, outer: Params) -> Pullback:

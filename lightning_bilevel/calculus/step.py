@@ -56,8 +56,9 @@ class GradientStep(InnerStep):
     def graph(self, state: InnerState, phi: Params, batches: Sequence[Batch]) -> tuple[InnerState, list[Tensor]]:
         """Take the steps and keep their graphs."""
         losses: list[Tensor] = []
-        for batch in batches:
-            theta = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in state.params.items()}
+        for number, batch in enumerate(batches):
+            with torch.enable_grad():
+                theta = _apart(state.params, already=number > 0 and self.problem.elementwise)
             state, loss = self._taken(state, phi, batch, theta, create_graph=True)
             append_loss(losses, loss)
         return state, losses
@@ -86,6 +87,22 @@ class GradientStep(InnerStep):
             before = theta if create_graph else tree.detach(theta)
             params, opt_state = problem.update(before, grads, state.opt_state, phi, state.steps + 1)
         return InnerState(params, buffers, opt_state, state.steps + 1), loss.detach()
+
+
+def _apart(theta: Params, already: bool) -> Params:
+    """Return θ as nodes of their own: the gradient by one is not to go through another that is computed from it.
+
+    A start may be φ itself, and that of a head computed from φ, which is that of the rest; an update may compute one
+    part of θ from another.
+
+    Args:
+        theta: θ.
+        already: whether what has a graph is known to be so.
+    """
+    return {
+        name: (p if already else p.view_as(p)) if p.requires_grad else p.detach().requires_grad_()
+        for name, p in theta.items()
+    }
 
 
 class SolverStep(InnerStep):
@@ -218,6 +235,7 @@ class WeighingStep(InnerStep):
         phi: Params,
         batches: Sequence[WeighedBatch],
         outer: Batch,
+        tied: Collection[str] = (),
         weights: Mapping[int, Tensor] | None = None,
     ) -> Whole | None:
         """Take the steps and the outer losses after them in one graph, which is given the weights."""
@@ -225,7 +243,7 @@ class WeighingStep(InnerStep):
         each = outer_weights(self.problem, leaves)
         found = {n: weight_at(self.problem, each, batch.number) for n, batch in enumerate(batches, start=1)}
         there = {n: weight for n, weight in found.items() if weight is not None}
-        run = self._step.whole(replace(state, total=None), phi, [batch.inner for batch in batches], outer, there)
+        run = self._step.whole(replace(state, total=None), phi, [batch.inner for batch in batches], outer, tied, there)
         if run is None:
             return None
         with torch.enable_grad():

@@ -98,10 +98,16 @@ class Plan(NamedTuple):
     layout: Layout
     judged: Judged | None = None
 
-    def judged_by(self, judged: Judged, after: tuple[int, ...] = ()) -> Plan:
-        """Return the plan of these steps with an outer loss at their end, or after these numbers of them, weighed."""
-        layout = self.layout.over(self.layout.order, judged.form, after)
-        judged = judged._replace(key=(judged.key, after))
+    def judged_by(self, judged: Judged, tied: tuple[str, ...] = (), after: tuple[int, ...] = ()) -> Plan:
+        """Return the plan of these steps with an outer loss at their end, or after these numbers of them, weighed.
+
+        Args:
+            judged: the outer loss.
+            tied: names of what starts as φ.
+            after: the numbers.
+        """
+        layout = self.layout.over(self.layout.order, judged.form, tied, after)
+        judged = judged._replace(key=(judged.key, tied, after))
         return self._replace(tensors=[*self.tensors, *judged.tensors], layout=layout, judged=judged)
 
     def most(self, name: str, steps: int, args: list[Tensor]) -> int:

@@ -141,6 +141,7 @@ class Layout:
     Attributes:
         order: of each step of a stretch, which of its batches it takes.
         judge: the form of the outer batch, where a graph takes one.
+        tied: names of what starts as φ, which is no argument.
         after: how many steps are taken where the outer loss is evaluated and weighed; empty: it is at the end alone.
     """
 
@@ -149,14 +150,27 @@ class Layout:
         self.names, self.outer, self.buffers = list(state.flat()), list(phi), list(state.buffers)
         self.order: tuple[int, ...] = ONE
         self.judge: Form | None = None
+        self.tied: tuple[str, ...] = ()
         self.after: tuple[int, ...] = ()
         self._template, self._form = state.map(lambda _: nothing), form
+        self._shapes = {name: value.shape for name, value in state.flat().items()}
 
-    def over(self, order: tuple[int, ...], judge: Form | None = None, after: tuple[int, ...] = ()) -> Layout:
+    def over(
+        self,
+        order: tuple[int, ...],
+        judge: Form | None = None,
+        tied: tuple[str, ...] = (),
+        after: tuple[int, ...] = (),
+    ) -> Layout:
         """Return the layout of a stretch of steps, and of an outer loss at its end, or on the way."""
         layout = copy.copy(self)
-        layout.order, layout.judge, layout.after = order, judge, after
+        layout.order, layout.judge, layout.tied, layout.after = order, judge, tied, after
         return layout
+
+    @property
+    def own(self) -> list[str]:
+        """The names of the state before that are arguments."""
+        return [name for name in self.names if name not in self.tied]
 
     @property
     def outputs(self) -> int:
@@ -167,15 +181,20 @@ class Layout:
     def inputs(self) -> int:
         """How many tensors a stretch takes, but for the number of steps before."""
         batches = self._form.count * (max(self.order) + 1) + (0 if self.judge is None else self.judge.count)
-        return len(self.names) + len(self.outer) + len(self.buffers) + batches
+        return len(self.own) + len(self.outer) + len(self.buffers) + batches
 
     def opened(self, args: list[Tensor], steps: int | Tensor) -> Opened:
         """Return what the arguments are."""
         values = iter(args)
-        flat, phi, buffers = ({name: next(values) for name in each} for each in (self.names, self.outer, self.buffers))
+        flat, phi, buffers = ({name: next(values) for name in each} for each in (self.own, self.outer, self.buffers))
+        flat = self.completed(flat, phi)
         batches = [self._form.filled(values) for _ in range(max(self.order) + 1)]
         judge = None if self.judge is None else self.judge.filled(values)
         return Opened(self.state(flat, buffers, steps), phi, [batches[n] for n in self.order], judge, list(values))
+
+    def completed(self, flat: Params, phi: Params) -> Params:
+        """Return the state before, in order, with what is tied to φ."""
+        return {n: phi[n].expand(self._shapes[n]) if n in self.tied else flat[n] for n in self.names}
 
     def state(self, flat: Params, buffers: Params, steps: int | Tensor) -> InnerState:
         """Return the state with these tensors."""
@@ -278,8 +297,11 @@ class Functions:
         no trace there, which no graph can do.
         """
         before, phi, batches, judge, weights = self.layout.opened(args, steps)
-        begin, outer = tree.leaves(before.flat()), tree.leaves(phi)
-        state, losses, values = self.layout.state(begin, before.buffers, steps), list[Tensor](), list[Tensor]()
+        outer, flat = tree.leaves(phi), before.flat()
+        begin = tree.leaves({name: flat[name] for name in self.layout.own})
+        with torch.enable_grad():
+            state = self.layout.state(self.layout.completed(begin, outer), before.buffers, steps)
+        losses, values = list[Tensor](), list[Tensor]()
         for first, last in pairwise((0, *(self.layout.after or (len(batches),)))):
             with self._logging() as logged:
                 state, more = self.step.graph(state, outer, batches[first:last])

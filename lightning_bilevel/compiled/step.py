@@ -142,6 +142,7 @@ class CompiledStep(InnerStep):
         phi: Params,
         batches: Sequence[Batch],
         outer: Batch,
+        tied: Collection[str] = (),
         weights: Mapping[int, Tensor] | None = None,
     ) -> Whole | None:
         """Take the steps, evaluate the outer loss and differentiate it in one graph, where all is small."""
@@ -153,8 +154,8 @@ class CompiledStep(InnerStep):
                 return None
             if (judged := self._planner.judged(self, outer)) is None:
                 return None
-            plan = joined(plans).judged_by(judged, tuple(weights or ()))
-            args = [*_flat(state, phi), *plan.tensors]
+            plan = joined(plans).judged_by(judged, tuple(tied), tuple(weights or ()))
+            args = [*_flat(state, phi, tied), *plan.tensors]
             if weights is not None:
                 args.append(torch.stack([weight.detach() for weight in weights.values()]))
             try:
@@ -324,9 +325,10 @@ class _Stretch(torch.autograd.Function):
         return (*[None] * 5, *(value if asked else None for value, asked in zip(found, wanted, strict=True)))
 
 
-def _flat(state: InnerState, phi: Params) -> list[Tensor]:
-    """Return what every graph takes first."""
-    values = (*state.flat().values(), *phi.values(), *state.buffers.values())
+def _flat(state: InnerState, phi: Params, tied: Collection[str] = ()) -> list[Tensor]:
+    """Return what every graph takes first; without what is tied to φ."""
+    own = state.flat().items()
+    values = (*(value for name, value in own if name not in tied), *phi.values(), *state.buffers.values())
     return [value.detach().contiguous() for value in values]
 
 

@@ -68,8 +68,9 @@ def ended(
     part.log_judged(rest[len(buffers) :], recorder.log)
     recorder.after_outer_loss(dict(zip(buffers, rest, strict=False)), value)
     observed = None if problem.observer is None else problem.observer.observe()
-    gradients = iter(rest[len(rest) - len(names) - sum(part.live) :])
-    d = {name: next(gradients) for name in names}
+    own = layout.own
+    gradients = iter(rest[len(rest) - len(own) - sum(part.live) :])
+    d = {name: next(gradients) for name in own}
     c = {
         name: next(gradients) if live else torch.zeros_like(phi[name])
         for name, live in zip(layout.outer, part.live, strict=True)

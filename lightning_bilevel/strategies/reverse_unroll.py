@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from lightning_bilevel import tree
+from lightning_bilevel.calculus.base import tied_to
 from lightning_bilevel.calculus.outer import outer_graph, outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss, run_checkpointed, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
@@ -65,9 +66,11 @@ class ReverseUnroll(HypergradientStrategy):
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
         moving = {name: tensor for name, tensor in start.flat().items() if tensor.requires_grad}
-        whole = step.whole(start.detach(), phi, segments[0], episode.outer) if len(segments) == 1 else None
+        tied = tied_to(outer, start.params)
+        whole = step.whole(start.detach(), phi, segments[0], episode.outer, tied) if len(segments) == 1 else None
         if whole is not None:
-            grads = tree.add(whole.c, vector_jacobian(moving, outer, whole.d))
+            rest = {name: tensor for name, tensor in moving.items() if name in whole.d}
+            grads = tree.add(whole.c, vector_jacobian(rest, outer, whole.d)) if rest else whole.c
             metrics = last_loss(problem, whole.losses)
             return Hypergradient(whole.value, grads, whole.state, metrics, observed=whole.observed)
         if len(segments) == 1:  # one graph of all, and one pass over it

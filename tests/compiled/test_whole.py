@@ -228,6 +228,47 @@ def test_what_an_outer_loss_on_the_way_logs_does_not_count() -> None:
     torch.testing.assert_close(ours.observed.calls["outer"][0], eager.observed.calls["outer"][0])
 
 
+class Starting(Weighted):
+    """Starts from outer parameters, from what a hook makes of one of these, and from values of its own."""
+
+    def __init__(self, starts: Callable[[Any], dict[str, Tensor]], **options: Any) -> None:
+        super().__init__(**options)
+        self.starts, self.shift = starts, nn.Parameter(torch.zeros(CLASSES))
+
+    def inner_parameters(self) -> Any:
+        return [*self.net.parameters(), self.shift]
+
+    def outer_parameters(self) -> Any:
+        return [*self.net.parameters(), self.logits]
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return super().inner_loss(batch) + (self.shift - self.net.bias).square().sum()
+
+    def initial_inner_parameters(self) -> dict[str, Tensor]:
+        return self.starts(self)
+
+
+STARTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "those of the module": lambda m: {},
+    "another weight": lambda m: {"net.weight": 2 * m.net.weight},
+    "another bias, and the shift": lambda m: {"net.bias": m.net.bias + m.logits[:CLASSES], "shift": m.net.bias},
+    "what is no copy": lambda m: {"net.weight": m.net.weight.flip(0)},
+    "a part of the graph only": lambda m: {"net.weight": m.net.weight.detach()},
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+def test_what_starts_as_an_outer_parameter_is_no_argument(
+    starts: Callable[[Any], dict[str, Tensor]], momentum: float, count: int, calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    module = Starting(starts, optimizer=lambda self: SGD(lr=0.3, momentum=momentum))
+    assert apart(*both(module, episodes=[episode(seed) for seed in range(count)])) < 2e-6
+    assert calls
+
+
 def test_a_warm_start_goes_on_from_the_end(calls: list[int]) -> None:
     module = judging(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9), inner_start="warm")
     ours, eager = both(module)

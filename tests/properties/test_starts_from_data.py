@@ -22,6 +22,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Orthogonal
 from lightning_bilevel.errors import MisconfigurationError
+from lightning_bilevel.inner_optimizers import InnerOptimizer
 from tests.support.problems import assert_close, draw
 from tests.support.tables import Row, every_exact_strategy, every_strategy_of_several_episodes
 
@@ -90,6 +91,94 @@ def test_stack_is_the_mean_of_the_loop(row: Row) -> None:
     assert_close(result.state.params, expected.state.params, 1e-12)
     thetas = torch.stack([solution(stacked, each)[0] for each in data])
     assert_close(result.state.params, {"w": thetas}, 1e-12)
+
+
+class Heads(Generated):
+    """As in Proto-MAML: the net starts as it is learned, its head from what the net makes of the batches."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.encoder, self.own = nn.Linear(3, 3).double(), nn.Parameter(draw(3, seed=3))
+        with torch.no_grad():
+            self.encoder.weight.copy_(draw(3, 3, seed=4))
+            self.encoder.bias.copy_(draw(3, seed=5))
+
+    def inner_parameters(self) -> list[Tensor]:
+        return [self.w, *self.encoder.parameters()]
+
+    def outer_parameters(self) -> list[Tensor]:
+        return [*self.encoder.parameters(), self.own]
+
+    def initial_inner_parameters(self, batches: Any) -> dict[str, Tensor]:
+        return {"w": torch.stack([self.encoder(x).tanh().mean(0) for x, _ in batches]).mean(0)}
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return self.outer_loss(batch) + (self.own * self.w).sum()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return (self.encoder(batch[0]).tanh() @ self.w - batch[1]).square().mean()
+
+
+class FromOne(Heads):
+    """The head starts as an outer parameter of another name, which the inner loss reads."""
+
+    def initial_inner_parameters(self, batches: Any) -> dict[str, Tensor]:
+        return {"w": self.own}
+
+
+class FromEachOther(Heads):
+    """One start is computed from another one."""
+
+    def initial_inner_parameters(self, batches: Any) -> dict[str, Tensor]:
+        bias = self.encoder.bias.square()
+        return {"encoder.bias": bias, "w": bias + self.own}
+
+
+class Tying(InnerOptimizer):
+    """Gradient descent whose update computes one part of θ from another."""
+
+    def update(self, params: Any, grads: Any, opt_state: Any, step: int) -> Any:
+        moved = {name: value - RATE * grads[name] for name, value in params.items()}
+        return {**moved, "encoder.bias": moved["encoder.bias"] + 0.1 * moved["w"].sin()}, opt_state
+
+
+class Tied(Heads):
+    def configure_inner_optimizer(self) -> Any:
+        return Tying()
+
+
+def by_hand(module: Heads, data: Episode) -> dict[str, Tensor]:
+    """Return the gradient by a plain loop, whose inner gradients are by θ alone."""
+    own = module.initial_inner_parameters(data.inner)
+    theta = {"encoder.weight": module.encoder.weight, "encoder.bias": module.encoder.bias, **own}
+
+    def loss(theta: dict[str, Tensor], batch: Any) -> Tensor:
+        x, y = batch
+        hidden = (x @ theta["encoder.weight"].T + theta["encoder.bias"]).tanh()
+        return (hidden @ theta["w"] - y).square().mean()
+
+    for batch in data.inner:
+
+        def inner(theta: dict[str, Tensor], batch: Any = batch) -> Tensor:
+            return loss(theta, batch) + (module.own * theta["w"]).sum()
+
+        grads = torch.func.grad(inner)(theta)
+        theta = {name: value - RATE * grads[name] for name, value in theta.items()}
+        if isinstance(module, Tied):
+            theta["encoder.bias"] = theta["encoder.bias"] + 0.1 * theta["w"].sin()
+    names = ["encoder.weight", "encoder.bias", "own"]
+    found = torch.autograd.grad(loss(theta, data.outer), [module.get_parameter(name) for name in names])
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Heads, FromOne, FromEachOther, Tied])
+@every_exact_strategy
+def test_an_inner_gradient_is_by_what_stands_there_alone(row: Row, kind: type[Heads]) -> None:
+    module, data = kind(), episode()
+    strategy = row.build(module)
+    found = hypergradient(module, strategy, data).grads
+    expected = by_hand(module, data)
+    assert_close({name: found[name] for name in expected}, expected, 1e-9)
 
 
 def test_the_last_steps_and_the_start() -> None:
