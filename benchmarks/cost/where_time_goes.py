@@ -60,6 +60,7 @@ from lightning_bilevel.compiled.program import Part
 from lightning_bilevel.compiled.watch import Watch
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.training.fit import Fit
+from lightning_bilevel.training.own_numbers import OwnNumbers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import script
@@ -287,7 +288,8 @@ TIMED: list[tuple[Any, str, str]] = [
     (torch.optim.Adam, "step", ADAM),
     (torch.optim.Adam, "zero_grad", ADAM),
     (Closure, "__call__", LIGHTNING),
-    (pl.LightningModule, "log", LOG),
+    (ByHand, "log", LOG),
+    (OwnNumbers, "log", LOG),
     (pl.LightningModule, "backward", SURROGATE),
     (Fit, "output", STEP),
     (Fit, "estimate", AROUND),

@@ -18,6 +18,9 @@ from lightning_bilevel.stacking import Flat, flattened, replaced
 LEAST_TORCH = (2, 13)
 """What this has been tested with: guards of older versions see less."""
 
+FIRST = 2
+"""The update that is watched where its number is an input of the graphs."""
+
 MOST_KINDS = 8
 """Kinds of batches that are compiled; each takes seconds."""
 
@@ -48,7 +51,11 @@ class Sight:
         penalty = self._watchmen[0].look_at_penalty(functional) if self._penalty else 0
         return tuple(watchman.look(functional) for watchman in self._watchmen), penalty
 
-    def look_at_update(self, functional: FunctionalModule, number: int) -> Hashable:
+    def look_at_optimizer(self, functional: FunctionalModule) -> Hashable:
+        """Return what tells the present of an inner optimizer of ours from other times, beside its numbers."""
+        return self._watchmen[0].look_at_optimizer(functional)
+
+    def look_at_update(self, functional: FunctionalModule, number: int = FIRST) -> Hashable:
         """Return what tells the present of an update from other times."""
         return self._watchmen[0].look_at_update(functional, number)
 

@@ -150,6 +150,10 @@ class Watchman:
             values = [*after.values(), *(value for values in opt_state.values() for value in values.values())]
             return torch.stack([value.real.sum() for value in values]).sum()
 
+        def configured() -> Tensor:
+            optimizer: Any = module.configure_inner_optimizer()
+            return torch.zeros(()) + len(vars(optimizer))
+
         def penalty(theta: Any, converted: Any) -> Tensor:
             optimizer: Any = module.configure_inner_optimizer() if converted is None else converted
             value = optimizer.penalty(theta)
@@ -157,6 +161,7 @@ class Watchman:
 
         self._module, self._batch, self._update = module, batch, update
         self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
+        self._configured = Watch(configured, module)
         self._updates: dict[int, Watch] = {}
         self._seen: dict[Hashable, tuple[Hashable, Hashable]] = {}
         self._theta = functional.theta()
@@ -190,6 +195,15 @@ class Watchman:
         """
         watch, converted = self.update(number), functional.converted()
         return self._once(number, functional, 0, lambda: watch.look(self._theta, converted, number))
+
+    def look_at_optimizer(self, functional: FunctionalModule) -> Hashable:
+        """Return what tells the present of how the inner optimizer is made from other times, like :meth:`look`.
+
+        One of ours that goes by numbers alone does nothing else that could change; many guards are saved.
+        """
+        if functional.converted() is not None:
+            return 0
+        return self._once("optimizer", functional, 0, self._configured.look)
 
     def look_at_penalty(self, functional: FunctionalModule) -> Hashable:
         """Return what tells the present of the inner optimizer's penalty from other times, like :meth:`look`."""

@@ -6,6 +6,7 @@ import numbers
 import sys
 from collections import UserDict, UserList, deque
 from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,12 @@ class Entry(NamedTuple):
             pairs.append((content, others))
         return all(map(_same_parts, *zip(*pairs, strict=True)))
 
+    def stands(self) -> bool:
+        """Return whether nothing has been written to the thing, nor to what is in it."""
+        if isinstance(self.value, Tensor):
+            return self.version == _version(self.value)
+        return all(_holds(container, content) for container, content in ((self.value, self.content), *self.inside))
+
 
 Snapshot = list[dict[str, Entry]]
 """The attributes of every module, by name."""
@@ -95,7 +102,10 @@ class Attributes:
         self._homes = [before.get(id(attributes)) or _Home(attributes) for attributes in found]
 
     def take(self) -> Snapshot:
-        """Return the attributes as they are now, and copies of lists, deques, dicts and sets."""
+        """Return the attributes as they are now, and copies of lists, deques, dicts and sets.
+
+        Of a module where nothing is another thing than at the last time, it is the same object.
+        """
         return [home.take() for home in self._homes]
 
     def put(self, snapshot: Snapshot) -> bool:
@@ -105,7 +115,10 @@ class Attributes:
             Whether anything was another thing.
         """
         changed = False
-        for home, entries in zip((home.attributes for home in self._homes), snapshot, strict=True):
+        for known, entries in zip(self._homes, snapshot, strict=True):
+            if known.take() is entries:
+                continue
+            home = known.attributes
             for name in home.keys() - _NOT_THE_USERS - entries.keys():
                 del home[name]
                 changed = True
@@ -137,13 +150,16 @@ class _Home:
     def take(self) -> dict[str, Entry]:
         """Return the entries; nobody writes to these."""
         now = self.attributes
-        names, things = list(now), list(map(id, now.values()))
+        names = [name for name in now if name not in _NOT_THE_USERS]
+        things = [id(now[name]) for name in names]
         if names != self._names or things != self._things:
             self._names, self._things = names, things
-            self._entries = {name: _entry(now[name]) for name in now.keys() - _NOT_THE_USERS}
+            self._entries = {name: _entry(now[name]) for name in names}
             self._moving = [name for name, entry in self._entries.items() if not entry.fixed]
         elif self._moving:
-            self._entries = {**self._entries, **{name: _entry(now[name]) for name in self._moving}}
+            written = [name for name in self._moving if not self._entries[name].stands()]
+            if written:
+                self._entries = {**self._entries, **{name: _entry(now[name]) for name in written}}
         return self._entries
 
 
@@ -175,6 +191,9 @@ def once(start: Snapshot, before: Snapshot, after: Snapshot) -> Snapshot:
     """
     counted: Snapshot = []
     for first, earlier, later in zip(start, before, after, strict=True):
+        if later is first:
+            counted.append(later)
+            continue
         entries = {}
         for name, entry in later.items():
             if entry.same(first.get(name)):
@@ -262,6 +281,18 @@ def _parts(content: Any) -> list[Any]:
     if isinstance(content, dict):
         return [part for pair in content.items() for part in pair]
     return [] if content is None else list(content)
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Return whether a container has the very things in it that a copy has."""
+    if content is None:
+        return True
+    now = container if isinstance(container, _CONTAINERS) else vars(container)
+    if len(now) != len(content):
+        return False
+    if isinstance(now, dict):
+        return all(map(is_, now, content)) and all(map(is_, now.values(), content.values()))
+    return {*map(id, now)} == {*map(id, content)} if isinstance(now, set) else all(map(is_, now, content))
 
 
 def _fill(container: Any, content: Any) -> None:

@@ -21,6 +21,9 @@ _CALLS = ("forward", "update", "compute", "reset")
 _OF_MODULES = set(vars(nn.Module()))
 _SETTINGS = {*_OF_MODULES, *_CALLS, "_update_signature", "_persistent", "_reductions", "_device", "_dtype"}
 
+_HOLDERS = (nn.Module, list, tuple, dict)
+"""What a metric may be in."""
+
 _WIDTH = 1_000
 """A longer list holds data, not metrics."""
 
@@ -57,6 +60,9 @@ class RecordedMetrics:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Shadow the methods that read or write their state; on exit they are as they were."""
+        if not self._metrics and not self._collections:
+            yield
+            return
         places = {id(metric): place for place, metric in enumerate(self._metrics)}
         before = self._start
         with ExitStack() as stack:
@@ -243,15 +249,15 @@ def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
                 continue
             seen.add(id(each))
             inside = () if len(each) > _WIDTH else each.values() if isinstance(each, dict) else each
-            waiting += [part for part in inside if isinstance(part, (nn.Module, list, tuple, dict))]
+            waiting += [part for part in inside if isinstance(part, _HOLDERS)]
             continue
         for child in parts(each):
             if id(child) not in seen:
                 seen.add(id(child))
                 yield child
-                for name, value in vars(child).items():
-                    if name not in _OF_MODULES and isinstance(value, (nn.Module, list, tuple, dict)):
-                        waiting.append(value)
+                attributes = vars(child)
+                if own := attributes.keys() - _OF_MODULES:
+                    waiting += [each for name, each in attributes.items() if name in own and isinstance(each, _HOLDERS)]
 
 
 @contextmanager
