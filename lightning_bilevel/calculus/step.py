@@ -57,9 +57,8 @@ class GradientStep(InnerStep):
         """Take the steps and keep their graphs."""
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
-            with torch.enable_grad():
-                theta = _apart(state.params, already=number > 0 and self.problem.elementwise)
-            state, loss = self._taken(state, phi, batch, theta, create_graph=True)
+            known = self.problem.elementwise if number else all(p is phi.get(name) for name, p in state.params.items())
+            state, loss = self._taken(state, phi, batch, _nodes(state.params, apart=not known), create_graph=True)
             append_loss(losses, loss)
         return state, losses
 
@@ -89,20 +88,21 @@ class GradientStep(InnerStep):
         return InnerState(params, buffers, opt_state, state.steps + 1), loss.detach()
 
 
-def _apart(theta: Params, already: bool) -> Params:
-    """Return θ as nodes of their own: the gradient by one is not to go through another that is computed from it.
+def _nodes(theta: Params, apart: bool) -> Params:
+    """Return θ as what an inner gradient is taken by: it is not to go through one part that another is computed from.
 
-    A start may be φ itself, and that of a head computed from φ, which is that of the rest; an update may compute one
-    part of θ from another.
+    A start may be an outer parameter that the loss reads, and that of a head computed from φ, which is that of the
+    rest; an update may compute one part of θ from another.
 
     Args:
         theta: θ.
-        already: whether what has a graph is known to be so.
+        apart: whether what has a graph is to be a node of its own.
     """
-    return {
-        name: (p if already else p.view_as(p)) if p.requires_grad else p.detach().requires_grad_()
-        for name, p in theta.items()
-    }
+    with torch.enable_grad():
+        return {
+            name: (p.view_as(p) if apart else p) if p.requires_grad else p.detach().requires_grad_()
+            for name, p in theta.items()
+        }
 
 
 class SolverStep(InnerStep):

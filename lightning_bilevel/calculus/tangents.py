@@ -183,7 +183,8 @@ def _push_part(
     gradient_tangents: Params,
     directions: Params,
 ) -> tuple[InnerState, Params]:
-    flat, step = state.flat(), state.steps + 1
+    flat, step = _own(state.flat()), state.steps + 1
+    gradient = _own(gradient)
 
     def update(flat: Params, gradient: Params, outer: Params) -> Params:
         before = state.unflat(flat)
@@ -195,6 +196,17 @@ def _push_part(
 
     after, tangents = vmap(push, out_dims=PRIMAL_AND_TANGENT)(tangents, gradient_tangents, directions)
     return replace(state.unflat(tree.detach(after)), steps=step), typed_as(after, tangents)
+
+
+def _own(values: Params) -> Params:
+    """Return tensors with a number in memory for each entry: what repeats one has no place for a tangent of its own.
+
+    The start of several episodes may be such a tensor, and so may the gradient of a sum.
+    """
+    return {
+        name: value.clone(memory_format=torch.contiguous_format) if 0 in value.stride() else value
+        for name, value in values.items()
+    }
 
 
 def typed_as(primals: Params, tangents: Params) -> Params:
@@ -209,6 +221,7 @@ def push_forward(
     problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch, tangents: Params, directions: Params
 ) -> Pushed:
     """Push by ``vmap(jvp)`` of the whole step."""
+    before_it = _own(state.flat())
 
     def step(flat: Params, outer: Params) -> tuple[Params, tuple[Tensor, Params]]:
         before = state.unflat(flat)
@@ -223,7 +236,7 @@ def push_forward(
         return InnerState(params, opt_state=opt_state).flat(), aux
 
     def push(tangent: Params, v: Params) -> Any:
-        return jvp(step, (state.flat(), phi), (tangent, v), has_aux=True)
+        return jvp(step, (before_it, phi), (tangent, v), has_aux=True)
 
     with no_grad_stops_tangents():
         pushed = vmap(push, out_dims=_PRIMAL_TANGENT_AUX, randomness="same")(tangents, directions)

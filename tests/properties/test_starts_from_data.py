@@ -93,6 +93,24 @@ def test_stack_is_the_mean_of_the_loop(row: Row) -> None:
     assert_close(result.state.params, {"w": thetas}, 1e-12)
 
 
+class Constant(Generated):
+    """Every episode starts from the same numbers; the gradient of a part of the loss is the same number everywhere."""
+
+    def initial_inner_parameters(self, batches: Any) -> dict[str, Tensor]:
+        return {"w": 0.1 * torch.ones(3).double()}
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return 0.1 * self.maker.bias.sum() * self.w.sum() + self.maker.weight.square().mean() * self.outer_loss(batch)
+
+
+@every_strategy_of_several_episodes
+def test_a_start_that_is_the_same_for_all(row: Row) -> None:
+    data = [episode(), episode(20), episode(30)]
+    stacked, looped = (Constant(episode_chunk_size=size) for size in (3, 1))
+    result, expected = (hypergradient(module, row.build(module), data) for module in (stacked, looped))
+    assert_close(result.grads, expected.grads, max(row.tolerance, 1e-12))
+
+
 class Heads(Generated):
     """As in Proto-MAML: the net starts as it is learned, its head from what the net makes of the batches."""
 
