@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from lightning_bilevel import tree
@@ -57,8 +57,8 @@ class GradientStep(InnerStep):
         """Take the steps and keep their graphs."""
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
-            known = self.problem.elementwise if number else all(p is phi.get(name) for name, p in state.params.items())
-            state, loss = self._taken(state, phi, batch, _nodes(state.params, apart=not known), create_graph=True)
+            apart = self.problem.elementwise if number else _are_apart(state.params, phi)
+            state, loss = self._taken(state, phi, batch, _nodes(state.params, apart), create_graph=True)
             append_loss(losses, loss)
         return state, losses
 
@@ -88,6 +88,14 @@ class GradientStep(InnerStep):
         return InnerState(params, buffers, opt_state, state.steps + 1), loss.detach()
 
 
+def _are_apart(theta: Params, phi: Params) -> bool:
+    """Return whether no part of a start is computed from anything, nor a parameter that a loss may read."""
+    outer = {id(p): name for name, p in phi.items()}
+    return all(
+        p.is_leaf and not isinstance(p, nn.Parameter) and outer.get(id(p), name) == name for name, p in theta.items()
+    )
+
+
 def _nodes(theta: Params, apart: bool) -> Params:
     """Return θ as what an inner gradient is taken by: it is not to go through one part that another is computed from.
 
@@ -96,11 +104,11 @@ def _nodes(theta: Params, apart: bool) -> Params:
 
     Args:
         theta: θ.
-        apart: whether what has a graph is to be a node of its own.
+        apart: whether each that has a graph is known to be a node of its own.
     """
     with torch.enable_grad():
         return {
-            name: (p.view_as(p) if apart else p) if p.requires_grad else p.detach().requires_grad_()
+            name: (p if apart else p.view_as(p)) if p.requires_grad else p.detach().requires_grad_()
             for name, p in theta.items()
         }
 

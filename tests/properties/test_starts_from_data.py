@@ -144,6 +144,20 @@ class FromOne(Heads):
         return {"w": self.own}
 
 
+class FromNeither(Heads):
+    """The head starts as a parameter of neither level, which the inner loss reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(draw(3, seed=6))
+
+    def initial_inner_parameters(self, batches: Any) -> dict[str, Tensor]:
+        return {"w": self.constant}
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return super().inner_loss(batch) + (self.constant * self.w).sum()
+
+
 class FromEachOther(Heads):
     """One start is computed from another one."""
 
@@ -178,7 +192,8 @@ def by_hand(module: Heads, data: Episode) -> dict[str, Tensor]:
     for batch in data.inner:
 
         def inner(theta: dict[str, Tensor], batch: Any = batch) -> Tensor:
-            return loss(theta, batch) + (module.own * theta["w"]).sum()
+            constant = module.constant.detach() if isinstance(module, FromNeither) else 0
+            return loss(theta, batch) + ((module.own + constant) * theta["w"]).sum()
 
         grads = torch.func.grad(inner)(theta)
         theta = {name: value - RATE * grads[name] for name, value in theta.items()}
@@ -189,7 +204,7 @@ def by_hand(module: Heads, data: Episode) -> dict[str, Tensor]:
     return dict(zip(names, found, strict=True))
 
 
-@pytest.mark.parametrize("kind", [Heads, FromOne, FromEachOther, Tied])
+@pytest.mark.parametrize("kind", [Heads, FromOne, FromNeither, FromEachOther, Tied])
 @every_exact_strategy
 def test_an_inner_gradient_is_by_what_stands_there_alone(row: Row, kind: type[Heads]) -> None:
     module, data = kind(), episode()
