@@ -3,7 +3,8 @@
 Ours is a training step of a Trainer with all that Lightning does for it; JAX's is one jitted function with the outer
 optimizer inside (optax), its state made beforehand, of several programs the fastest. That all compute the same
 hypergradient is checked first: who does not is listed with the difference, and is not timed. What a step of the Trainer
-takes that computes nothing, logs as many numbers and has the same optimizer, is measured beside.
+takes that computes nothing, logs nothing and has the same optimizer, is measured beside, and one that calls
+``self.log`` as many times as there are numbers that ours logs.
 
 Time: CPU seconds of the process, one thread; the contenders take turns and the least of all their steps counts. What
 compiling takes is listed beside: CPU seconds of this process in the first step, without those of a C++ compiler.
@@ -149,7 +150,7 @@ class Alone(pl.LightningModule):
 
     Args:
         trained: parameters like these are stepped on, by fused Adam.
-        logged: numbers that each step logs, as many as ours does.
+        logged: numbers that each step logs.
     """
 
     def __init__(self, trained: Sequence[torch.Tensor], logged: int) -> None:
@@ -169,13 +170,14 @@ class Alone(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), fused=True)
 
 
-def alone(case: Case, steps: int = 200) -> float:
-    """Return the least CPU seconds of a step that does nothing but what Lightning does for ours."""
+def alone(case: Case, steps: int = 200) -> tuple[float, float]:
+    """Return the least CPU seconds of a step that does nothing, and of one that logs as many numbers as ours."""
     module, batch = case.make()
     result = hypergradient(module, case.strategy(), batch)
     trained = [module.get_parameter(name) for name in result.grads]
     logged = len({*result.metrics, "outer_loss", "hypergradient_norm"})
-    return least_step(Alone(trained, logged), batch, steps)
+    nothing, logging = (least_step(Alone(trained, count), batch, steps) for count in (0, logged))
+    return nothing, logging
 
 
 def least_step(module: pl.LightningModule, batch: Any, steps: int, *callbacks: pl.Callback) -> float:
@@ -243,10 +245,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in args.cases:
-            idle = alone(CASES[name])
-            print(name, f"Lightning alone: {idle}", flush=True)
+            idle, logging = alone(CASES[name])
+            print(name, f"Lightning alone: {idle}, with self.log: {logging}", flush=True)
             for turn, rows in enumerate(measure(CASES[name], args.rounds), start=1):
-                found = {"rounds": turn, "Lightning alone": idle, "rows": rows}
+                found = {"rounds": turn, "Lightning alone": idle, "with self.log": logging, "rows": rows}
                 results = keep(NAME, {"directions": DIRECTIONS}, found, name, order=CASES)
             for row in rows:
                 print(name, " ".join(f"{key}: {value}" for key, value in row.items()), flush=True)

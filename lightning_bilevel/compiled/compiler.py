@@ -8,7 +8,7 @@ from lightning_bilevel.calculus.base import Condition, InnerStep
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.losses import CompiledLosses, shapes
-from lightning_bilevel.compiled.plan import Graphs, Plan, constants, takes_number
+from lightning_bilevel.compiled.plan import FIRST, Graphs, Plan, takes_number
 from lightning_bilevel.compiled.program import Form, Layout
 from lightning_bilevel.compiled.reasons import NotCompiled, Refusals
 from lightning_bilevel.compiled.sight import Sight, Sights
@@ -108,9 +108,5 @@ class Compiler:
 
     @staticmethod
     def _present(sight: Sight, functional: FunctionalModule, optimizer: InnerOptimizer) -> Hashable:
-        update: Hashable = 0
-        if takes_number(optimizer):
-            numbers = constants(optimizer)
-            looked = sight.look_at_optimizer if numbers is not None else sight.look_at_update
-            update = numbers, looked(functional)
+        update = sight.look_at_update(functional, FIRST) if takes_number(optimizer) else 0
         return sight.look(functional), type(optimizer), update

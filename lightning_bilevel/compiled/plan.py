@@ -14,7 +14,7 @@ from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.making import made_once
 from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
-from lightning_bilevel.compiled.sight import FIRST, Sight
+from lightning_bilevel.compiled.sight import Sight
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.compiled.whole import Judged
 from lightning_bilevel.inner_optimizers import InnerOptimizer
@@ -34,6 +34,10 @@ MOST_NODES = 1_000
 MOST_NUMBERS_OF_A_STEP = 2**21
 """Numbers that a step may write for steps to share a graph: it takes a millisecond then, beside which starting a graph
 is nothing."""
+
+
+FIRST = 2
+"""The update that is watched where its number is an input of the graphs."""
 
 
 class Graphs:
@@ -70,22 +74,6 @@ class Graphs:
 def takes_number(optimizer: InnerOptimizer) -> bool:
     """Return whether an update's number may be a tensor, which a rule of the user's may take for another thing."""
     return is_ours(optimizer) and isinstance(optimizer, ElementwiseOptimizer) and not optimizer.per_step
-
-
-def constants(optimizer: InnerOptimizer) -> Hashable | None:
-    """Return all that the updates of an optimizer of ours go by, where that is numbers; ``None`` where it is not.
-
-    >>> from lightning_bilevel import SGD
-    >>> constants(SGD(0.1)) == constants(SGD(0.1)), constants(SGD(0.1)) == constants(SGD(0.2))
-    (True, False)
-    """
-    marks = []
-    for name, value in vars(optimizer).items():
-        for key, each in value.items() if isinstance(value, dict) else ((name, value),):
-            if not (each is None or isinstance(each, (bool, int, float))):
-                return None
-            marks.append((name, key, type(each), repr(each)))  # which tells 0.0 from -0.0
-    return tuple(marks)
 
 
 class Plan(NamedTuple):

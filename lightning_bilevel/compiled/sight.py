@@ -18,9 +18,6 @@ from lightning_bilevel.stacking import Flat, flattened, replaced
 LEAST_TORCH = (2, 13)
 """What this has been tested with: guards of older versions see less."""
 
-FIRST = 2
-"""The update that is watched where its number is an input of the graphs."""
-
 MOST_KINDS = 8
 """Kinds of batches that are compiled; each takes seconds."""
 
@@ -51,11 +48,7 @@ class Sight:
         penalty = self._watchmen[0].look_at_penalty(functional) if self._penalty else 0
         return tuple(watchman.look(functional) for watchman in self._watchmen), penalty
 
-    def look_at_optimizer(self, functional: FunctionalModule) -> Hashable:
-        """Return what tells the present of an inner optimizer of ours from other times, beside its numbers."""
-        return self._watchmen[0].look_at_optimizer(functional)
-
-    def look_at_update(self, functional: FunctionalModule, number: int = FIRST) -> Hashable:
+    def look_at_update(self, functional: FunctionalModule, number: int) -> Hashable:
         """Return what tells the present of an update from other times."""
         return self._watchmen[0].look_at_update(functional, number)
 
@@ -100,9 +93,8 @@ class Sight:
         return found
 
     def _watches(self, numbers: Collection[int]) -> list[Watch]:
-        first = self._watchmen[0]
-        of_optimizer = [first.update(number) for number in numbers]
-        return [*(watchman.loss for watchman in self._watchmen), *of_optimizer, *([first.penalty] * self._penalty)]
+        of_optimizer = self._watchmen[0].of_optimizer(numbers, self._penalty)
+        return [*(watchman.loss for watchman in self._watchmen), *of_optimizer]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ compiled. What the guards leave out is in :mod:`~lightning_bilevel.compiled.ungu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.recurrent import Recurrent
 from lightning_bilevel.compiled.unguarded import Unguarded
 from lightning_bilevel.generators import process_generators
+from lightning_bilevel.inner_optimizers import InnerOptimizer
+from lightning_bilevel.inner_optimizers.base import is_ours
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
 from lightning_bilevel.modules.functional import FunctionalModule
@@ -193,22 +195,31 @@ class Watchman:
             functional: the module.
             number: of the update, from 1.
         """
-        watch, converted = self.update(number), functional.converted()
+        if (numbers := self._look_at_numbers(functional)) is not None:
+            return numbers
+        watch, converted = self._watch_of_update(number), functional.converted()
         return self._once(number, functional, 0, lambda: watch.look(self._theta, converted, number))
-
-    def look_at_optimizer(self, functional: FunctionalModule) -> Hashable:
-        """Return what tells the present of how the inner optimizer is made from other times, like :meth:`look`.
-
-        One of ours that goes by numbers alone does nothing else that could change; many guards are saved.
-        """
-        if functional.converted() is not None:
-            return 0
-        return self._once("optimizer", functional, 0, self._configured.look)
 
     def look_at_penalty(self, functional: FunctionalModule) -> Hashable:
         """Return what tells the present of the inner optimizer's penalty from other times, like :meth:`look`."""
+        if (numbers := self._look_at_numbers(functional)) is not None:
+            return numbers
         converted = functional.converted()
         return self._once("penalty", functional, 0, lambda: self._penalty.look(self._theta, converted))
+
+    def _look_at_numbers(self, functional: FunctionalModule) -> Hashable | None:
+        """Return what tells the present of an inner optimizer of ours from other times where it goes by numbers alone.
+
+        Nothing else of it can change than these, and how it is made: there are far fewer guards for that than for an
+        update. ``None`` where it goes by other things.
+        """
+
+        def look() -> Hashable | None:
+            if (numbers := constants(functional.inner_optimizer())) is None:
+                return None
+            return numbers, 0 if functional.converted() is not None else self._configured.look()
+
+        return self._once("numbers", functional, 0, look)
 
     def _once(
         self, what: Hashable, functional: FunctionalModule, around: Hashable, look: Callable[[], Hashable]
@@ -219,16 +230,34 @@ class Watchman:
             self._seen[what] = now, look()
         return self._seen[what][1]
 
-    def update(self, number: int) -> Watch:
-        """Return the watch of an update."""
+    def of_optimizer(self, numbers: Collection[int], penalty: bool) -> list[Watch]:
+        """Return the watches of some updates, and of the penalty; none where the inner optimizer goes by numbers."""
+        if self._seen.get("numbers", (0, None))[1] is not None:
+            return []
+        return [*map(self._watch_of_update, numbers), *([self._penalty] * penalty)]
+
+    def _watch_of_update(self, number: int) -> Watch:
         if number not in self._updates:
             self._updates[number] = Watch(self._update, self._module)
         return self._updates[number]
 
-    @property
-    def penalty(self) -> Watch:
-        """The watch of the penalty."""
-        return self._penalty
+
+def constants(optimizer: InnerOptimizer) -> Hashable | None:
+    """Return all that an optimizer of ours goes by, where that is numbers; ``None`` where it is not.
+
+    >>> from lightning_bilevel import SGD
+    >>> constants(SGD(0.1)) == constants(SGD(0.1)), constants(SGD(0.1)) == constants(SGD(0.2))
+    (True, False)
+    """
+    if not is_ours(optimizer):
+        return None
+    marks: list[Hashable] = [type(optimizer)]
+    for name, value in vars(optimizer).items():
+        for key, each in value.items() if isinstance(value, dict) else ((name, value),):
+            if not (each is None or isinstance(each, (bool, int, float))):
+                return None
+            marks.append((name, key, type(each), repr(each)))  # which tells 0.0 from -0.0
+    return tuple(marks)
 
 
 def _looked_at(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
