@@ -21,6 +21,9 @@ from lightning_bilevel.compiled.whole import Judged, ended
 from lightning_bilevel.problem import Batch, InnerState
 from lightning_bilevel.tree import Params
 
+MOST_DIRECTIONS = 64
+"""Directions that one graph pushes tangents along, with operations of its own for each."""
+
 
 class Planner(Protocol):
     """Finds graphs; see :class:`~lightning_bilevel.compiled.compiler.Compiler`."""
@@ -122,7 +125,13 @@ class CompiledStep(InnerStep):
         with torch.no_grad():
             along = [tangents[name].contiguous() for name in state.flat()]
             along += [directions[name].contiguous() for name in phi]
-            stretches = self._stretches("push", state, phi, batches, along)
+            few = len(along[-1]) <= MOST_DIRECTIONS
+            stretches = self._stretches("push", state, phi, batches, along) if few else None
+        if not few:
+            self._planner.say(
+                f"Tangents along {len(along[-1])} directions at once are not pushed by graphs, which take minutes to "
+                f"compile: leave `chunk_size=None`, or set at most {MOST_DIRECTIONS}."
+            )
         if stretches is None:
             return self.eager.push(state, phi, batches, tangents, directions)
         losses = list[Tensor]()

@@ -22,6 +22,10 @@ TANGENT_BYTES_CPU = 48 * 2**20
 FEWEST_DIRECTIONS = 4
 """Directions that a chunk has on a CPU, as far as memory allows: each chunk repeats the inner run."""
 
+MOST_COMPILED = 16
+"""Directions in a chunk that is pushed by compiled graphs, which have operations of their own for each: half a second
+or more to compile."""
+
 
 class TangentSlopes(Slopes):
     """Evaluates ⟨∇h(φ), v⟩, a chunk of directions per inner run.
@@ -61,6 +65,8 @@ class TangentSlopes(Slopes):
         most, enough = (size // max(1, per_direction) for size in (TANGENT_BYTES, TANGENT_BYTES_CPU))
         if tree.device(self.phi).type == "cpu":
             most = min(most, max(enough, FEWEST_DIRECTIONS))
+        if self.problem.compiler is not None:
+            most = min(most, MOST_COMPILED)
         return max(1, most)
 
     def along(self, directions: Params) -> Tensor:

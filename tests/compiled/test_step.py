@@ -30,7 +30,8 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.calculus import inner_step, run
-from lightning_bilevel.compiled import CompiledStep, Compiler, plan
+from lightning_bilevel.compiled import CompiledStep, Compiler, compiler, plan
+from lightning_bilevel.compiled.program import Part
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.problem import BilevelProblem, Episode, InnerState
 from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode, needs_inductor, weighted
@@ -161,6 +162,20 @@ def test_nets(name: str, calls: list[int]) -> None:
     module = weighted(net=net)
     assert apart(*both(module, episodes=episode(features=features))) < 2e-6
     assert calls
+
+
+def test_a_graph_has_operations_for_a_few_directions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, rows, call = list[str](), list[int](), Part.__call__
+    monkeypatch.setattr(compiler, "rank_zero_info", said.append)
+    monkeypatch.setattr(
+        Part, "__call__", lambda part, steps, args: (rows.append(len(args[-1])), call(part, steps, args))[1]
+    )
+    assert apart(*both(weighted(inner_steps=1), ForwardGradient(70))) < 2e-6
+    assert {*rows} == {14}, "70 in five equal chunks of at most 16"
+    rows.clear()
+    assert apart(*both(weighted(inner_steps=1), ForwardGradient(70, chunk_size=70))) < 2e-6
+    assert not rows
+    assert "70 directions at once are not pushed by graphs" in said[-1]
 
 
 @pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2)])
