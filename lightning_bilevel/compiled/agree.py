@@ -50,7 +50,7 @@ def alike(eager: Run, graph: Run, functions: Functions, args: list[Tensor], dtyp
     At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
     derivative jumps there. A wrong graph is wrong everywhere. Cotangents, tangents and directions are random ones.
     Outputs that are 0 but for rounding (the gradient of a
-    bias before a batch norm) count by the largest output.
+    bias before a batch norm) count by the largest output, but for what is returned beside a loss, of any size.
 
     Args:
         eager: of the arguments.
@@ -121,7 +121,8 @@ def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], s
 def _apart(functions: Functions, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> str:
     """Return which outputs are apart, and by how much; empty where none are."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True)]
-    size = max((float(b.norm()) for _, b in pairs if b.is_floating_point() and b.isfinite().all()), default=0.0)
+    counted = [b for number, (_, b) in enumerate(pairs) if number not in functions.aside and b.is_floating_point()]
+    size = max((float(b.norm()) for b in counted if b.isfinite().all()), default=0.0)
     for number, (a, b) in enumerate(pairs):
         if not (b.is_floating_point() or b.is_complex()):
             apart = float(not torch.equal(a, b))

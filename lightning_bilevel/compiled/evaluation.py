@@ -17,13 +17,16 @@ from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.beside import Beside, taken_apart
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.passes import cut, taken
 from lightning_bilevel.compiled.program import (
+    BESIDE,
     Functions,
     Layout,
     Log,
     Logged,
+    after,
     count_of,
     described,
     log_all,
@@ -31,7 +34,6 @@ from lightning_bilevel.compiled.program import (
     tensors_of,
     traced_at,
 )
-from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder
@@ -62,23 +64,23 @@ class Evaluations(Functions):
 
     def described(self, number: int) -> str:
         """Return what an output is."""
-        return f"output {number} of the losses and their derivatives"
+        return BESIDE if number in self.aside else f"output {number} of the losses and their derivatives"
 
     def outer(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Return f, and the buffers that it leaves."""
+        """Return f, the buffers that it leaves and what it returns beside its value."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
         with self._logging() as self._log:
             value, _ = outer_value(self.problem, state, phi, Episode([], batch))
-            buffers = self._left()
-        return self._found([value, *buffers])
+            left = self._left()
+        return self._found([value, *left])
 
     def outer_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Return f, the buffers that it leaves, ∂f/∂θ and ∂f/∂φ."""
+        """Return f, the buffers that it leaves, what it returns beside its value, ∂f/∂θ and ∂f/∂φ."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
         with self._logging() as self._log:
             value, d, c, _ = outer_value_and_grads(self.problem, state, phi, Episode([], batch))
-            buffers = self._left()
-        return self._found([value, *buffers, *d.values(), *c.values()])
+            left = self._left()
+        return self._found([value, *left, *d.values(), *c.values()])
 
     def inner_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return g, ∂g/∂θ and ∂g/∂φ."""
@@ -107,10 +109,12 @@ class Evaluations(Functions):
         return self._found([value, *d.values(), *c.values()])
 
     def _left(self) -> list[Tensor]:
-        buffers, beside = self._recorder.left()
-        if beside:
-            raise NotCompiled("it returns something beside its value")
-        return [buffers[name] for name in self.layout.buffers]
+        """Return the buffers that the outer loss left, and what it returned beside its value."""
+        left, returned = self._recorder.left()
+        buffers = [left[name] for name in self.layout.buffers]
+        self.beside, tensors = taken_apart(returned)
+        self.aside = after([None, *buffers], tensors)
+        return [*buffers, *tensors]
 
     def _found(self, values: list[Tensor]) -> list[Tensor | None]:
         """Return values, and what is logged."""
@@ -131,6 +135,7 @@ class Evaluation(NamedTuple):
         product_graph: the first of these, not compiled.
         series: graphs of several terms of a series, by their number and α; ``None``: there is none.
         backend: what compiles.
+        beside: what the outer loss returns beside its value.
     """
 
     outputs: int
@@ -142,6 +147,7 @@ class Evaluation(NamedTuple):
     product_graph: fx.GraphModule | None = None
     series: dict[tuple[int, float], Call | None] = {}  # noqa: RUF012  # each has its own
     backend: Backend = "flat"
+    beside: Beside = Beside()
 
     def __call__(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the graph returns."""
@@ -207,7 +213,7 @@ def evaluation(
     where, own = places(traced), functions.layout.inputs
     if len(args) == own:
         call = compiled(traced.graph, [*args, *traced.read], backend)
-        return Evaluation(functions.outputs, functions.logged, call, where, own)
+        return Evaluation(functions.outputs, functions.logged, call, where, own, beside=functions.beside)
     outputs, names = functions.outputs, len(functions.layout.names)
     halves = cut(traced.graph, own, outputs, len(traced.read))
     forward = compiled(halves.forward, [*args[:own], *traced.read], backend)

@@ -137,8 +137,10 @@ class CompiledLosses:
         recorder.before_outer_loss(writes=False)
         part.log(results, recorder.log)
         value, n = results[0], 1 + len(state.buffers)
-        recorder.after_outer_loss(dict(zip(state.buffers, results[1:n], strict=True)), value)
-        return [value, *results[n : part.outputs - part.logs]]
+        m = n + part.beside.size
+        beside = part.beside.filled(results[n:m])
+        recorder.after_outer_loss(dict(zip(state.buffers, results[1:n], strict=True)), {"loss": value, **beside})
+        return [value, *results[m : part.outputs - part.logs]]
 
 
 def _places(

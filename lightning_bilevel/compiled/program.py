@@ -19,9 +19,9 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.beside import Beside, taken_apart
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.passes import cut
-from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
@@ -51,6 +51,7 @@ class Part(NamedTuple):
         back: the second half: (arguments, kept, cotangents) to the gradients.
         live: which outer parameters there is a gradient for.
         judged: what an outer loss at the end logs.
+        beside: what it returns beside its value.
     """
 
     outputs: int
@@ -61,6 +62,7 @@ class Part(NamedTuple):
     back: Call | None = None
     live: tuple[bool, ...] = ()
     judged: Sequence[Logged] = ()
+    beside: Beside = Beside()
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
@@ -207,12 +209,15 @@ class Functions:
     Attributes:
         logged: what the loss logged at the last call.
         judged: what the outer loss logged.
+        beside: what it returned beside its value.
+        aside: which outputs of the last call these are.
     """
 
     def __init__(self, step: GradientStep, layout: Layout, recorder: LogRecorder) -> None:
         self.step, self.layout, self._recorder = step, layout, recorder
         self.logged: list[Logged] = []
         self.judged: list[Logged] = []
+        self.beside, self.aside = Beside(), range(0)
 
     @property
     def outputs(self) -> int:
@@ -222,6 +227,8 @@ class Functions:
     def described(self, number: int) -> str:
         """Return what an output is."""
         names = [*self.layout.names, *self.layout.buffers]
+        if number in self.aside:
+            return BESIDE
         if number < len(names):
             return f"`{names[number]}` after a step"
         if number < self.outputs:
@@ -288,8 +295,7 @@ class Functions:
             with self._logging() as of_outer, torch.enable_grad(), fork:
                 values.append(self.step.problem.outer_loss(state.params, outer, judge, state.buffers))
                 left, beside = self._recorder.left()
-        if beside:
-            raise NotCompiled("the outer loss returns more than a number")
+        self.beside, more_of_outer = taken_apart(beside)
         ended = self._ended(state, losses, logged)
         self.judged = described(of_outer)
         with torch.enable_grad():
@@ -299,8 +305,9 @@ class Functions:
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if total.requires_grad:
             found = torch.autograd.grad(total, inputs, allow_unused=True)
-        there = [value.detach(), *(left[name] for name in self.layout.buffers), *tensors_of(of_outer)]
-        return [*ended, *there, *_gradients(begin, found)]
+        there = [value.detach(), *(left[name] for name in self.layout.buffers)]
+        self.aside = after([*ended, *there], more_of_outer)
+        return [*ended, *there, *more_of_outer, *tensors_of(of_outer), *_gradients(begin, found)]
 
     @contextmanager
     def _logging(self) -> Iterator[Log]:
@@ -320,6 +327,14 @@ class Functions:
 
 
 Log = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+
+BESIDE = "what the outer loss returns beside its value"
+
+
+def after(first: Sequence[Any], others: Sequence[Any]) -> range:
+    """Return the numbers of the second of two lists that follow each other."""
+    return range(len(first), len(first) + len(others))
 
 
 def described(logged: Log) -> list[Logged]:
@@ -370,7 +385,8 @@ def made(
     live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
         call = compiled(traced.graph, [*first, *args, *traced.read], backend)
-        return Part(outputs, functions.logged, call, where, numbered, live=live, judged=functions.judged)
+        part = Part(outputs, functions.logged, call, where, numbered, live=live)
+        return part._replace(judged=functions.judged, beside=functions.beside)
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bilevel.compiled.beside import looked_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.recurrent import Recurrent
 from lightning_bilevel.compiled.unguarded import Unguarded
@@ -22,6 +23,7 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.outputs import beside_loss
 from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
@@ -142,7 +144,10 @@ class Watchman:
         hook = f"{level}_loss"
 
         def loss(batch: Batch) -> Tensor:  # with the module's own parameters: guards do not look at values
-            return scalar(module, hook, module.inner_loss(batch) if level == "inner" else module.outer_loss(batch))
+            if level == "inner":
+                return scalar(module, hook, module.inner_loss(batch))
+            result = module.outer_loss(batch)
+            return looked_at(scalar(module, hook, result), beside_loss(result))
 
         def update(theta: Any, converted: Any, number: int) -> Tensor:
             optimizer: Any = module.configure_inner_optimizer() if converted is None else converted

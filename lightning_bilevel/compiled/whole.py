@@ -64,9 +64,11 @@ def ended(
         flat, dict(zip(buffers, results[len(names) : m], strict=True)), state.steps + len(layout.order)
     )
     value, *rest = results[part.outputs :]
+    n = len(buffers) + part.beside.size
+    beside = part.beside.filled(rest[len(buffers) : n])
     recorder.before_outer_loss(writes=False)
-    part.log_judged(rest[len(buffers) :], recorder.log)
-    recorder.after_outer_loss(dict(zip(buffers, rest, strict=False)), value)
+    part.log_judged(rest[n:], recorder.log)
+    recorder.after_outer_loss(dict(zip(buffers, rest, strict=False)), {"loss": value, **beside})
     observed = None if problem.observer is None else problem.observer.observe()
     gradients = iter(rest[len(rest) - len(names) - sum(part.live) :])
     d = {name: next(gradients) for name in names}

@@ -108,15 +108,14 @@ CASES = {
     "a branch on data": Case(lambda m, loss: 2 * loss if loss > 0.5 else loss, because="Data-dependent"),
     "a counter": Case(lambda m, loss: (up("number")(m), loss)[1], because="it writes to an attribute"),
     "a metric": Case(lambda m, loss: (m.metric.update(loss.detach()), loss)[1], because="."),
-    "what is returned beside": Case(
-        lambda m, loss: {"loss": loss, "twice": 2 * loss}, because="it returns something beside its value"
-    ),
+    "what is returned beside": Case(lambda m, loss: {"loss": loss, "twice": 2 * loss}),
+    "an object beside": Case(lambda m, loss: {"loss": loss, "net": m.net}, because="it returns something beside"),
 }
 
 
 FAST = {
     "nothing", "a float", "a tensor, in place", "the mode", "a random mask", "a number in a tensor", "a counter",
-    "what is returned beside",
+    "what is returned beside", "an object beside",
 }  # fmt: skip
 """One of each kind; the others are slow together."""
 
