@@ -70,7 +70,7 @@ def alike(eager: Run, graph: Run, functions: Functions, args: list[Tensor], dtyp
     ]  # what is zero at the start hides what it meets
     for turn in range(TRIES):
         if turn:
-            args = [_moved(arg, generator) if i < len(functions.layout.names) else arg for i, arg in enumerate(args)]
+            args = moved(args, functions, generator)
         try:
             expected, end = _drawn_alike(eager, args)
             found, other = _drawn_alike(graph, args)
@@ -94,8 +94,10 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device).to(like.dtype)
 
 
-def _moved(arg: Tensor, generator: torch.Generator) -> Tensor:
-    return arg * (1 + 1e-3 * _drawn(arg, generator))
+def moved(args: list[Tensor], functions: Functions, generator: torch.Generator) -> list[Tensor]:
+    """Return the arguments with another state near by."""
+    n = len(functions.layout.names)
+    return [*(arg * (1 + 1e-3 * _drawn(arg, generator)) for arg in args[:n]), *args[n:]]
 
 
 def _drawn_alike(run: Run, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -41,6 +41,24 @@ class Beside(NamedTuple):
         return found
 
 
+def without_tensors(value: Any, what: str) -> tuple[Any, list[Tensor]]:
+    """Return something with empty tensors in the places of its tensors, and these.
+
+    Args:
+        value: within a loss that is traced, or what one has returned.
+        what: is done with it, for the error.
+
+    Raises:
+        NotCompiled: something in it is no tensor, number or text, and may be another thing next time.
+    """
+    tensors = list(tensors_in(value))
+    form = replaced(value, lambda _: _NOTHING)
+    kinds = {type(plain(tensor)) if tensor.layout is torch.strided else None for tensor in tensors}
+    if flattened(form).rest is None or not kinds <= {Tensor, nn.Parameter, FakeTensor}:
+        raise NotCompiled(f"{what} something that is no tensor, number or text in containers")
+    return form, tensors
+
+
 def taken_apart(beside: Mapping[str, Any]) -> tuple[Beside, list[Tensor]]:
     """Take what a loss returned beside its value apart, where it is traced.
 
@@ -57,12 +75,8 @@ def taken_apart(beside: Mapping[str, Any]) -> tuple[Beside, list[Tensor]]:
     >>> beside.size, beside.filled([2 * tensor for tensor in tensors])
     (1, {'logits': tensor([2., 2.]), 'names': ['a', 'b']})
     """
-    found = list(tensors_in(dict(beside)))
-    form = replaced(dict(beside), lambda _: _NOTHING)
+    form, found = without_tensors(dict(beside), "it returns beside its value")
     tensors = [plain(tensor) for tensor in found]
-    strided = all(type(each) in (Tensor, nn.Parameter, FakeTensor) and not each.is_sparse for each in tensors)
-    if flattened(form).rest is None or not strided:
-        raise NotCompiled("it returns something beside its value that is no tensor, number or text in containers")
     return Beside(form, [a.ndim > b.ndim for a, b in zip(tensors, found, strict=True)]), tensors
 
 

@@ -17,21 +17,16 @@ from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import GradientStep
-from lightning_bilevel.compiled.beside import Beside, taken_apart
+from lightning_bilevel.compiled.beside import taken_apart
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
+from lightning_bilevel.compiled.left import Calls, Left, Log, Logged, count_of, described, log_all, tensors_of
 from lightning_bilevel.compiled.passes import cut, taken
 from lightning_bilevel.compiled.program import (
     BESIDE,
     Functions,
     Layout,
-    Log,
-    Logged,
     after,
-    count_of,
-    described,
-    log_all,
     read,
-    tensors_of,
     traced_at,
 )
 from lightning_bilevel.compiled.series import written_out
@@ -54,13 +49,12 @@ class Evaluations(Functions):
     def __init__(self, problem: BilevelProblem, layout: Layout, recorder: LogRecorder) -> None:
         self.problem = replace(problem, compiler=None, observer=None)
         super().__init__(GradientStep(self.problem), layout, recorder)
-        self._first = 0
         self._log: Log = {}
 
     @property
     def outputs(self) -> int:
         """How many tensors come first, with what is logged, by the last call."""
-        return self._first + count_of(self.logged)
+        return self.logs.stop
 
     def described(self, number: int) -> str:
         """Return what an output is."""
@@ -69,17 +63,19 @@ class Evaluations(Functions):
     def outer(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return f, the buffers that it leaves and what it returns beside its value."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        calls = Calls()
+        with self._logging(calls) as self._log:
             value, _ = outer_value(self.problem, state, phi, Episode([], batch))
-            left = self._left()
+            left = self._left(calls)
         return self._found([value, *left])
 
     def outer_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return f, the buffers that it leaves, what it returns beside its value, ∂f/∂θ and ∂f/∂φ."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        calls = Calls()
+        with self._logging(calls) as self._log:
             value, d, c, _ = outer_value_and_grads(self.problem, state, phi, Episode([], batch))
-            left = self._left()
+            left = self._left(calls)
         return self._found([value, *left, *d.values(), *c.values()])
 
     def inner_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
@@ -108,18 +104,20 @@ class Evaluations(Functions):
             value, d, c = inner_value_and_grads(self.problem, state, phi, [batch], by_theta)
         return self._found([value, *d.values(), *c.values()])
 
-    def _left(self) -> list[Tensor]:
-        """Return the buffers that the outer loss left, and what it returned beside its value."""
+    def _left(self, calls: Calls) -> list[Tensor]:
+        """Return the buffers that the outer loss left, what it returned beside its value, and gave to metrics."""
         left, returned = self._recorder.left()
         buffers = [left[name] for name in self.layout.buffers]
-        self.beside, tensors = taken_apart(returned)
-        self.aside = after([None, *buffers], tensors)
-        return [*buffers, *tensors]
+        beside, tensors = taken_apart(returned)
+        aside = tensors + calls.tensors
+        self.left, self.aside = Left(beside, calls.made, described(self._log)), after([None, *buffers], aside)
+        return [*buffers, *aside]
 
     def _found(self, values: list[Tensor]) -> list[Tensor | None]:
         """Return values, and what is logged."""
-        self._first, self.logged = len(values), described(self._log)
-        return [*(value.detach().contiguous() for value in values), *tensors_of(self._log)]
+        logs = tensors_of(self._log)
+        self.logs, self.logged = after(values, logs), described(self._log)
+        return [*(value.detach().contiguous() for value in values), *logs]
 
 
 class Evaluation(NamedTuple):
@@ -135,7 +133,7 @@ class Evaluation(NamedTuple):
         product_graph: the first of these, not compiled.
         series: graphs of several terms of a series, by their number and α; ``None``: there is none.
         backend: what compiles.
-        beside: what the outer loss returns beside its value.
+        left: what an outer loss leaves.
     """
 
     outputs: int
@@ -147,7 +145,7 @@ class Evaluation(NamedTuple):
     product_graph: fx.GraphModule | None = None
     series: dict[tuple[int, float], Call | None] = {}  # noqa: RUF012  # each has its own
     backend: Backend = "flat"
-    beside: Beside = Beside()
+    left: Left = Left()
 
     def __call__(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the graph returns."""
@@ -213,7 +211,7 @@ def evaluation(
     where, own = places(traced), functions.layout.inputs
     if len(args) == own:
         call = compiled(traced.graph, [*args, *traced.read], backend)
-        return Evaluation(functions.outputs, functions.logged, call, where, own, beside=functions.beside)
+        return Evaluation(functions.outputs, functions.logged, call, where, own, left=functions.left)
     outputs, names = functions.outputs, len(functions.layout.names)
     halves = cut(traced.graph, own, outputs, len(traced.read))
     forward = compiled(halves.forward, [*args[:own], *traced.read], backend)

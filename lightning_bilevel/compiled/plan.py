@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.agree import agree, precision
+from lightning_bilevel.compiled.counted import counted_alike
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.making import made_once
 from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
@@ -159,10 +160,17 @@ class Plan(NamedTuple):
         if numbered and not self._is_numbered(functions, args):
             return None
         count, number = len(self.layout.order), None if numbered else steps
+
+        def check(part: Part) -> None:
+            dtype = precision(args, functional.autocast_dtype)
+            agree(functions, name, part, args, steps, dtype)
+            eager = lambda args: getattr(functions, name)(args, steps)  # noqa: E731
+            counted_alike(eager, lambda args: part(steps, args), functions, part.left, functional, args, dtype)
+
         return made_once(
             functional,
             lambda: made(functions, name, args, number, backend, self._places(watched)),
-            lambda part: agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype)),
+            check,
             "an inner step" if count == 1 else f"{count} inner steps",
             f"{_WORDS[name]}, {backend}",
         )

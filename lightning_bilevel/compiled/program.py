@@ -19,24 +19,27 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
-from lightning_bilevel.compiled.beside import Beside, taken_apart
+from lightning_bilevel.compiled.beside import taken_apart
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
+from lightning_bilevel.compiled.left import (
+    Calls,
+    Left,
+    Log,
+    Logged,
+    count_of,
+    described,
+    log_all,
+    refused,
+    tensors_of,
+)
 from lightning_bilevel.compiled.passes import cut
 from lightning_bilevel.compiled.watch import Place
+from lightning_bilevel.modules.metrics import State
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
 from lightning_bilevel.randomness import RngState
 from lightning_bilevel.stacking import replaced
 from lightning_bilevel.tree import Params
-
-
-class Logged(NamedTuple):
-    """What a loss logs, ``self.log(name, value, *args, **kwargs)``; ``value`` is ``None`` for an output of a graph."""
-
-    name: str
-    value: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Part(NamedTuple):
@@ -50,8 +53,7 @@ class Part(NamedTuple):
         numbered: whether the number of steps before is its first argument.
         back: the second half: (arguments, kept, cotangents) to the gradients.
         live: which outer parameters there is a gradient for.
-        judged: what an outer loss at the end logs.
-        beside: what it returns beside its value.
+        left: what an outer loss at the end leaves.
     """
 
     outputs: int
@@ -61,8 +63,7 @@ class Part(NamedTuple):
     numbered: bool
     back: Call | None = None
     live: tuple[bool, ...] = ()
-    judged: Sequence[Logged] = ()
-    beside: Beside = Beside()
+    left: Left = Left()
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
@@ -77,10 +78,6 @@ class Part(NamedTuple):
         """Log what the loss logs."""
         log_all(self.logged, results[self.outputs - count_of(self.logged) : self.outputs], log)
 
-    def log_judged(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
-        """Log what the outer loss logs, the first of these results."""
-        log_all(self.judged, results, log)
-
     def _first(self, steps: int, args: list[Tensor]) -> list[Tensor]:
         return [_number(steps, args[0])] if self.numbered else []
 
@@ -93,18 +90,6 @@ def read(places: Sequence[Place]) -> list[Tensor]:
 def _number(steps: int, beside: Tensor) -> Tensor:
     """Return the number of steps before; on a GPU with all else, for a CUDA graph reads nothing from elsewhere."""
     return torch.full((), float(steps), dtype=torch.float64, device=beside.device if beside.is_cuda else "cpu")
-
-
-def count_of(logged: Sequence[Logged]) -> int:
-    """Return how many tensors are logged."""
-    return sum(each.value is None for each in logged)
-
-
-def log_all(logged: Sequence[Logged], results: Sequence[Tensor], log: Callable[..., None]) -> None:
-    """Log what a graph has returned of it, the first of these results."""
-    values = iter(results)
-    for name, value, args, kwargs in logged:
-        log(name, next(values) if value is None else value, *args, **kwargs)
 
 
 class Form:
@@ -208,16 +193,18 @@ class Functions:
 
     Attributes:
         logged: what the loss logged at the last call.
-        judged: what the outer loss logged.
-        beside: what it returned beside its value.
-        aside: which outputs of the last call these are.
+        left: what the outer loss left.
+        aside: which outputs of the last call are what it returned beside its value, and gave to metrics.
+        logs: which are what it logged.
+        counts: whether metrics are called: while a loss is traced, they are not.
+        seen: what the last loss logged, and what metrics had counted then.
     """
 
     def __init__(self, step: GradientStep, layout: Layout, recorder: LogRecorder) -> None:
         self.step, self.layout, self._recorder = step, layout, recorder
         self.logged: list[Logged] = []
-        self.judged: list[Logged] = []
-        self.beside, self.aside = Beside(), range(0)
+        self.left, self.aside, self.logs = Left(), range(0), range(0)
+        self.counts, self.seen = False, (Log(), State())
 
     @property
     def outputs(self) -> int:
@@ -292,12 +279,14 @@ class Functions:
                 state, more = self.step.graph(state, outer, batches[first:last])
             losses += more
             fork = RngState(losses[0].device).fork() if weights else nullcontext()
-            with self._logging() as of_outer, torch.enable_grad(), fork:
+            calls = Calls()
+            with self._logging(calls) as of_outer, torch.enable_grad(), fork:
                 values.append(self.step.problem.outer_loss(state.params, outer, judge, state.buffers))
                 left, beside = self._recorder.left()
-        self.beside, more_of_outer = taken_apart(beside)
         ended = self._ended(state, losses, logged)
-        self.judged = described(of_outer)
+        form, aside = taken_apart(beside)
+        aside, logs = aside + calls.tensors, tensors_of(of_outer)
+        self.left = Left(form, calls.made, described(of_outer))
         with torch.enable_grad():
             value = torch.stack(values) if weights else values[0]
             total = (value * weights[0].to(value)).sum() if weights else value
@@ -306,18 +295,21 @@ class Functions:
         if total.requires_grad:
             found = torch.autograd.grad(total, inputs, allow_unused=True)
         there = [value.detach(), *(left[name] for name in self.layout.buffers)]
-        self.aside = after([*ended, *there], more_of_outer)
-        return [*ended, *there, *more_of_outer, *tensors_of(of_outer), *_gradients(begin, found)]
+        self.aside, self.logs = after([*ended, *there], aside), after([*ended, *there, *aside], logs)
+        return [*ended, *there, *aside, *logs, *_gradients(begin, found)]
 
     @contextmanager
-    def _logging(self) -> Iterator[Log]:
+    def _logging(self, calls: Calls | None = None) -> Iterator[Log]:
+        """Evaluate losses whose logs are taken, and calls of metrics, which are refused unless ``calls`` takes them."""
         logged: Log = {}
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             logged[name] = primal(value), args, kwargs
 
-        with self._recorder.apart(log):
+        instead = refused if calls is None else calls.instead
+        with self._recorder.apart(log, None if self.counts else instead):
             yield logged
+            self.seen = logged, self._recorder.counted
 
     def _ended(self, after: InnerState, losses: list[Tensor], logged: Log) -> list[Tensor | None]:
         """Return the state after the steps, the losses, and what is logged."""
@@ -326,28 +318,12 @@ class Functions:
         return [*values, torch.cat([loss.reshape(-1) for loss in losses]), *tensors_of(logged)]
 
 
-Log = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]
-
-
-BESIDE = "what the outer loss returns beside its value"
+BESIDE = "what the outer loss returns beside its value, or gives to a metric,"
 
 
 def after(first: Sequence[Any], others: Sequence[Any]) -> range:
     """Return the numbers of the second of two lists that follow each other."""
     return range(len(first), len(first) + len(others))
-
-
-def described(logged: Log) -> list[Logged]:
-    """Return what is logged, as it is said of a graph."""
-    return [
-        Logged(name, None if isinstance(value, Tensor) else value, args, kwargs)
-        for name, (value, args, kwargs) in logged.items()
-    ]
-
-
-def tensors_of(logged: Log) -> list[Tensor]:
-    """Return the tensors that are logged."""
-    return [value.detach() for value, _, _ in logged.values() if isinstance(value, Tensor)]
 
 
 def _gradients(begin: Params, found: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -385,8 +361,7 @@ def made(
     live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
         call = compiled(traced.graph, [*first, *args, *traced.read], backend)
-        part = Part(outputs, functions.logged, call, where, numbered, live=live)
-        return part._replace(judged=functions.judged, beside=functions.beside)
+        return Part(outputs, functions.logged, call, where, numbered, live=live, left=functions.left)
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]

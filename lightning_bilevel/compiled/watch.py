@@ -23,11 +23,12 @@ from lightning_bilevel.generators import process_generators
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.metrics import Later
 from lightning_bilevel.modules.outputs import beside_loss
 from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
-from lightning_bilevel.stacking import copied, tensors_in
+from lightning_bilevel.stacking import copied, leaves_in, tensors_in
 
 Level = Literal["inner", "outer"]
 
@@ -160,7 +161,7 @@ class Watchman:
             value = optimizer.penalty(theta)
             return value + torch.zeros(()) if isinstance(value, Tensor) else torch.zeros(()) + value
 
-        self._module, self._batch, self._update = module, batch, update
+        self._module, self._batch, self._update, self._level = module, batch, update, level
         self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
         self._updates: dict[int, Watch] = {}
         self._seen: dict[Hashable, tuple[Hashable, Hashable]] = {}
@@ -177,11 +178,12 @@ class Watchman:
         Raises:
             NotCompiled: Dynamo cannot follow.
         """
-        around = _surroundings(self._module, functional)
+        around = _surroundings(self._module, functional), functional.recorder.metrics
+        instead = _measured if self._level == "outer" else None
 
         def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
-            with functional.recorder.apart(_looked_at), under, self._recurrent.followed():
+            with functional.recorder.apart(_looked_at, instead), under, self._recurrent.followed():
                 return self.loss.look(copied(self._batch))  # a loss may take it apart
 
         return self._once("loss", functional, around, look), around
@@ -227,6 +229,21 @@ def _looked_at(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
     for each in (name, value, *args, *kwargs.values()):
         if isinstance(each, (str, int, float)) and each != each:  # noqa: PLR0124
             return
+
+
+_LATER = Later()
+
+
+def _told(*args: Any, **kwargs: Any) -> Later:
+    """Take what a metric is given, so that there are guards for it."""
+    for each in leaves_in([args, kwargs]):
+        if isinstance(each, (str, int, float)) and each != each:  # noqa: PLR0124
+            break
+    return _LATER
+
+
+def _measured(metric: Any, method: str) -> Callable[..., Later]:
+    return _told
 
 
 class Place:

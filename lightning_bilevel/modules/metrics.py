@@ -17,9 +17,15 @@ from lightning_bilevel.modules.parts import parts
 State = dict[int, dict[str, Any]]
 """What metrics hold besides their settings, by their place among the metrics of a module."""
 
+Instead = Callable[[Any, str], Callable[..., Any]]
+"""Of a metric, or a collection, and the name of a method: what is called in its place."""
+
 _CALLS = ("forward", "update", "compute", "reset")
 _OF_MODULES = set(vars(nn.Module()))
 _SETTINGS = {*_OF_MODULES, *_CALLS, "_update_signature", "_persistent", "_reductions", "_device", "_dtype"}
+
+_STAYS = {*_SETTINGS, "_defaults"}
+"""What can be read of a metric without what it counts; the last is in its hash."""
 
 _WIDTH = 1_000
 """A longer list holds data, not metrics."""
@@ -38,12 +44,14 @@ class RecordedMetrics:
 
     Attributes:
         latest: the state that the last evaluations left.
+        which: tells these metrics from others.
     """
 
     def __init__(self, module: nn.Module) -> None:
         found = list(_modules_of(module))
         self._metrics = [each for each in found if isinstance(each, Metric)]
         self._collections = [each for each in found if isinstance(each, MetricCollection)]
+        self.which = tuple(map(id, (*self._metrics, *self._collections)))
         self._start = self._counted = self.latest = self._plain(range(len(self._metrics)))
         self._evaluating = self._inside = False
         self._touched: set[int] = set()
@@ -105,6 +113,19 @@ class RecordedMetrics:
             self._put({place: self._counted[place] for place in self._touched})
             self._evaluating, self._touched, self._wrapped, self._failed = outside
             self._set(kept)
+
+    @contextmanager
+    def replaced(self, instead: Instead) -> Iterator[None]:
+        """Have other functions called in the places of metrics' methods; what they have counted cannot be read then."""
+        with ExitStack() as stack:
+            for each in (*self._metrics, *self._collections):
+                values: dict[str, Any] = {name: instead(each, name) for name in _CALLS}
+                if isinstance(each, Metric):
+                    values.update((name, Later()) for name in vars(each) if name not in _STAYS)
+                else:
+                    values["_state_is_copy"] = False  # which a loop over a collection changes
+                stack.enter_context(_changed(each, values))
+            yield
 
     def _shadow(self, metric: Metric, name: str, family: list[int]) -> Callable[..., Any]:
         original = getattr(metric, name)
@@ -230,6 +251,27 @@ def usable(value: Any) -> Any:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
+
+
+class Later:
+    """What a metric says where it is called later, and what it has counted: it can be logged, and no more.
+
+    Args:
+        number: of the call.
+
+    >>> bool(Later(0))
+    Traceback (most recent call last):
+    TypeError: a 'Later' cannot be used
+    """
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+
+    def _unknown(self, *args: Any) -> Any:
+        raise TypeError("a 'Later' cannot be used")
+
+    __bool__ = __eq__ = __ne__ = __str__ = __format__ = _unknown
+    __hash__ = object.__hash__
 
 
 def _modules_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -99,9 +99,9 @@ def test_what_is_returned_beside_the_value_comes_out_of_the_graph() -> None:
     with at.functional.session():
         part = at.made("outer_slopes")
         _, weight, *slopes = part(at.args)
-    assert part.beside.size == 1
+    assert part.left.beside.size == 1
     assert len(slopes) == len(at.state.params) + len(at.phi)
-    (twice, three) = part.beside.filled([weight])["more"]
+    (twice, three) = part.left.beside.filled([weight])["more"]
     torch.testing.assert_close(twice, 2 * at.module.net.weight.detach())
     assert three == 3
 
@@ -109,5 +109,5 @@ def test_what_is_returned_beside_the_value_comes_out_of_the_graph() -> None:
 def test_an_object_that_is_returned_beside_the_value_cannot_be_compiled() -> None:
     at = At()
     returns_beside(at, lambda module: module)
-    with at.functional.session(), pytest.raises(NotCompiled, match="it returns something beside its value"):
+    with at.functional.session(), pytest.raises(NotCompiled, match="it returns beside its value"):
         at.made("outer")

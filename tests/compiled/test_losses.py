@@ -107,9 +107,10 @@ CASES = {
     "Python's random": Case(lambda m, loss: loss * random.random(), because="."),
     "a branch on data": Case(lambda m, loss: 2 * loss if loss > 0.5 else loss, because="Data-dependent"),
     "a counter": Case(lambda m, loss: (up("number")(m), loss)[1], because="it writes to an attribute"),
-    "a metric": Case(lambda m, loss: (m.metric.update(loss.detach()), loss)[1], because="."),
+    "a metric": Case(lambda m, loss: (m.metric.update(loss.detach()), loss)[1]),
+    "what a metric says": Case(lambda m, loss: loss * m.metric(loss.detach()), because="it computes with"),
     "what is returned beside": Case(lambda m, loss: {"loss": loss, "twice": 2 * loss}),
-    "an object beside": Case(lambda m, loss: {"loss": loss, "net": m.net}, because="it returns something beside"),
+    "an object beside": Case(lambda m, loss: {"loss": loss, "net": m.net}, because="it returns beside"),
 }
 
 

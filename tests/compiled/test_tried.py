@@ -149,7 +149,8 @@ MEASURES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
     "by hand": (lambda m, outputs, y: m.log("accuracy", (outputs.argmax(-1) == y).float().mean()), ""),
     "a function": (lambda m, outputs, y: of_torchmetrics(m, outputs.argmax(-1), y, validate_args=False), ""),
     "a function that checks": (lambda m, outputs, y: of_torchmetrics(m, outputs.argmax(-1), y), "data-dependent"),
-    "a metric": (lambda m, outputs, y: m.metric(outputs.max()), "."),
+    "a metric": (lambda m, outputs, y: m.log("largest", m.metric(outputs.max())), ""),
+    "what a metric says": (lambda m, outputs, y: m.log("half", m.metric(outputs.max()) / 2), "it computes with what"),
 }
 
 

@@ -89,7 +89,7 @@ REFUSED = {
     "a number in an array": (lambda m, loss: loss * float(m.array[1]), "numbers out of"),
     "a branch on data": (lambda m, loss: loss if loss > 0 else -loss, "Data-dependent"),
     "a counter": (count, "it writes to an attribute"),
-    "an object beside": (lambda m, loss: {"loss": loss, "net": m.net}, "returns something beside its value"),
+    "an object beside": (lambda m, loss: {"loss": loss, "net": m.net}, "returns beside its value"),
 }
 
 
