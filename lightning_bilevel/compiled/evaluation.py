@@ -18,6 +18,7 @@ from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.beside import taken_apart
+from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
 from lightning_bilevel.compiled.left import Calls, Left, Log, Logged, count_of, described, log_all, tensors_of
 from lightning_bilevel.compiled.passes import cut, taken
@@ -210,11 +211,11 @@ def evaluation(
     traced = traced_at(getattr(functions, name), args, 0)
     where, own = places(traced), functions.layout.inputs
     if len(args) == own:
-        call = compiled(traced.graph, [*args, *traced.read], backend)
+        call = compiled_forks(traced.graph, [*args, *traced.read], backend, traced.forks)
         return Evaluation(functions.outputs, functions.logged, call, where, own, left=functions.left)
     outputs, names = functions.outputs, len(functions.layout.names)
     halves = cut(traced.graph, own, outputs, len(traced.read))
-    forward = compiled(halves.forward, [*args[:own], *traced.read], backend)
+    forward = compiled_forks(halves.forward, [*args[:own], *traced.read], backend, traced.forks)
     kept = list(forward([*args[:own], *traced.read]))[outputs:]
     given = [*args[:own], *kept, *args[own:], *traced.read]
     parts = taken(halves.backward, range(names)), taken(halves.backward, range(names, len(traced.present) - outputs))

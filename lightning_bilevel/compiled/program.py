@@ -20,6 +20,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.beside import taken_apart
+from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.left import (
     Calls,
@@ -268,8 +269,8 @@ class Functions:
     def whole(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the steps; return the outer loss at their end, the buffers it leaves, and its gradient as well.
 
-        Where it is weighed on the way: all of its values, and the gradient of their weighed sum. What it draws leaves
-        no trace there, which no graph can do.
+        Where it is weighed on the way: all of its values, and the gradient of their weighed sum. What it draws is put
+        back there, see :mod:`~lightning_bilevel.compiled.forked`.
         """
         before, phi, batches, judge, weights = self.layout.opened(args, steps)
         begin, outer = tree.leaves(before.flat()), tree.leaves(phi)
@@ -360,12 +361,12 @@ def made(
     layout, outputs = functions.layout, functions.outputs
     live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
-        call = compiled(traced.graph, [*first, *args, *traced.read], backend)
+        call = compiled_forks(traced.graph, [*first, *args, *traced.read], backend, traced.forks)
         return Part(outputs, functions.logged, call, where, numbered, live=live, left=functions.left)
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
-    forward = compiled(halves.forward, [*own, *traced.read], backend)
+    forward = compiled_forks(halves.forward, [*own, *traced.read], backend, traced.forks)
     kept = list(forward([*own, *traced.read]))[outputs:]
     back = compiled(halves.backward, [*own, *kept, *cotangents, *traced.read], backend)
     return Part(outputs, functions.logged, forward, where, numbered, back, live)

@@ -205,19 +205,12 @@ NET = {
 
 @pytest.mark.parametrize("net", some(NET, {"dropout"}))
 @pytest.mark.parametrize("strategy", some(STRATEGIES, {"products", "slopes"}))
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. compiled, it draws other random numbers")
 def test_masks_and_buffers(net: str, strategy: str, evaluated: list[int]) -> None:
     module = weighted(net=NET[net], optimizer=lambda module: SGD(lr=0.1))
     module.log_lr.requires_grad_(False)
     for turn in range(2):
         assert apart(*both(module, STRATEGIES[strategy](), episode(turn))) < 2e-6
     assert evaluated
-
-
-def test_an_outer_loss_that_draws_in_steps_leaves_its_draws_behind(calls: list[int]) -> None:
-    module = weighted(net=NET["dropout"])
-    with pytest.warns(UserWarning, match="compiled, it draws other random numbers than it does"):
-        assert apart(*both(module, PenaltyGradient(2.0))) < 2e-6
 
 
 @pytest.mark.parametrize("strategy", [ReverseUnroll, STRATEGIES["products"], STRATEGIES["a loss of its own"]])
