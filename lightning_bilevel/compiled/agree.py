@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_bilevel.compiled.program import Functions, Part
+from lightning_bilevel.compiled.program import IN_HALVES, Functions, Part
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.randomness import RngState, generator_state
 
@@ -112,7 +112,7 @@ def _drawn_alike(run: Run, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int) -> list[Tensor]:
     """Return all outputs, from both halves where there are two."""
     with torch.no_grad():
-        if name != "pull":
+        if name not in IN_HALVES:
             return list(part(steps, args))
         layout = functions.layout
         own, cotangents = args[: layout.inputs], args[layout.inputs :]

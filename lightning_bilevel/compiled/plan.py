@@ -127,7 +127,7 @@ class Plan(NamedTuple):
         """Return one of the functions of the stretch after ``steps`` other steps, made at the first call.
 
         Args:
-            name: ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
+            name: ``"take"``, ``"pull"``, ``"rule"``, ``"push"`` or ``"whole"``.
             steps: before this one.
             args: all that it takes.
 
@@ -217,6 +217,7 @@ class Plan(NamedTuple):
 _WORDS = {
     "take": "forward",
     "pull": "with the derivative",
+    "rule": "with the derivative of its rule",
     "push": "with tangents",
     "whole": "with the outer loss and the derivative",
 }

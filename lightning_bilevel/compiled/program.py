@@ -260,6 +260,14 @@ class Functions:
                 append_loss(losses, loss)
         return [*self._ended(state, losses, logged), *(tangents[name].contiguous() for name in self.layout.names)]
 
+    def rule(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Take a step; return the gradients of ⟨cotangent, θ⟩ through the optimizer's rule alone, by ∇g, θ and φ."""
+        before, phi, (batch,), _, cotangents = self.layout.opened(args, steps)
+        with self._logging() as logged:
+            after, loss, pull = self.step.rule(before, phi, batch)
+        found = pull(dict(zip(before.params, cotangents, strict=True)))
+        return [*self._ended(after, [loss], logged), *(g.contiguous() for each in found for g in each.values())]
+
     def update(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the inner optimizer's step on θ for a gradient."""
         before, phi, *_ = self.layout.opened(args, steps)
@@ -333,6 +341,10 @@ def _gradients(begin: Params, found: Sequence[Tensor | None]) -> list[Tensor | N
     return [None if g is None else g.detach().contiguous() for g in each]
 
 
+IN_HALVES = {"pull", "rule"}
+"""The functions whose second half is given what their first half has led to."""
+
+
 def made(
     functions: Functions,
     name: str,
@@ -345,7 +357,7 @@ def made(
 
     Args:
         functions: those of a step.
-        name: of the function, ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
+        name: of the function, ``"take"``, ``"pull"``, ``"rule"``, ``"push"`` or ``"whole"``.
         args: all that it takes, for their shapes.
         steps: before this one, as a part of the graph; ``None``: it is an input.
         backend: what compiles.
@@ -360,7 +372,7 @@ def made(
     first = [_number(0, args[0])] if numbered else []
     layout, outputs = functions.layout, functions.outputs
     live = tuple(traced.present[-len(layout.outer) :])
-    if name != "pull":
+    if name not in IN_HALVES:
         call = compiled_forks(traced.graph, [*first, *args, *traced.read], backend, traced.forks)
         return Part(outputs, functions.logged, call, where, numbered, live=live, left=functions.left)
     inputs = len(first) + layout.inputs

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_bilevel import tree
+from lightning_bilevel import SGD, tree
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.program import Form, Functions, Layout, made
 from lightning_bilevel.problem import InnerState
@@ -60,6 +60,21 @@ def test_the_way_back_is_that_of_autograd() -> None:
     assert part.live == (True, False)  # nothing depends on the rate that this optimizer does not have
     for value, expected in zip(found, [*d.values(), through["logits"]], strict=True):
         torch.testing.assert_close(value, expected)
+
+
+def test_the_way_back_through_the_rule_alone() -> None:
+    at = At(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9, weight_decay=0.1))
+    with at.functional.session():
+        after, _ = at.step(at.state, at.phi, at.batch)  # whose momentum is more than zeros
+        args = [*after.flat().values(), *at.args[len(at.state.flat()) :]]
+        expected, d = at.step.rule(after, at.phi, at.batch), tree.map(torch.randn_like, after.params)
+        part = made(at.functions, "rule", [*args, *d.values()], 1, "flat", lambda traced: [])
+        results = list(part(1, args))
+        found = part.backward(1, args, results[part.outputs :], list(d.values()))
+    same = zip(results, [*expected.state.flat().values(), expected.loss[None]], strict=False)
+    back = zip(found, (value for each in expected.pull(d) for value in each.values()), strict=True)
+    for value, other in (*same, *back):
+        torch.testing.assert_close(value, other)
 
 
 def test_tangents_are_those_of_the_step() -> None:

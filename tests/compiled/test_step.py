@@ -163,7 +163,7 @@ def test_nets(name: str, calls: list[int]) -> None:
     assert calls
 
 
-@pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2)])
+@pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2), DARTS])
 def test_masks_are_those_of_the_eager_step(strategy: Callable[[], HypergradientStrategy], calls: list[int]) -> None:
     module = weighted(net=NETS["dropout"][0])
     assert apart(*both(module, strategy())) < 2e-6
