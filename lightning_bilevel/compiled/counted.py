@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel.compiled.agree import TOLERANCE, TRIES, moved
-from lightning_bilevel.compiled.left import Left
+from lightning_bilevel.compiled.left import Spot
 from lightning_bilevel.compiled.program import Functions
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.modules.functional import FunctionalModule
@@ -20,21 +20,14 @@ Run = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
 def counted_alike(
-    eager: Run,
-    graph: Run,
-    functions: Functions,
-    left: Left,
-    functional: FunctionalModule,
-    args: list[Tensor],
-    dtype: torch.dtype,
+    eager: Run, graph: Run, functions: Functions, functional: FunctionalModule, args: list[Tensor], dtype: torch.dtype
 ) -> None:
-    """Raise unless the metrics that a loss calls count alike, and what it logs of them is alike, at one of some points.
+    """Raise unless metrics that losses call count alike, and what is logged of them is alike, at one of some points.
 
     Args:
         eager: of the arguments.
         graph: of the arguments.
-        functions: say where the outputs are that metrics get.
-        left: what the loss leaves.
+        functions: say what the losses leave, and which outputs that is.
         functional: the module.
         args: all that they take.
         dtype: the lowest precision that they compute in.
@@ -42,9 +35,9 @@ def counted_alike(
     Raises:
         NotCompiled: they do not.
     """
-    if not left.calls:
+    spots = {level: spot for level, spot in functions.spots.items() if spot.left.calls}
+    if not spots:
         return
-    aside, logs = functions.aside, functions.logs
     generator = torch.Generator().manual_seed(0)
     for turn in range(TRIES):
         if turn:
@@ -53,9 +46,10 @@ def counted_alike(
             with functional.snapshot().fork():
                 functions.counts = True
                 eager(args)
-                expected = functions.seen
+                expected = {level: functions.seen[level] for level in spots}
             with functional.snapshot().fork():
-                found = _seen(graph(args), aside, logs, left, functional)
+                results = graph(args)
+                found = {level: _seen(results, spot, functional) for level, spot in spots.items()}
         except Exception as error:
             raise NotCompiled(reason(error)) from error
         finally:
@@ -65,15 +59,15 @@ def counted_alike(
     raise NotCompiled("compiled, its metrics count something else than they do")
 
 
-def _seen(results: Sequence[Tensor | None], aside: range, logs: range, left: Left, functional: FunctionalModule) -> Any:
+def _seen(results: Sequence[Tensor | None], spot: Spot, functional: FunctionalModule) -> Any:
     logged: dict[str, Any] = {}
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         logged[name] = primal(value), args, kwargs
 
-    given, taken = ([value for i in each if (value := results[i]) is not None] for each in (aside, logs))
+    aside, logs = ([value for i in each if (value := results[i]) is not None] for each in (spot.aside, spot.logs))
     with functional.recorder.apart(log):
-        left.tell(given, taken, log, functional)
+        spot.left.tell(aside, logs, log, functional)
         return logged, functional.recorder.counted
 
 

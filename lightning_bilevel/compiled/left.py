@@ -18,6 +18,7 @@ from lightning_bilevel.compiled.beside import Beside, without_tensors
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.metrics import Later, unwrapped
+from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.stacking import nested, replaced
 from lightning_bilevel.tree import Params
 
@@ -28,7 +29,7 @@ Log = dict[Any, tuple[Any, tuple[Any, ...], dict[str, Any]]]
 class Logged(NamedTuple):
     """What a loss logs; ``value`` is ``None`` for an output of a graph.
 
-    Where it is what a metric will say, so is ``name`` if that is a dict.
+    Where it is what a metric will say, and that is a dict of names, ``name`` is the number of the metric's call.
     """
 
     name: Any
@@ -63,11 +64,11 @@ def log_all(
     for name, value, args, kwargs in logged:
         if not isinstance(value, Later):
             log(name, next(values) if value is None else value, *args, **kwargs)
-        elif name is not value:
-            log(name, said[value.number], *args, **kwargs)
-        else:
-            for key, each in said[value.number].items():
+        elif isinstance(name, int):
+            for key, each in said[name].items():
                 log(key, each, *args, **kwargs)
+        else:
+            log(name, said[value.number], *args, **kwargs)
 
 
 class Called(NamedTuple):
@@ -86,37 +87,54 @@ class Called(NamedTuple):
     levels: Sequence[Sequence[int]]
 
 
-class Calls:
-    """Takes the calls of metrics while a loss is traced.
+class Taken:
+    """Takes what losses log, and the calls of metrics, while they are traced.
+
+    Of evaluations one after the other, the calls of the last one are those that count, and so are its logs.
+
+    Args:
+        recorder: of the losses.
+        outer: whether it is the outer loss alone that is traced.
 
     Attributes:
+        log: what is logged.
         made: the calls.
         tensors: those of their arguments, one after the other, out of function transforms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: LogRecorder, outer: bool) -> None:
+        self.log: Log = {}
         self.made: list[Called] = []
         self.tensors: list[Tensor] = []
+        self._recorder, self._outer = recorder, outer
+        self._said: list[Later] = []
+        self._evaluation: int | None = None
 
     def instead(self, metric: Metric | MetricCollection, method: str) -> Callable[..., Later]:
         """Return what is called in the place of a metric's method."""
         return functools.partial(self._take, metric, method)
 
     def _take(self, metric: Metric | MetricCollection, method: str, /, *args: Any, **kwargs: Any) -> Later:
+        if self._recorder.in_outer_loss and not self._outer:
+            raise NotCompiled("the strategy steps on an outer loss that calls a metric")
+        number = self._recorder.evaluation_number
+        if number is None:
+            return Later()
+        if number != self._evaluation:
+            self._evaluation, self.made, self.tensors, self._said = number, [], [], []
         given, tensors = without_tensors((args, kwargs), "it gives a metric")
-        found = [unwrapped(tensor) for tensor in tensors]
+        found = [unwrapped(tensor.detach()) for tensor in tensors]
         self.made.append(Called(metric, method, given, [levels for _, levels in found]))
-        self.tensors += [tensor.detach().contiguous() for tensor, _ in found]
-        return Later(len(self.made) - 1)
+        self.tensors += [tensor for tensor, _ in found]
+        self._said.append(Later(len(self.made) - 1))
+        return self._said[-1]
 
-
-def refused(metric: Metric | MetricCollection, method: str) -> Callable[..., Later]:
-    """Return what is called in the place of a metric's method where no graph can leave it out."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Later:
-        raise NotCompiled("the strategy steps on a loss that calls a metric")
-
-    return refuse
+    def left(self, beside: Beside) -> Left:
+        """Return what the losses have left."""
+        for value, _, _ in self.log.values():
+            if isinstance(value, Later) and not any(value is each for each in self._said):
+                raise NotCompiled("what it logs of its metrics is another thing at every step")
+        return Left(beside, self.made, described(self.log))
 
 
 @contextmanager
@@ -154,10 +172,10 @@ def _vectorized(sizes: dict[int, int]) -> Iterator[Callable[[Tensor, Sequence[in
 
 
 class Left(NamedTuple):
-    """What an outer loss leaves besides its value and buffers.
+    """What a loss leaves besides its value and buffers.
 
     Attributes:
-        beside: what it returns beside its value.
+        beside: what it returns beside its value; nothing of an inner one.
         calls: the metrics that it calls.
         logged: what it logs.
     """
@@ -165,6 +183,11 @@ class Left(NamedTuple):
     beside: Beside = Beside()
     calls: Sequence[Called] = ()
     logged: Sequence[Logged] = ()
+
+    @property
+    def total(self) -> int:
+        """How many tensors there are, with what is logged."""
+        return self.size + count_of(self.logged)
 
     @property
     def size(self) -> int:
@@ -177,6 +200,12 @@ class Left(NamedTuple):
         """Call the metrics, and log."""
         with called(self.calls, tensors[self.beside.size :], functional) as said:
             log_all(self.logged, logs, log, said)
+
+    def tell_last(self, results: Sequence[Tensor], functional: FunctionalModule) -> None:
+        """Call the metrics, and log, with the last of what a graph has returned."""
+        if self.calls or self.logged:
+            tensors = results[len(results) - self.total :]
+            self.tell(tensors[: self.size], tensors[self.size :], functional.recorder.log, functional)
 
     def leave(
         self,
@@ -200,3 +229,17 @@ class Left(NamedTuple):
         self.tell(tensors, logs, recorder.log, functional)
         beside = self.beside.filled(tensors[: self.beside.size])
         recorder.after_outer_loss(buffers, {"loss": value, **beside})
+
+
+class Spot(NamedTuple):
+    """Where the outputs of a graph are that a loss leaves.
+
+    Attributes:
+        left: what that is.
+        aside: the numbers of those but for what is logged.
+        logs: the numbers of what is logged.
+    """
+
+    left: Left
+    aside: range
+    logs: range

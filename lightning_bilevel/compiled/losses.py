@@ -59,8 +59,8 @@ class CompiledLosses:
             return None
         part, functional, args = found
         results = part(args)
-        part.log(results, functional.recorder.log)
-        value, *slopes = results[: part.outputs - part.logs]
+        part.tell(results, functional)
+        value, *slopes = results[: part.outputs - part.told.total]
         return value, *_trees(slopes, state.params if by_theta else {}, phi)
 
     def condition(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
@@ -69,7 +69,7 @@ class CompiledLosses:
         if (found := self._found("products", "curvature", problem, state, phi, batch, theta)) is None:
             return None
         part, functional, args = found
-        return stationarity(part, functional.recorder, args, state.params, phi)
+        return stationarity(part, functional, args, state.params, phi)
 
     def _found(
         self,
@@ -160,7 +160,7 @@ def _made(
         dtype = precision(args, functional.autocast_dtype)
         eager = lambda args: function(args, 0)  # noqa: E731
         alike(eager, part.all_of, functions, args, dtype)
-        counted_alike(eager, part.all_of, functions, part.left, functional, args, dtype)
+        counted_alike(eager, part.all_of, functions, functional, args, dtype)
 
     make = partial(evaluation.evaluation, functions, name, args, backend, places)
     return made_once(functional, make, check, _WORDS[name], backend)

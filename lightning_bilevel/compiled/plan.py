@@ -13,7 +13,7 @@ from lightning_bilevel.compiled.agree import agree, precision
 from lightning_bilevel.compiled.counted import counted_alike
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.making import made_once
-from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
+from lightning_bilevel.compiled.program import IN_HALVES, Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.sight import Sight
 from lightning_bilevel.compiled.watch import Place
@@ -165,7 +165,8 @@ class Plan(NamedTuple):
             dtype = precision(args, functional.autocast_dtype)
             agree(functions, name, part, args, steps, dtype)
             eager = lambda args: getattr(functions, name)(args, steps)  # noqa: E731
-            counted_alike(eager, lambda args: part(steps, args), functions, part.left, functional, args, dtype)
+            own = self.layout.inputs if name in IN_HALVES else len(args)
+            counted_alike(eager, lambda args: part(steps, args[:own]), functions, functional, args, dtype)
 
         return made_once(
             functional,

@@ -19,23 +19,20 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
-from lightning_bilevel.compiled.beside import taken_apart
+from lightning_bilevel.compiled.beside import Beside, taken_apart
 from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.left import (
-    Calls,
     Left,
     Log,
-    Logged,
-    count_of,
-    described,
-    log_all,
-    refused,
+    Spot,
+    Taken,
     tensors_of,
 )
 from lightning_bilevel.compiled.passes import cut
-from lightning_bilevel.compiled.watch import Place
-from lightning_bilevel.modules.metrics import State
+from lightning_bilevel.compiled.watch import Level, Place
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.metrics import Later, State
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
 from lightning_bilevel.randomness import RngState
@@ -47,8 +44,8 @@ class Part(NamedTuple):
     """One of the functions of a step, compiled.
 
     Attributes:
-        outputs: how many tensors it returns first: the state, buffers, the loss and what is logged.
-        logged: what is logged.
+        outputs: how many tensors it returns first: the state, buffers, the loss, what metrics get and what is logged.
+        told: what the inner loss leaves.
         call: the graph; of a step that can be run backward, the first half: (step, kept).
         places: where it finds what the losses read besides its arguments.
         numbered: whether the number of steps before is its first argument.
@@ -58,7 +55,7 @@ class Part(NamedTuple):
     """
 
     outputs: int
-    logged: list[Logged]
+    told: Left
     call: Call
     places: list[Place]
     numbered: bool
@@ -75,9 +72,9 @@ class Part(NamedTuple):
         assert self.back is not None
         return list(self.back([*self._first(steps, args), *args, *kept, *cotangents, *read(self.places)]))
 
-    def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
-        """Log what the loss logs."""
-        log_all(self.logged, results[self.outputs - count_of(self.logged) : self.outputs], log)
+    def tell(self, results: Sequence[Tensor], functional: FunctionalModule) -> None:
+        """Log what the inner loss logs, and call its metrics."""
+        self.told.tell_last(results[: self.outputs], functional)
 
     def _first(self, steps: int, args: list[Tensor]) -> list[Tensor]:
         return [_number(steps, args[0])] if self.numbered else []
@@ -193,29 +190,33 @@ class Functions:
         recorder: of what the losses log.
 
     Attributes:
-        logged: what the loss logged at the last call.
-        left: what the outer loss left.
-        aside: which outputs of the last call are what it returned beside its value, and gave to metrics.
-        logs: which are what it logged.
+        spots: what the losses left at the last call, and where that is among the outputs.
         counts: whether metrics are called: while a loss is traced, they are not.
-        seen: what the last loss logged, and what metrics had counted then.
+        seen: what the losses logged, and what metrics had counted then.
     """
 
     def __init__(self, step: GradientStep, layout: Layout, recorder: LogRecorder) -> None:
         self.step, self.layout, self._recorder = step, layout, recorder
-        self.logged: list[Logged] = []
-        self.left, self.aside, self.logs = Left(), range(0), range(0)
-        self.counts, self.seen = False, (Log(), State())
+        self.spots: dict[Level, Spot] = {}
+        self.counts, self.seen = False, dict[Level, tuple[Log, State]]()
 
     @property
     def outputs(self) -> int:
         """How many tensors a function returns before its derivatives, by the last call."""
-        return self.layout.outputs + count_of(self.logged)
+        return self.layout.outputs + self.left("inner").total
+
+    def left(self, level: Level) -> Left:
+        """Return what a loss left at the last call."""
+        return self.spots[level].left if level in self.spots else Left()
+
+    def is_aside(self, number: int) -> bool:
+        """Return whether an output is what a loss returns beside its value, or gives to a metric."""
+        return any(number in spot.aside for spot in self.spots.values())
 
     def described(self, number: int) -> str:
         """Return what an output is."""
         names = [*self.layout.names, *self.layout.buffers]
-        if number in self.aside:
+        if self.is_aside(number):
             return BESIDE
         if number < len(names):
             return f"`{names[number]}` after a step"
@@ -288,14 +289,12 @@ class Functions:
                 state, more = self.step.graph(state, outer, batches[first:last])
             losses += more
             fork = RngState(losses[0].device).fork() if weights else nullcontext()
-            calls = Calls()
-            with self._logging(calls) as of_outer, torch.enable_grad(), fork:
+            with self._logging("outer") as of_outer, torch.enable_grad(), fork:
                 values.append(self.step.problem.outer_loss(state.params, outer, judge, state.buffers))
                 left, beside = self._recorder.left()
         ended = self._ended(state, losses, logged)
         form, aside = taken_apart(beside)
-        aside, logs = aside + calls.tensors, tensors_of(of_outer)
-        self.left = Left(form, calls.made, described(of_outer))
+        aside, logs = [each.contiguous() for each in aside + of_outer.tensors], tensors_of(of_outer.log)
         with torch.enable_grad():
             value = torch.stack(values) if weights else values[0]
             total = (value * weights[0].to(value)).sum() if weights else value
@@ -304,30 +303,36 @@ class Functions:
         if total.requires_grad:
             found = torch.autograd.grad(total, inputs, allow_unused=True)
         there = [value.detach(), *(left[name] for name in self.layout.buffers)]
-        self.aside, self.logs = after([*ended, *there], aside), after([*ended, *there, *aside], logs)
+        earlier = [*ended, *there]
+        self.spots["outer"] = Spot(of_outer.left(form), after(earlier, aside), after([*earlier, *aside], logs))
         return [*ended, *there, *aside, *logs, *_gradients(begin, found)]
 
     @contextmanager
-    def _logging(self, calls: Calls | None = None) -> Iterator[Log]:
-        """Evaluate losses whose logs are taken, and calls of metrics, which are refused unless ``calls`` takes them."""
-        logged: Log = {}
+    def _logging(self, level: Level = "inner") -> Iterator[Taken]:
+        """Evaluate losses whose logs and calls of metrics are taken."""
+        taken = Taken(self._recorder, level == "outer")
 
-        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            logged[name] = primal(value), args, kwargs
+        def log(name: str | Later, value: Any, *args: Any, **kwargs: Any) -> None:
+            taken.log[name.number if isinstance(name, Later) else name] = primal(value), args, kwargs
 
-        instead = refused if calls is None else calls.instead
-        with self._recorder.apart(log, None if self.counts else instead):
-            yield logged
-            self.seen = logged, self._recorder.counted
+        with self._recorder.apart(log, None if self.counts else taken.instead):
+            yield taken
+            self.seen[level] = taken.log, self._recorder.counted
 
-    def _ended(self, after: InnerState, losses: list[Tensor], logged: Log) -> list[Tensor | None]:
-        """Return the state after the steps, the losses, and what is logged."""
-        self.logged = described(logged)
-        values = [value.detach().contiguous() for value in (*after.flat().values(), *after.buffers.values())]
-        return [*values, torch.cat([loss.reshape(-1) for loss in losses]), *tensors_of(logged)]
+    def _ended(self, end: InnerState, losses: list[Tensor], taken: Taken) -> list[Tensor | None]:
+        """Return the state after the steps, the losses, what metrics get and what is logged."""
+        values = [value.detach().contiguous() for value in (*end.flat().values(), *end.buffers.values())]
+        values.append(torch.cat([loss.reshape(-1) for loss in losses]))
+        return [*values, *self._told(values, taken)]
+
+    def _told(self, first: Sequence[Tensor], taken: Taken) -> list[Tensor]:
+        """Return what the inner loss leaves, which comes after other outputs."""
+        aside, logs = [tensor.contiguous() for tensor in taken.tensors], tensors_of(taken.log)
+        self.spots["inner"] = Spot(taken.left(Beside()), after(first, aside), after([*first, *aside], logs))
+        return [*aside, *logs]
 
 
-BESIDE = "what the outer loss returns beside its value, or gives to a metric,"
+BESIDE = "what a loss returns beside its value, or gives to a metric,"
 
 
 def after(first: Sequence[Any], others: Sequence[Any]) -> range:
@@ -370,18 +375,18 @@ def made(
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
     first = [_number(0, args[0])] if numbered else []
-    layout, outputs = functions.layout, functions.outputs
+    layout, outputs, told = functions.layout, functions.outputs, functions.left("inner")
     live = tuple(traced.present[-len(layout.outer) :])
     if name not in IN_HALVES:
         call = compiled_forks(traced.graph, [*first, *args, *traced.read], backend, traced.forks)
-        return Part(outputs, functions.logged, call, where, numbered, live=live, left=functions.left)
+        return Part(outputs, told, call, where, numbered, live=live, left=functions.left("outer"))
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
     forward = compiled_forks(halves.forward, [*own, *traced.read], backend, traced.forks)
     kept = list(forward([*own, *traced.read]))[outputs:]
     back = compiled(halves.backward, [*own, *kept, *cotangents, *traced.read], backend)
-    return Part(outputs, functions.logged, forward, where, numbered, back, live)
+    return Part(outputs, told, forward, where, numbered, back, live)
 
 
 def traced_at(function: Function, args: list[Tensor], steps: int | None) -> Traced:

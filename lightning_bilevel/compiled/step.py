@@ -354,8 +354,7 @@ def _flat(state: InnerState, phi: Params) -> list[Tensor]:
 
 def _ended(plan: Plan, part: Part, state: InnerState, results: Sequence[Tensor]) -> tuple[InnerState, Tensor]:
     """Return the state after a stretch, and the inner losses before each step; log what the loss logs."""
-    if part.logged:
-        part.log(results, plan.functional.recorder.log)
+    part.tell(results, plan.functional)
     layout = plan.layout
     n, m = len(layout.names), layout.outputs - 1
     flat = dict(zip(layout.names, results[:n], strict=True))

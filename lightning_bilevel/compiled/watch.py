@@ -161,7 +161,7 @@ class Watchman:
             value = optimizer.penalty(theta)
             return value + torch.zeros(()) if isinstance(value, Tensor) else torch.zeros(()) + value
 
-        self._module, self._batch, self._update, self._level = module, batch, update, level
+        self._module, self._batch, self._update = module, batch, update
         self.loss, self._penalty = Watch(loss, module), Watch(penalty, module)
         self._updates: dict[int, Watch] = {}
         self._seen: dict[Hashable, tuple[Hashable, Hashable]] = {}
@@ -179,11 +179,10 @@ class Watchman:
             NotCompiled: Dynamo cannot follow.
         """
         around = _surroundings(self._module, functional), functional.recorder.metrics
-        instead = _measured if self._level == "outer" else None
 
         def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
-            with functional.recorder.apart(_looked_at, instead), under, self._recurrent.followed():
+            with functional.recorder.apart(_looked_at, _measured), under, self._recurrent.followed():
                 return self.loss.look(copied(self._batch))  # a loss may take it apart
 
         return self._once("loss", functional, around, look), around

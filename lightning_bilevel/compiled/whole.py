@@ -56,7 +56,7 @@ def ended(
         phi: outer parameters.
         results: of the graph.
     """
-    part.log(results, functional.recorder.log)
+    part.tell(results, functional)
     names, buffers, m = layout.names, layout.buffers, layout.outputs - 1
     flat = dict(zip(names, results, strict=False))
     after = layout.state(

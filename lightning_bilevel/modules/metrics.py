@@ -45,6 +45,7 @@ class RecordedMetrics:
     Attributes:
         latest: the state that the last evaluations left.
         which: tells these metrics from others.
+        evaluation_number: of the evaluation that runs; ``None`` where that runs a part of a loss again.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,6 +55,8 @@ class RecordedMetrics:
         self.which = tuple(map(id, (*self._metrics, *self._collections)))
         self._start = self._counted = self.latest = self._plain(range(len(self._metrics)))
         self._evaluating = self._inside = False
+        self._evaluations = 0
+        self.evaluation_number: int | None = 0
         self._touched: set[int] = set()
         self._wrapped: State = {}
         self._failed: dict[int, Exception] = {}
@@ -105,6 +108,8 @@ class RecordedMetrics:
         kept = self._state(self._touched)  # where part of a loss is run again within the loss
         self._put({place: self._counted[place] for place in self._touched})
         self._evaluating, self._touched, self._wrapped, self._failed = True, set(), {}, {}
+        self._evaluations += counts
+        before, self.evaluation_number = self.evaluation_number, self._evaluations if counts else None
         try:
             yield
             if self._touched and counts:
@@ -112,6 +117,7 @@ class RecordedMetrics:
         finally:
             self._put({place: self._counted[place] for place in self._touched})
             self._evaluating, self._touched, self._wrapped, self._failed = outside
+            self.evaluation_number = before
             self._set(kept)
 
     @contextmanager

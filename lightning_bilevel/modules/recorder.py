@@ -137,6 +137,16 @@ class LogRecorder:
         """What the metrics have counted in this run so far."""
         return self._metrics.latest if self._metrics else {}
 
+    @property
+    def evaluation_number(self) -> int | None:
+        """The number of the evaluation of a loss that runs; ``None`` where that runs a part of it again."""
+        return self._metrics.evaluation_number if self._metrics else 0
+
+    @property
+    def in_outer_loss(self) -> bool:
+        """Whether an outer loss is evaluated."""
+        return self._in_outer_loss
+
     def before_outer_loss(self, writes: bool = True) -> None:
         """Note the attributes that an outer loss starts from.
 

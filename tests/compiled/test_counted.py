@@ -28,7 +28,6 @@ def compared(wrong: Any = lambda results: results, term: Any = lambda module, lo
             lambda args: functions.outer_slopes(args, 0),
             lambda args: wrong(part(args)),
             functions,
-            part.left,
             at.functional,
             at.args,
             torch.float32,

@@ -1,4 +1,4 @@
-"""Metrics in an outer loss that is compiled: they count, and are logged, as they are without graphs."""
+"""Metrics in losses that are compiled: they count, and are logged, as they are without graphs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
-from lightning_bilevel import FirstOrder, HypergradientStrategy, PenaltyGradient, ReverseUnroll, ZerothOrder
+from lightning_bilevel import (
+    DARTS,
+    SGD,
+    EvoGrad,
+    FirstOrder,
+    ForwardGradient,
+    HypergradientStrategy,
+    ImplicitGradient,
+    PenaltyGradient,
+    ReverseUnroll,
+    ZerothOrder,
+)
 from lightning_bilevel.compiled import left
+from lightning_bilevel.compiled.beside import Beside
 from lightning_bilevel.compiled.counted import same
-from lightning_bilevel.compiled.left import Calls, Left, Logged, called, count_of, described, log_all, tensors_of
+from lightning_bilevel.compiled.left import Left, Logged, Taken, called, count_of, described, log_all, tensors_of
 from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.modules.metrics import Later
 from lightning_bilevel.modules.recorder import LogRecorder, Observed, primal
 from tests.support.compiled import CLASSES, Weighted, apart, both, episode
@@ -96,7 +109,7 @@ USES: dict[str, Use] = {
     "a matrix": lambda m, x, y: m.confusion(x, y),
     "tensors in a dict": lambda m, x, y: (m.kept.update({"of": x.exp()}, factor=m.factor), m.log("k", m.kept)),
 }
-FAST = {"a value", "an object", "a collection", "tensors in a dict"}
+FAST = {("a value", "run"), ("an object", "run"), ("a collection", "run"), ("a value", "products")}
 STRATEGIES = {"run": ReverseUnroll, "end": FirstOrder, "copies": lambda: ZerothOrder(2)}
 
 
@@ -119,13 +132,18 @@ def some(names: Iterable[str], fast: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
+def cases(strategies: Iterable[str]) -> list[Any]:
+    """Return all uses with one strategy, and all strategies with one use; one of each is fast."""
+    found = dict.fromkeys([*((use, "run") for use in USES), *(("a value", strategy) for strategy in strategies)])
+    return [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case)) for case in found]
+
+
 def change(module: Any) -> None:
     module.stage, module.factor, module.accuracy = "test", 3.0, accuracy(average="micro")
 
 
-@pytest.mark.parametrize("strategy", some(STRATEGIES, {"run"}))
 @pytest.mark.parametrize("chunk", [1, 3], ids=["looped", "stacked"])
-@pytest.mark.parametrize("use", some(USES, FAST))
+@pytest.mark.parametrize(("use", "strategy"), cases(STRATEGIES))
 def test_metrics_count_and_are_logged(
     use: str, chunk: int, strategy: str, observed: list[Any], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -183,7 +201,7 @@ class Forgiving(MeanMetric):
 
 def test_an_outer_loss_within_steps_that_calls_a_metric() -> None:
     module = measured(USES["a value"])
-    with pytest.warns(UserWarning, match="The inner steps are not compiled: the strategy steps on a loss that calls"):
+    with pytest.warns(UserWarning, match="The inner steps are not compiled: the strategy steps on an outer loss"):
         assert apart(*both(module, PenaltyGradient(2.0))) < 2e-6
 
 
@@ -201,6 +219,55 @@ def test_a_graph_whose_metrics_get_something_else_is_not_used(
     with pytest.warns(UserWarning, match="The outer losses are not compiled: compiled, its metrics count something"):
         assert apart(*both(module, strategy())) < 2e-6
     assert same(*observed, 1e-6)
+
+
+class MeasuredTwice(Measured):
+    """Measures its outputs in the inner loss, too, or there alone."""
+
+    judged = True
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        x, y, index = batch
+        outputs = self.net(x)
+        self.use(self, outputs, y)
+        return (self.logits[index].sigmoid() * F.cross_entropy(outputs, y, reduction="none")).mean()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return super().outer_loss(batch) if self.judged else F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+INNER: dict[str, Callable[[], HypergradientStrategy]] = {
+    "run": ReverseUnroll,
+    "steps": lambda: ReverseUnroll(checkpoint=1),
+    "tangents": lambda: ForwardGradient(2),
+    "forward mode": lambda: ForwardGradient(2, mode="forward"),
+    "products": lambda: ImplicitGradient(Neumann(3, step_size=0.1)),
+    "slopes": lambda: EvoGrad(2, sigma=0.1),
+    "copies": lambda: ZerothOrder(2),
+    "rule": DARTS,
+    "a loss of its own": lambda: PenaltyGradient(2.0),
+}
+
+
+@pytest.mark.parametrize("judged", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inner", "both"])
+@pytest.mark.parametrize("chunk", [1, 3], ids=["looped", "stacked"])
+@pytest.mark.parametrize(("use", "strategy"), cases(INNER))
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. the strategy steps on an outer loss that calls")
+@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. attempted to apply meta conversion")
+def test_metrics_of_the_inner_loss(
+    strategy: str, use: str, chunk: int, judged: bool, observed: list[Any], calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    module = MeasuredTwice(USES[use], episode_chunk_size=chunk, optimizer=lambda module: SGD(lr=0.1))
+    module.judged = judged
+    module.log_lr.requires_grad_(False)
+    for turn in range(2):
+        episodes = [episode(3 * turn + n) for n in range(3)]
+        assert apart(*both(module, INNER[strategy](), episodes)) < 2e-6
+        half = len(observed) // 2
+        assert same(observed[:half], observed[half:], 2e-5)
+        observed.clear()
+    assert calls or strategy in ("forward mode", "a loss of its own")
 
 
 class Fitted(Measured):
@@ -242,7 +309,7 @@ def test_a_fit_logs_what_the_eager_one_does(chunk: int, calls: list[int]) -> Non
 
 
 def test_calls_are_taken_out_of_function_transforms() -> None:
-    calls, mean = Calls(), MeanMetric()
+    calls, mean = Taken(LogRecorder(), outer=True), MeanMetric()
 
     def loss(x: Tensor) -> Tensor:
         assert calls.instead(mean, "update")({"of": [x, "a"]}, weight=2.0).number == 0
@@ -261,7 +328,7 @@ def test_calls_are_taken_out_of_function_transforms() -> None:
 @pytest.mark.parametrize("sizes", [(), (2,), (2, 4)], ids=str)
 def test_calls_are_made_with_other_tensors(sizes: tuple[int, ...]) -> None:
     module = measured(lambda *args: None)
-    calls = Calls()
+    calls = Taken(LogRecorder(), outer=True)
 
     def loss(x: Tensor) -> Tensor:
         calls.instead(module.mean, "forward")(x.mT)
@@ -281,10 +348,30 @@ def test_calls_are_made_with_other_tensors(sizes: tuple[int, ...]) -> None:
     torch.testing.assert_close(counted["mean_value"] / counted["weight"], x.mean())
 
 
+def test_calls_of_the_last_evaluation_count() -> None:
+    module = measured(lambda *args: None)
+    recorder = LogRecorder()
+    with recorder.recording(module):
+        taken = Taken(recorder, outer=False)
+        for number in range(2):
+            with recorder.evaluation():
+                said = taken.instead(module.mean, "forward")(number * torch.ones(1))
+                with recorder.evaluation(counts=False):
+                    repeated = taken.instead(module.mean, "forward")(5 * torch.ones(1))
+            taken.log["mean"] = said, (), {}
+        assert taken.left(Beside()).logged == [Logged("mean", said, (), {})]
+        assert [float(each) for each in taken.tensors] == [1.0]
+        taken.log["again"] = repeated, (), {}
+        with pytest.raises(NotCompiled, match="what it logs of its metrics is another thing at every step"):
+            taken.left(Beside())
+        recorder.before_outer_loss()
+        with pytest.raises(NotCompiled, match="the strategy steps on an outer loss that calls a metric"):
+            taken.instead(module.mean, "update")(torch.ones(1))
+
+
 def test_logs_are_told_with_what_metrics_said() -> None:
     log = {"a": (torch.ones(()), (), {}), "b": (Later(0), (), {"x": 1}), "c": (3, (), {})}
-    later = Later(1)
-    logged = [*described(log), Logged(later, later, (), {})]
+    logged = [*described(log), Logged(1, Later(1), (), {})]
     seen: list[Any] = []
     assert (count_of(logged), len(tensors_of(log))) == (1, 1)
     log_all(logged, [torch.zeros(())], lambda *args, **kwargs: seen.append((*args, kwargs)), [5, {"d": 6, "e": 7}])
