@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
@@ -25,6 +27,7 @@ from lightning_bilevel import (
     PenaltyGradient,
     ReverseUnroll,
     ZerothOrder,
+    bilevel,
 )
 from lightning_bilevel.compiled import left
 from lightning_bilevel.compiled.beside import Beside
@@ -34,7 +37,7 @@ from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.linear_solvers import Neumann
 from lightning_bilevel.modules.metrics import Later
 from lightning_bilevel.modules.recorder import LogRecorder, Observed, primal
-from tests.support.compiled import CLASSES, Weighted, apart, both, episode
+from tests.support.compiled import CLASSES, FEATURES, Weighted, apart, both, episode
 from tests.support.modules import listed, trainer
 
 
@@ -306,6 +309,43 @@ def test_a_fit_logs_what_the_eager_one_does(chunk: int, calls: list[int]) -> Non
     assert same(ours, eager, 2e-5)
     assert {"objects", "objects_epoch", "values_step", "values_epoch", "all/a", "squares"} <= eager[-4].keys()
     assert eager[-2] == 18  # episodes
+
+
+class Plain(LightningModule):
+    """A classifier as it is, whose training step is both losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.accuracy = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES), accuracy()
+        self.several = MetricCollection({"a": accuracy(), "f": MulticlassF1Score(CLASSES)})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        outputs = self.head(self.body(batch[0]).tanh())
+        self.accuracy(outputs, batch[1])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True, batch_size=1)
+        self.log_dict(self.several(outputs, batch[1]), on_step=False, on_epoch=True, batch_size=1)
+        return {"loss": F.cross_entropy(outputs, batch[1]), "outputs": outputs}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def test_a_module_as_it_is_with_metrics(calls: list[int]) -> None:
+    def fitted(compiles: bool) -> list[Any]:
+        torch.manual_seed(0)
+        options: Any = {"inner_steps": 2, "inner_start": "reset", "inner_optimizer": SGD(lr=0.1), "compile": compiles}
+        found: list[Any] = []
+        fit = trainer(
+            ReverseUnroll(), LambdaCallback(on_train_batch_end=lambda *args: found.append(args[2])), max_epochs=2
+        )
+        batches = [[episode(3 * step + n) for n in range(3)] for step in range(2)]
+        fit.fit(bilevel(Plain(), inner="head", outer="body", episode_chunk_size=3, **options), listed(batches))
+        return [*found, dict(fit.callback_metrics)]
+
+    ours = fitted(compiles=True)
+    assert calls
+    assert len(ours[0]["outputs"]) == 3
+    assert same(ours, fitted(compiles=False), 2e-5)
 
 
 def test_calls_are_taken_out_of_function_transforms() -> None:
