@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -110,6 +110,19 @@ def repeating(generators: Iterable[Any]) -> Iterator[None]:
         _repeated.reset(token)
 
 
+_told: ContextVar[Callable[[bool], None] | None] = ContextVar("_told", default=None)
+
+
+@contextmanager
+def forks_told(tell: Callable[[bool], None]) -> Iterator[None]:
+    """Have a function called where :meth:`RngState.fork` begins (``True``) and ends inside, as a trace does not see."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 class RngState:
     """A snapshot of random generators, so that a run can be repeated with the same dropout masks.
 
@@ -175,10 +188,15 @@ class RngState:
                 set_generator_state(self._device, torch.Generator(self._device).manual_seed(seed).get_state())
             for number, (source, _) in enumerate(self._others):
                 seed_generator(source, seed_of(seed, number))
+        tell = _told.get()
+        if tell is not None:
+            tell(True)
         try:
             yield
         finally:
             self.restore()
+            if tell is not None:
+                tell(False)
 
 
 def generator_state(device: torch.device) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -93,6 +94,16 @@ def vectorized(fn: Callable[..., Any], *args: Any, randomness: str) -> Any:
         found: list[Tensor] = []
         _collect(result, found)
         return _rebuilt(result, iter([_remove_batch_dim(tensor, level, count, 0) for tensor in found]))
+    finally:
+        _vmap_decrement_nesting()
+
+
+@contextmanager
+def nested(count: int, randomness: str) -> Iterator[int]:
+    """Enter a ``vmap`` over ``count`` copies by hand, as :func:`vectorized` does; yield its level."""
+    level = _vmap_increment_nesting(count, randomness)
+    try:
+        yield level
     finally:
         _vmap_decrement_nesting()
 

@@ -25,7 +25,7 @@ from lightning_bilevel import (
 )
 from lightning_bilevel.directions import Orthogonal
 from lightning_bilevel.generators import generators_of, moved, process_generators, seed, set_state, state_of
-from lightning_bilevel.randomness import RngState, repeating
+from lightning_bilevel.randomness import RngState, forks_told, repeating
 from tests.support.problems import draw
 
 CPU = torch.device("cpu")
@@ -73,6 +73,17 @@ def test_seeds_start_anew(kind: str) -> None:
         found.append(drawn(generator))
     set_state(generator, before)
     assert found[0] == found[2] != found[1]
+
+
+def test_where_a_fork_begins_and_ends_is_told() -> None:
+    told: list[Any] = []
+    with RngState(CPU).fork(), forks_told(told.append):
+        with RngState(CPU).fork():
+            told.append("in it")
+    assert told == [True, "in it", False]
+    with RngState(CPU).fork():
+        pass
+    assert len(told) == 3
 
 
 @every_kind

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_bilevel import PZOBO, Episode, ReverseUnroll, hypergradient
 from lightning_bilevel.data.inputs import check_episodes, nonfinite
-from lightning_bilevel.stacking import alike, flattened, replaced, stacked, tensors_in, vectorized
+from lightning_bilevel.stacking import alike, flattened, nested, replaced, stacked, tensors_in, vectorized
 from tests.support.modules import FEATURES, Maml
 from tests.support.seeds import seeded
 
@@ -270,3 +270,11 @@ def test_the_core_of_vmap_is_vmap() -> None:
     found = vectorized(lambda x, y: (x.sum() * y, {"x": x, "constant": torch.ones(2)}), x, y, randomness="same")
     expected = torch.func.vmap(lambda x, y: (x.sum() * y, {"x": x, "constant": torch.ones(2)}))(x, y)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_vmap_by_hand_ends_with_its_context():
+    with nested(2, "different") as outer, nested(3, "same") as inner:
+        assert (outer, inner) == (1, 2)
+        x = torch._C._functorch._add_batch_dim(torch.ones(3, 4), 0, inner)
+        assert x.shape == (4,)
+    assert not torch._C._are_functorch_transforms_active()

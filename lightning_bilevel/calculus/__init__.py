@@ -4,7 +4,7 @@ Written against :mod:`~lightning_bilevel.problem`; knows no module, no Trainer a
 :mod:`~lightning_bilevel.calculus.base` first: what a step is, and which derivatives it has.
 """
 
-from lightning_bilevel.calculus.base import Condition, InnerStep, Pullback, Pulled, Whole
+from lightning_bilevel.calculus.base import Condition, InnerStep, Pullback, Pulled, Ruled, Whole
 from lightning_bilevel.calculus.outer import OuterEvaluation, outer_graph, outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.runs import (
     PushedRun,
@@ -25,6 +25,7 @@ __all__ = [
     "Pullback",
     "Pulled",
     "PushedRun",
+    "Ruled",
     "Run",
     "Whole",
     "inner_step",

@@ -8,6 +8,7 @@ With A_t = ∂Ω_t/∂θ_{t-1} and B_t = ∂Ω_t/∂φ, where θ stands for para
 - ``held`` is the same with A = I and B = 0, as in first-order MAML;
 - ``jvp`` takes a step and pushes tangents, z ↦ A_t z + B_t v, ``push`` through a stretch of steps;
 - ``whole`` takes a stretch of steps with the outer loss at its end and the gradient of that, where that is one graph;
+- ``rule`` takes a step and differentiates what the optimizer makes of the inner gradient, but not that gradient;
 - ``products`` are those with ∂²g/∂θ² and ∂²g/∂θ∂φ;
 - ``stationarity`` and ``fixed_point`` are conditions r = 0 for the end of a run, ∇g = 0 and Ω(s) = s, with products.
 """
@@ -84,6 +85,31 @@ class Whole(NamedTuple):
     d: Params
     c: Params
     observed: Any
+
+
+class Ruled(NamedTuple):
+    """A step θ ↦ U(θ, ∇g, φ) whose inner gradient is taken as given; all detached.
+
+    Attributes:
+        state: its end.
+        loss: the inner loss at its start.
+        pull: d ↦ (d ∂U/∂(∇g), d ∂U/∂θ, d ∂U/∂φ), once.
+
+    Of gradient descent with rate 0.2 those are −0.2 d, d and 0:
+
+    >>> from lightning_bilevel.calculus import inner_step
+    >>> from lightning_bilevel.testing import Quadratic
+    >>> module = Quadratic()
+    >>> (problem, phi, carry), episode = module.plain(), module.episode()
+    >>> ruled = inner_step(problem).rule(carry.inner, phi, episode.inner[0])
+    >>> u, d, through = ruled.pull({"theta": torch.ones(4, dtype=torch.float64)})
+    >>> [float(each.sum()) for each in (u["theta"], d["theta"], through["target"])]
+    [-0.8, 4.0, 0.0]
+    """
+
+    state: InnerState
+    loss: Tensor
+    pull: Callable[[Params], tuple[Params, Params, Params]]
 
 
 class Condition(NamedTuple):
@@ -236,6 +262,28 @@ class InnerStep(ABC):
             with inner_gradient():
                 gradient = tree.grad(loss, theta, create_graph=True)
         return condition(gradient, theta, outer)
+
+    def rule(self, state: InnerState, phi: Params, batch: Batch) -> Ruled:
+        """Take the step; see :class:`Ruled`. No second derivatives of the inner loss."""
+        theta, outer = tree.leaves(state.params), tree.leaves(phi)
+        with torch.enable_grad():
+            loss, buffers = self.problem.inner_loss(theta, phi, batch, state.buffers)
+            with inner_gradient():
+                gradient = tree.leaves(tree.grad(loss, theta))
+            begin = tree.leaves(state.params)
+            params, opt_state = self.problem.update(begin, gradient, state.opt_state, outer, state.steps + 1)
+        after = InnerState(params, buffers, opt_state, state.steps + 1).detach()
+
+        def pull(d: Params) -> tuple[Params, Params, Params]:
+            pairs = [(value, d[name]) for name, value in params.items() if value.requires_grad]
+            trees = (gradient, begin, outer)
+            leaves = [leaf for each in trees for leaf in each.values()]
+            ends, vectors = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(ends, leaves, vectors, allow_unused=True))
+            first, second, third = (tree.like(each, [next(found) for _ in each]) for each in trees)
+            return first, second, third
+
+        return Ruled(after, loss.detach(), pull)
 
     def products(self, state: InnerState, phi: Params, batch: Batch) -> tuple[Product, Product]:
         """Return v ↦ ∂²g/∂θ² v and v ↦ v ∂²g/∂θ∂φ at ``state``, those of :meth:`stationarity`."""

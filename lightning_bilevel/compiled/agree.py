@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_bilevel.compiled.program import Functions, Part
+from lightning_bilevel.compiled.program import IN_HALVES, Functions, Part
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.randomness import RngState, generator_state
 
@@ -50,7 +50,7 @@ def alike(eager: Run, graph: Run, functions: Functions, args: list[Tensor], dtyp
     At one of them, for the ReLU of a unit near 0 may open in one and not in the other: that is rounding too, but a
     derivative jumps there. A wrong graph is wrong everywhere. Cotangents, tangents and directions are random ones.
     Outputs that are 0 but for rounding (the gradient of a
-    bias before a batch norm) count by the largest output.
+    bias before a batch norm) count by the largest output, but for what is returned beside a loss, of any size.
 
     Args:
         eager: of the arguments.
@@ -70,7 +70,7 @@ def alike(eager: Run, graph: Run, functions: Functions, args: list[Tensor], dtyp
     ]  # what is zero at the start hides what it meets
     for turn in range(TRIES):
         if turn:
-            args = [_moved(arg, generator) if i < len(functions.layout.names) else arg for i, arg in enumerate(args)]
+            args = moved(args, functions, generator)
         try:
             expected, end = _drawn_alike(eager, args)
             found, other = _drawn_alike(graph, args)
@@ -94,8 +94,10 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device).to(like.dtype)
 
 
-def _moved(arg: Tensor, generator: torch.Generator) -> Tensor:
-    return arg * (1 + 1e-3 * _drawn(arg, generator))
+def moved(args: list[Tensor], functions: Functions, generator: torch.Generator) -> list[Tensor]:
+    """Return the arguments with another state near by."""
+    n = len(functions.layout.names)
+    return [*(arg * (1 + 1e-3 * _drawn(arg, generator)) for arg in args[:n]), *args[n:]]
 
 
 def _drawn_alike(run: Run, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -110,7 +112,7 @@ def _drawn_alike(run: Run, args: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], steps: int) -> list[Tensor]:
     """Return all outputs, from both halves where there are two."""
     with torch.no_grad():
-        if name != "pull":
+        if name not in IN_HALVES:
             return list(part(steps, args))
         layout = functions.layout
         own, cotangents = args[: layout.inputs], args[layout.inputs :]
@@ -121,7 +123,8 @@ def _computed(functions: Functions, name: str, part: Part, args: list[Tensor], s
 def _apart(functions: Functions, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> str:
     """Return which outputs are apart, and by how much; empty where none are."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True)]
-    size = max((float(b.norm()) for _, b in pairs if b.is_floating_point() and b.isfinite().all()), default=0.0)
+    counted = [b for number, (_, b) in enumerate(pairs) if not functions.is_aside(number) and b.is_floating_point()]
+    size = max((float(b.norm()) for b in counted if b.isfinite().all()), default=0.0)
     for number, (a, b) in enumerate(pairs):
         if not (b.is_floating_point() or b.is_complex()):
             apart = float(not torch.equal(a, b))

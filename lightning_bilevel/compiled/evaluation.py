@@ -6,9 +6,9 @@ besides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -17,23 +17,22 @@ from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.calculus.inner import inner_value_and_grads
 from lightning_bilevel.calculus.outer import outer_value, outer_value_and_grads
 from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.beside import taken_apart
+from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled
+from lightning_bilevel.compiled.left import Left, Spot, Taken, count_of, tensors_of
 from lightning_bilevel.compiled.passes import cut, taken
 from lightning_bilevel.compiled.program import (
+    BESIDE,
     Functions,
     Layout,
-    Log,
-    Logged,
-    count_of,
-    described,
-    log_all,
+    after,
     read,
-    tensors_of,
     traced_at,
 )
-from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.compiled.series import written_out
 from lightning_bilevel.compiled.watch import Place
+from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.recorder import LogRecorder
 from lightning_bilevel.problem import BilevelProblem, Episode
 
@@ -52,33 +51,32 @@ class Evaluations(Functions):
     def __init__(self, problem: BilevelProblem, layout: Layout, recorder: LogRecorder) -> None:
         self.problem = replace(problem, compiler=None, observer=None)
         super().__init__(GradientStep(self.problem), layout, recorder)
-        self._first = 0
-        self._log: Log = {}
+        self._outputs = 0
 
     @property
     def outputs(self) -> int:
         """How many tensors come first, with what is logged, by the last call."""
-        return self._first + count_of(self.logged)
+        return self._outputs
 
     def described(self, number: int) -> str:
         """Return what an output is."""
-        return f"output {number} of the losses and their derivatives"
+        return BESIDE if self.is_aside(number) else f"output {number} of the losses and their derivatives"
 
     def outer(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Return f, and the buffers that it leaves."""
+        """Return f, the buffers that it leaves and what it returns beside its value."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        with self._logging("outer") as taken:
             value, _ = outer_value(self.problem, state, phi, Episode([], batch))
-            buffers = self._left()
-        return self._found([value, *buffers])
+            buffers, beside = self._recorder.left()
+        return self._judged(value, buffers, beside, taken, [])
 
     def outer_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
-        """Return f, the buffers that it leaves, ∂f/∂θ and ∂f/∂φ."""
+        """Return f, the buffers that it leaves, what it returns beside its value, ∂f/∂θ and ∂f/∂φ."""
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        with self._logging("outer") as taken:
             value, d, c, _ = outer_value_and_grads(self.problem, state, phi, Episode([], batch))
-            buffers = self._left()
-        return self._found([value, *buffers, *d.values(), *c.values()])
+            buffers, beside = self._recorder.left()
+        return self._judged(value, buffers, beside, taken, [*d.values(), *c.values()])
 
     def inner_slopes(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return g, ∂g/∂θ and ∂g/∂φ."""
@@ -90,40 +88,48 @@ class Evaluations(Functions):
 
     def curvature(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Return ∂g/∂θ; then ∂²g/∂θ² v and v ∂²g/∂θ∂φ."""
-        condition, vector = self._condition(args, steps)
-        first = self._found(list(condition.residual.values()))
+        condition, vector, taken = self._condition(args, steps)
+        first = self._found(list(condition.residual.values()), taken)
         return [*first, *condition.transposed(vector).values(), *condition.mixed(vector).values()]
 
-    def _condition(self, args: list[Tensor], steps: int | Tensor) -> tuple[Condition, tree.Params]:
+    def _condition(self, args: list[Tensor], steps: int | Tensor) -> tuple[Condition, tree.Params, Taken]:
         state, phi, (batch,), _, vectors = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        with self._logging() as taken:
             condition = self.step.stationarity(state, phi, batch)
-        return condition, dict(zip(self.layout.names, vectors, strict=True))
+        return condition, dict(zip(self.layout.names, vectors, strict=True)), taken
 
     def _inner_slopes(self, args: list[Tensor], steps: int | Tensor, by_theta: bool) -> list[Tensor | None]:
         state, phi, (batch,), *_ = self.layout.opened(args, steps)
-        with self._logging() as self._log:
+        with self._logging() as taken:
             value, d, c = inner_value_and_grads(self.problem, state, phi, [batch], by_theta)
-        return self._found([value, *d.values(), *c.values()])
+        return self._found([value, *d.values(), *c.values()], taken)
 
-    def _left(self) -> list[Tensor]:
-        buffers, beside = self._recorder.left()
-        if beside:
-            raise NotCompiled("it returns something beside its value")
-        return [buffers[name] for name in self.layout.buffers]
+    def _judged(
+        self, value: Tensor, left: tree.Params, beside: Mapping[str, Any], taken: Taken, slopes: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Return f, what it leaves, its slopes, and what is logged."""
+        form, tensors = taken_apart(beside)
+        first = [value, *(left[name] for name in self.layout.buffers)]
+        aside, logs = tensors + taken.tensors, tensors_of(taken.log)
+        values = [each.detach().contiguous() for each in (*first, *aside, *slopes)]
+        self.spots["outer"] = Spot(taken.left(form), after(first, aside), after(values, logs))
+        self._outputs = len(values) + len(logs)
+        return [*values, *logs]
 
-    def _found(self, values: list[Tensor]) -> list[Tensor | None]:
-        """Return values, and what is logged."""
-        self._first, self.logged = len(values), described(self._log)
-        return [*(value.detach().contiguous() for value in values), *tensors_of(self._log)]
+    def _found(self, values: list[Tensor], taken: Taken) -> list[Tensor | None]:
+        """Return values, and what the inner loss leaves."""
+        first = [value.detach().contiguous() for value in values]
+        left = self._told(first, taken)
+        self._outputs = len(first) + len(left)
+        return [*first, *left]
 
 
 class Evaluation(NamedTuple):
     """A graph of the losses at a state.
 
     Attributes:
-        outputs: how many tensors it returns first: what is asked for, and what is logged.
-        logged: what is logged.
+        outputs: how many tensors it returns first: what is asked for, and what the loss leaves.
+        told: what the inner loss leaves.
         call: the graph; it also returns what later ones are given.
         places: where it finds what the losses read besides its arguments.
         own: how many arguments it takes, but for vectors.
@@ -131,10 +137,11 @@ class Evaluation(NamedTuple):
         product_graph: the first of these, not compiled.
         series: graphs of several terms of a series, by their number and α; ``None``: there is none.
         backend: what compiles.
+        left: what an outer loss leaves.
     """
 
     outputs: int
-    logged: list[Logged]
+    told: Left
     call: Call
     places: list[Place]
     own: int
@@ -142,6 +149,7 @@ class Evaluation(NamedTuple):
     product_graph: fx.GraphModule | None = None
     series: dict[tuple[int, float], Call | None] = {}  # noqa: RUF012  # each has its own
     backend: Backend = "flat"
+    left: Left = Left()
 
     def __call__(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the graph returns."""
@@ -149,8 +157,8 @@ class Evaluation(NamedTuple):
 
     @property
     def logs(self) -> int:
-        """How many tensors are logged."""
-        return count_of(self.logged)
+        """How many tensors the outer loss logs."""
+        return count_of(self.left.logged)
 
     def all_of(self, args: list[Tensor]) -> list[Tensor]:
         """Return what the function returns that the graphs were made of, all products with the same vectors."""
@@ -179,9 +187,9 @@ class Evaluation(NamedTuple):
         call = self.series[count, step_size]
         return None if call is None else list(call(given))
 
-    def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
-        """Log what the loss logs."""
-        log_all(self.logged, results[self.outputs - self.logs : self.outputs], log)
+    def tell(self, results: Sequence[Tensor], functional: FunctionalModule) -> None:
+        """Log what the inner loss logs, and call its metrics."""
+        self.told.tell_last(results[: self.outputs], functional)
 
 
 def evaluation(
@@ -204,15 +212,15 @@ def evaluation(
         NotCompiled: something cannot be traced or compiled.
     """
     traced = traced_at(getattr(functions, name), args, 0)
-    where, own = places(traced), functions.layout.inputs
+    where, own, told = places(traced), functions.layout.inputs, functions.left("inner")
     if len(args) == own:
-        call = compiled(traced.graph, [*args, *traced.read], backend)
-        return Evaluation(functions.outputs, functions.logged, call, where, own)
+        call = compiled_forks(traced.graph, [*args, *traced.read], backend, traced.forks)
+        return Evaluation(functions.outputs, told, call, where, own, left=functions.left("outer"))
     outputs, names = functions.outputs, len(functions.layout.names)
     halves = cut(traced.graph, own, outputs, len(traced.read))
-    forward = compiled(halves.forward, [*args[:own], *traced.read], backend)
+    forward = compiled_forks(halves.forward, [*args[:own], *traced.read], backend, traced.forks)
     kept = list(forward([*args[:own], *traced.read]))[outputs:]
     given = [*args[:own], *kept, *args[own:], *traced.read]
     parts = taken(halves.backward, range(names)), taken(halves.backward, range(names, len(traced.present) - outputs))
     later = tuple(compiled(part, given, backend) for part in parts)
-    return Evaluation(outputs, functions.logged, forward, where, own, later, parts[0], {}, backend)
+    return Evaluation(outputs, told, forward, where, own, later, parts[0], {}, backend)

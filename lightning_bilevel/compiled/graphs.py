@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
 from lightning_bilevel.compiled.onednn import with_onednn
 from lightning_bilevel.compiled.passes import apart, as_in_memory, by_rows, without_alpha
 from lightning_bilevel.compiled.reasons import NotCompiled
 from lightning_bilevel.kernels.onednn import is_faster
+from lightning_bilevel.randomness import forks_told
 
 Backend = Literal["inductor", "flat"]
 Call = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -40,12 +41,15 @@ class Traced(NamedTuple):
         present: which of the function's outputs there are.
         read: the tensors that the function reads besides its arguments.
         literal: which of these are written in the code (``torch.tensor(1.0)``).
+        forks: where generators are put back: whether a fork begins, or ends, and after how many draws; last, how many
+            there are. Empty where nothing is drawn that is put back.
     """
 
     graph: fx.GraphModule
     present: list[bool]
     read: list[Tensor]
     literal: list[bool]
+    forks: Sequence[tuple[bool, int]] = ()
 
 
 def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tensor]) -> Traced:
@@ -60,6 +64,10 @@ def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tens
     ([tensor([ 2., 18.])], [True, False])
     """
     present: list[bool] = []
+    forks: list[tuple[bool, int]] = []
+
+    def forked(begins: bool) -> None:
+        forks.append((begins, _draws(get_proxy_mode().tracer.graph)))  # type: ignore[union-attr]
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         outputs = fn(list(inputs))
@@ -67,8 +75,9 @@ def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tens
         return [output for output in outputs if output is not None]
 
     copies = [arg.detach().clone() for arg in args]
-    with torch.enable_grad():
+    with torch.enable_grad(), forks_told(forked):
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*copies)
+    forks.append((False, _draws(graph.graph)))
     read, literal = _lifted(graph)
     read, literal = _without_arguments(graph, args, read, literal)
     if any(_writes(node) for node in graph.graph.nodes):  # BatchNorm's statistics, `clamp_`: written out of place
@@ -77,7 +86,26 @@ def trace(fn: Callable[[list[Tensor]], list[Tensor | None]], args: Sequence[Tens
             graph = make_fx(functional, tracing_mode="fake")(*copies, *read)
         if _lifted(graph)[0]:
             raise NotCompiled("it writes to a tensor that cannot be followed")
-    return Traced(_tidy(graph), present, read, literal)
+    return Traced(_tidy(graph), present, read, literal, forks if _puts_back(forks) else ())
+
+
+def is_random(node: fx.Node) -> bool:
+    """Return whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _draws(graph: fx.Graph) -> int:
+    return sum(map(is_random, graph.nodes))
+
+
+def _puts_back(forks: Sequence[tuple[bool, int]]) -> bool:
+    """Return whether anything is drawn within a fork."""
+    depth, before = 0, 0
+    for begins, draws in forks[:-1]:
+        if depth and draws > before:
+            return True
+        depth, before = depth + (1 if begins else -1), draws
+    return False
 
 
 def _writes(node: fx.Node) -> bool:
@@ -133,11 +161,7 @@ def _tidy(graph: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     unlike = {_ATEN.native_batch_norm, _ATEN.clone}  # it writes to copies of buffers, which no schema says
-    unlike |= {
-        node.target.overloadpacket
-        for node in graph.graph.nodes
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    }
+    unlike |= {node.target.overloadpacket for node in graph.graph.nodes if is_random(node)}
     tidied: fx.GraphModule = CSEPass(get_CSE_banned_ops() | unlike)(graph).graph_module  # type: ignore[union-attr]
     tidied.graph.eliminate_dead_code()
     tidied.recompile()

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.compiled import evaluation
 from lightning_bilevel.compiled.agree import alike, precision
+from lightning_bilevel.compiled.counted import counted_alike
 from lightning_bilevel.compiled.evaluation import Evaluation, Evaluations
 from lightning_bilevel.compiled.fingerprint import Fingerprint, fingerprint
 from lightning_bilevel.compiled.graphs import Traced, backend_for
@@ -58,8 +59,8 @@ class CompiledLosses:
             return None
         part, functional, args = found
         results = part(args)
-        part.log(results, functional.recorder.log)
-        value, *slopes = results[: part.outputs - part.logs]
+        part.tell(results, functional)
+        value, *slopes = results[: part.outputs - part.told.total]
         return value, *_trees(slopes, state.params if by_theta else {}, phi)
 
     def condition(self, problem: BilevelProblem, state: InnerState, phi: Params, batch: Batch) -> Condition | None:
@@ -68,7 +69,7 @@ class CompiledLosses:
         if (found := self._found("products", "curvature", problem, state, phi, batch, theta)) is None:
             return None
         part, functional, args = found
-        return stationarity(part, functional.recorder, args, state.params, phi)
+        return stationarity(part, functional, args, state.params, phi)
 
     def _found(
         self,
@@ -133,12 +134,11 @@ class CompiledLosses:
     @staticmethod
     def _judged(part: Evaluation, functional: FunctionalModule, args: list[Tensor], state: InnerState) -> list[Tensor]:
         """Return what a graph of the outer loss returns, but for what it leaves, which is noted."""
-        recorder, results = functional.recorder, part(args)
-        recorder.before_outer_loss(writes=False)
-        part.log(results, recorder.log)
-        value, n = results[0], 1 + len(state.buffers)
-        recorder.after_outer_loss(dict(zip(state.buffers, results[1:n], strict=True)), value)
-        return [value, *results[n : part.outputs - part.logs]]
+        results, n = part(args), 1 + len(state.buffers)
+        m, end = n + part.left.size, part.outputs - part.logs
+        buffers = dict(zip(state.buffers, results[1:n], strict=True))
+        part.left.leave(functional, buffers, results[0], results[n:m], results[end : part.outputs])
+        return [results[0], *results[m:end]]
 
 
 def _places(
@@ -158,7 +158,9 @@ def _made(
 
     def check(part: Evaluation) -> None:
         dtype = precision(args, functional.autocast_dtype)
-        alike(lambda args: function(args, 0), part.all_of, functions, args, dtype)
+        eager = lambda args: function(args, 0)  # noqa: E731
+        alike(eager, part.all_of, functions, args, dtype)
+        counted_alike(eager, part.all_of, functions, functional, args, dtype)
 
     make = partial(evaluation.evaluation, functions, name, args, backend, places)
     return made_once(functional, make, check, _WORDS[name], backend)

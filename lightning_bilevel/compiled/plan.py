@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.agree import agree, precision
+from lightning_bilevel.compiled.counted import counted_alike
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.making import made_once
-from lightning_bilevel.compiled.program import Functions, Layout, Part, made, traced_at
+from lightning_bilevel.compiled.program import IN_HALVES, Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.sight import Sight
 from lightning_bilevel.compiled.watch import Place
@@ -133,7 +134,7 @@ class Plan(NamedTuple):
         """Return one of the functions of the stretch after ``steps`` other steps, made at the first call.
 
         Args:
-            name: ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
+            name: ``"take"``, ``"pull"``, ``"rule"``, ``"push"`` or ``"whole"``.
             steps: before this one.
             args: all that it takes.
 
@@ -166,10 +167,18 @@ class Plan(NamedTuple):
         if numbered and not self._is_numbered(functions, args):
             return None
         count, number = len(self.layout.order), None if numbered else steps
+
+        def check(part: Part) -> None:
+            dtype = precision(args, functional.autocast_dtype)
+            agree(functions, name, part, args, steps, dtype)
+            eager = lambda args: getattr(functions, name)(args, steps)  # noqa: E731
+            own = self.layout.inputs if name in IN_HALVES else len(args)
+            counted_alike(eager, lambda args: part(steps, args[:own]), functions, functional, args, dtype)
+
         return made_once(
             functional,
             lambda: made(functions, name, args, number, backend, self._places(watched)),
-            lambda part: agree(functions, name, part, args, steps, precision(args, functional.autocast_dtype)),
+            check,
             "an inner step" if count == 1 else f"{count} inner steps",
             f"{_WORDS[name]}, {backend}",
         )
@@ -216,6 +225,7 @@ class Plan(NamedTuple):
 _WORDS = {
     "take": "forward",
     "pull": "with the derivative",
+    "rule": "with the derivative of its rule",
     "push": "with tangents",
     "whole": "with the outer loss and the derivative",
 }

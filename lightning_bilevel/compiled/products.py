@@ -10,23 +10,25 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import Condition
 from lightning_bilevel.compiled.evaluation import Evaluation
-from lightning_bilevel.modules.recorder import LogRecorder
+from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.tree import Params
 
 
-def stationarity(part: Evaluation, recorder: LogRecorder, args: list[Tensor], theta: Params, phi: Params) -> Condition:
+def stationarity(
+    part: Evaluation, functional: FunctionalModule, args: list[Tensor], theta: Params, phi: Params
+) -> Condition:
     """Return the condition that ∇g is zero.
 
     Args:
         part: the graphs.
-        recorder: of what the loss logs.
+        functional: the module.
         args: all that they take.
         theta: names θ.
         phi: names φ.
     """
     results = part(args)
-    part.log(results, recorder.log)
-    residual, kept = results[: part.outputs - part.logs], results[part.outputs :]
+    part.tell(results, functional)
+    residual, kept = results[: part.outputs - part.told.total], results[part.outputs :]
 
     def product(which: int, like: Params, vector: Params) -> Params:
         vectors = [vector[name].detach().contiguous() for name in theta]

@@ -19,10 +19,20 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.beside import Beside, taken_apart
+from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
+from lightning_bilevel.compiled.left import (
+    Left,
+    Log,
+    Spot,
+    Taken,
+    tensors_of,
+)
 from lightning_bilevel.compiled.passes import cut
-from lightning_bilevel.compiled.reasons import NotCompiled
-from lightning_bilevel.compiled.watch import Place
+from lightning_bilevel.compiled.watch import Level, Place
+from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.metrics import Later, State
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
 from lightning_bilevel.randomness import RngState
@@ -30,37 +40,28 @@ from lightning_bilevel.stacking import replaced
 from lightning_bilevel.tree import Params
 
 
-class Logged(NamedTuple):
-    """What a loss logs, ``self.log(name, value, *args, **kwargs)``; ``value`` is ``None`` for an output of a graph."""
-
-    name: str
-    value: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Part(NamedTuple):
     """One of the functions of a step, compiled.
 
     Attributes:
-        outputs: how many tensors it returns first: the state, buffers, the loss and what is logged.
-        logged: what is logged.
+        outputs: how many tensors it returns first: the state, buffers, the loss, what metrics get and what is logged.
+        told: what the inner loss leaves.
         call: the graph; of a step that can be run backward, the first half: (step, kept).
         places: where it finds what the losses read besides its arguments.
         numbered: whether the number of steps before is its first argument.
         back: the second half: (arguments, kept, cotangents) to the gradients.
         live: which outer parameters there is a gradient for.
-        judged: what an outer loss at the end logs.
+        left: what an outer loss at the end leaves.
     """
 
     outputs: int
-    logged: list[Logged]
+    told: Left
     call: Call
     places: list[Place]
     numbered: bool
     back: Call | None = None
     live: tuple[bool, ...] = ()
-    judged: Sequence[Logged] = ()
+    left: Left = Left()
 
     def __call__(self, steps: int, args: list[Tensor]) -> Sequence[Tensor]:
         """Return what the graph returns."""
@@ -71,13 +72,9 @@ class Part(NamedTuple):
         assert self.back is not None
         return list(self.back([*self._first(steps, args), *args, *kept, *cotangents, *read(self.places)]))
 
-    def log(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
-        """Log what the loss logs."""
-        log_all(self.logged, results[self.outputs - count_of(self.logged) : self.outputs], log)
-
-    def log_judged(self, results: Sequence[Tensor], log: Callable[..., None]) -> None:
-        """Log what the outer loss logs, the first of these results."""
-        log_all(self.judged, results, log)
+    def tell(self, results: Sequence[Tensor], functional: FunctionalModule) -> None:
+        """Log what the inner loss logs, and call its metrics."""
+        self.told.tell_last(results[: self.outputs], functional)
 
     def _first(self, steps: int, args: list[Tensor]) -> list[Tensor]:
         return [_number(steps, args[0])] if self.numbered else []
@@ -91,18 +88,6 @@ def read(places: Sequence[Place]) -> list[Tensor]:
 def _number(steps: int, beside: Tensor) -> Tensor:
     """Return the number of steps before; on a GPU with all else, for a CUDA graph reads nothing from elsewhere."""
     return torch.full((), float(steps), dtype=torch.float64, device=beside.device if beside.is_cuda else "cpu")
-
-
-def count_of(logged: Sequence[Logged]) -> int:
-    """Return how many tensors are logged."""
-    return sum(each.value is None for each in logged)
-
-
-def log_all(logged: Sequence[Logged], results: Sequence[Tensor], log: Callable[..., None]) -> None:
-    """Log what a graph has returned of it, the first of these results."""
-    values = iter(results)
-    for name, value, args, kwargs in logged:
-        log(name, next(values) if value is None else value, *args, **kwargs)
 
 
 class Form:
@@ -224,23 +209,34 @@ class Functions:
         recorder: of what the losses log.
 
     Attributes:
-        logged: what the loss logged at the last call.
-        judged: what the outer loss logged.
+        spots: what the losses left at the last call, and where that is among the outputs.
+        counts: whether metrics are called: while a loss is traced, they are not.
+        seen: what the losses logged, and what metrics had counted then.
     """
 
     def __init__(self, step: GradientStep, layout: Layout, recorder: LogRecorder) -> None:
         self.step, self.layout, self._recorder = step, layout, recorder
-        self.logged: list[Logged] = []
-        self.judged: list[Logged] = []
+        self.spots: dict[Level, Spot] = {}
+        self.counts, self.seen = False, dict[Level, tuple[Log, State]]()
 
     @property
     def outputs(self) -> int:
         """How many tensors a function returns before its derivatives, by the last call."""
-        return self.layout.outputs + count_of(self.logged)
+        return self.layout.outputs + self.left("inner").total
+
+    def left(self, level: Level) -> Left:
+        """Return what a loss left at the last call."""
+        return self.spots[level].left if level in self.spots else Left()
+
+    def is_aside(self, number: int) -> bool:
+        """Return whether an output is what a loss returns beside its value, or gives to a metric."""
+        return any(number in spot.aside for spot in self.spots.values())
 
     def described(self, number: int) -> str:
         """Return what an output is."""
         names = [*self.layout.names, *self.layout.buffers]
+        if self.is_aside(number):
+            return BESIDE
         if number < len(names):
             return f"`{names[number]}` after a step"
         if number < self.outputs:
@@ -284,6 +280,14 @@ class Functions:
                 append_loss(losses, loss)
         return [*self._ended(state, losses, logged), *(tangents[name].contiguous() for name in self.layout.names)]
 
+    def rule(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
+        """Take a step; return the gradients of ⟨cotangent, θ⟩ through the optimizer's rule alone, by ∇g, θ and φ."""
+        before, phi, (batch,), _, cotangents = self.layout.opened(args, steps)
+        with self._logging() as logged:
+            after, loss, pull = self.step.rule(before, phi, batch)
+        found = pull(dict(zip(before.params, cotangents, strict=True)))
+        return [*self._ended(after, [loss], logged), *(g.contiguous() for each in found for g in each.values())]
+
     def update(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the inner optimizer's step on θ for a gradient."""
         before, phi, *_ = self.layout.opened(args, steps)
@@ -293,8 +297,8 @@ class Functions:
     def whole(self, args: list[Tensor], steps: int | Tensor) -> list[Tensor | None]:
         """Take the steps; return the outer loss at their end, the buffers it leaves, and its gradient as well.
 
-        Where it is weighed on the way: all of its values, and the gradient of their weighed sum. What it draws leaves
-        no trace there, which no graph can do.
+        Where it is weighed on the way: all of its values, and the gradient of their weighed sum. What it draws is put
+        back there, see :mod:`~lightning_bilevel.compiled.forked`.
         """
         before, phi, batches, judge, weights = self.layout.opened(args, steps)
         outer, flat = tree.leaves(phi), before.flat()
@@ -307,13 +311,12 @@ class Functions:
                 state, more = self.step.graph(state, outer, batches[first:last])
             losses += more
             fork = RngState(losses[0].device).fork() if weights else nullcontext()
-            with self._logging() as of_outer, torch.enable_grad(), fork:
+            with self._logging("outer") as of_outer, torch.enable_grad(), fork:
                 values.append(self.step.problem.outer_loss(state.params, outer, judge, state.buffers))
                 left, beside = self._recorder.left()
-        if beside:
-            raise NotCompiled("the outer loss returns more than a number")
         ended = self._ended(state, losses, logged)
-        self.judged = described(of_outer)
+        form, aside = taken_apart(beside)
+        aside, logs = [each.contiguous() for each in aside + of_outer.tensors], tensors_of(of_outer.log)
         with torch.enable_grad():
             value = torch.stack(values) if weights else values[0]
             total = (value * weights[0].to(value)).sum() if weights else value
@@ -321,46 +324,52 @@ class Functions:
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if total.requires_grad:
             found = torch.autograd.grad(total, inputs, allow_unused=True)
-        there = [value.detach(), *(left[name] for name in self.layout.buffers), *tensors_of(of_outer)]
-        return [*ended, *there, *_gradients(begin, found)]
+        there = [value.detach(), *(left[name] for name in self.layout.buffers)]
+        earlier = [*ended, *there]
+        self.spots["outer"] = Spot(of_outer.left(form), after(earlier, aside), after([*earlier, *aside], logs))
+        return [*ended, *there, *aside, *logs, *_gradients(begin, found)]
 
     @contextmanager
-    def _logging(self) -> Iterator[Log]:
-        logged: Log = {}
+    def _logging(self, level: Level = "inner") -> Iterator[Taken]:
+        """Evaluate losses whose logs and calls of metrics are taken."""
+        taken = Taken(self._recorder, level == "outer")
 
-        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            logged[name] = primal(value), args, kwargs
+        def log(name: str | Later, value: Any, *args: Any, **kwargs: Any) -> None:
+            taken.log[name.number if isinstance(name, Later) else name] = primal(value), args, kwargs
 
-        with self._recorder.apart(log):
-            yield logged
+        with self._recorder.apart(log, None if self.counts else taken.instead):
+            yield taken
+            self.seen[level] = taken.log, self._recorder.counted
 
-    def _ended(self, after: InnerState, losses: list[Tensor], logged: Log) -> list[Tensor | None]:
-        """Return the state after the steps, the losses, and what is logged."""
-        self.logged = described(logged)
-        values = [value.detach().contiguous() for value in (*after.flat().values(), *after.buffers.values())]
-        return [*values, torch.cat([loss.reshape(-1) for loss in losses]), *tensors_of(logged)]
+    def _ended(self, end: InnerState, losses: list[Tensor], taken: Taken) -> list[Tensor | None]:
+        """Return the state after the steps, the losses, what metrics get and what is logged."""
+        values = [value.detach().contiguous() for value in (*end.flat().values(), *end.buffers.values())]
+        values.append(torch.cat([loss.reshape(-1) for loss in losses]))
+        return [*values, *self._told(values, taken)]
 
-
-Log = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]
-
-
-def described(logged: Log) -> list[Logged]:
-    """Return what is logged, as it is said of a graph."""
-    return [
-        Logged(name, None if isinstance(value, Tensor) else value, args, kwargs)
-        for name, (value, args, kwargs) in logged.items()
-    ]
+    def _told(self, first: Sequence[Tensor], taken: Taken) -> list[Tensor]:
+        """Return what the inner loss leaves, which comes after other outputs."""
+        aside, logs = [tensor.contiguous() for tensor in taken.tensors], tensors_of(taken.log)
+        self.spots["inner"] = Spot(taken.left(Beside()), after(first, aside), after([*first, *aside], logs))
+        return [*aside, *logs]
 
 
-def tensors_of(logged: Log) -> list[Tensor]:
-    """Return the tensors that are logged."""
-    return [value.detach() for value, _, _ in logged.values() if isinstance(value, Tensor)]
+BESIDE = "what a loss returns beside its value, or gives to a metric,"
+
+
+def after(first: Sequence[Any], others: Sequence[Any]) -> range:
+    """Return the numbers of the second of two lists that follow each other."""
+    return range(len(first), len(first) + len(others))
 
 
 def _gradients(begin: Params, found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return gradients by the state, zeros where there are none, and those by φ, ``None`` where there are none."""
     each = [*tree.like(begin, found[: len(begin)]).values(), *found[len(begin) :]]
     return [None if g is None else g.detach().contiguous() for g in each]
+
+
+IN_HALVES = {"pull", "rule"}
+"""The functions whose second half is given what their first half has led to."""
 
 
 def made(
@@ -375,7 +384,7 @@ def made(
 
     Args:
         functions: those of a step.
-        name: of the function, ``"take"``, ``"pull"``, ``"push"`` or ``"whole"``.
+        name: of the function, ``"take"``, ``"pull"``, ``"rule"``, ``"push"`` or ``"whole"``.
         args: all that it takes, for their shapes.
         steps: before this one, as a part of the graph; ``None``: it is an input.
         backend: what compiles.
@@ -388,18 +397,18 @@ def made(
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
     first = [_number(0, args[0])] if numbered else []
-    layout, outputs = functions.layout, functions.outputs
+    layout, outputs, told = functions.layout, functions.outputs, functions.left("inner")
     live = tuple(traced.present[-len(layout.outer) :])
-    if name != "pull":
-        call = compiled(traced.graph, [*first, *args, *traced.read], backend)
-        return Part(outputs, functions.logged, call, where, numbered, live=live, judged=functions.judged)
+    if name not in IN_HALVES:
+        call = compiled_forks(traced.graph, [*first, *args, *traced.read], backend, traced.forks)
+        return Part(outputs, told, call, where, numbered, live=live, left=functions.left("outer"))
     inputs = len(first) + layout.inputs
     halves = cut(traced.graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
-    forward = compiled(halves.forward, [*own, *traced.read], backend)
+    forward = compiled_forks(halves.forward, [*own, *traced.read], backend, traced.forks)
     kept = list(forward([*own, *traced.read]))[outputs:]
     back = compiled(halves.backward, [*own, *kept, *cotangents, *traced.read], backend)
-    return Part(outputs, functions.logged, forward, where, numbered, back, live)
+    return Part(outputs, told, forward, where, numbered, back, live)
 
 
 def traced_at(function: Function, args: list[Tensor], steps: int | None) -> Traced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from lightning_bilevel.host import rank_zero_warn
@@ -19,6 +20,8 @@ def reason(error: BaseException) -> str:
     """
     while not isinstance(error, NotCompiled) and (behind := error.__cause__ or getattr(error, "inner_exception", None)):
         error = behind
+    if re.search(r"['(]Later[')]", str(error)):  # which stands for that
+        return "it computes with what a metric says or has counted"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

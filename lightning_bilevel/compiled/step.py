@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bilevel import tree
-from lightning_bilevel.calculus.base import Condition, InnerStep, Pulled, Whole, append_loss
+from lightning_bilevel.calculus.base import Condition, InnerStep, Pulled, Ruled, Whole, append_loss
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.calculus.tangents import Pushed
 from lightning_bilevel.compiled.plan import Plan, joined, shared_out
@@ -178,17 +178,39 @@ class CompiledStep(InnerStep):
 
     def fixed_point(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
         """Take a step that can be run backward, any number of times, and return how far it goes."""
+        if (found := self._halved("pull", state, phi, batch)) is None:
+            return self.eager.fixed_point(state, phi, batch)
+        after, _, part, backward = found
+        return at_fixed_point(tree.sub(tree.detach(state.flat()), after.flat()), phi, part.live, backward)
+
+    def rule(self, state: InnerState, phi: Params, batch: Batch) -> Ruled:
+        """Take the step; its second half is the way back through the optimizer's rule."""
+        if (found := self._halved("rule", state, phi, batch, tuple(state.params.values()))) is None:
+            return self.eager.rule(state, phi, batch)
+        after, loss, _, backward = found
+
+        def pull(d: Params) -> tuple[Params, Params, Params]:
+            with torch.no_grad():
+                slopes = iter(backward([d[name].contiguous() for name in state.params]))
+            u, by_theta, by_phi = ({name: next(slopes) for name in each} for each in (state.params, state.params, phi))
+            return u, by_theta, by_phi
+
+        return Ruled(after, loss.reshape(()), pull)
+
+    def _halved(
+        self, name: str, state: InnerState, phi: Params, batch: Batch, along: Sequence[Tensor] = ()
+    ) -> tuple[InnerState, Tensor, Part, Callable[[list[Tensor]], list[Tensor]]] | None:
+        """Take a step; return the state after it, the loss, its graph, and the second half of that."""
         with torch.no_grad():
-            stretches = self._stretches("pull", state, phi, [batch])
+            stretches = self._stretches(name, state, phi, [batch], [value.detach().contiguous() for value in along])
             if stretches is None:
-                return self.eager.fixed_point(state, phi, batch)
+                return None
             ((plan, part),) = stretches
             args = [*_flat(state, phi), *plan.tensors]
             results = list(part(state.steps, args))
-            after, _ = _ended(plan, part, state, results)
-            residual = tree.sub(state.flat(), after.flat())
+            after, loss = _ended(plan, part, state, results)
         kept = results[part.outputs :]
-        return at_fixed_point(residual, phi, part.live, lambda d: part.backward(state.steps, args, kept, d))
+        return after, loss, part, lambda vectors: part.backward(state.steps, args, kept, vectors)
 
     def stationarity(self, state: InnerState, phi: Params, batch: Batch) -> Condition:
         """Return the condition by graphs of its own, of the inner loss alone."""
@@ -343,8 +365,7 @@ def _flat(state: InnerState, phi: Params, tied: Collection[str] = ()) -> list[Te
 
 def _ended(plan: Plan, part: Part, state: InnerState, results: Sequence[Tensor]) -> tuple[InnerState, Tensor]:
     """Return the state after a stretch, and the inner losses before each step; log what the loss logs."""
-    if part.logged:
-        part.log(results, plan.functional.recorder.log)
+    part.tell(results, plan.functional)
     layout = plan.layout
     n, m = len(layout.names), layout.outputs - 1
     flat = dict(zip(layout.names, results[:n], strict=True))

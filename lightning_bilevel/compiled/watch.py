@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bilevel.compiled.beside import looked_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.recurrent import Recurrent
 from lightning_bilevel.compiled.unguarded import Unguarded
@@ -24,10 +25,12 @@ from lightning_bilevel.inner_optimizers.base import is_ours
 from lightning_bilevel.kernels.safe import in_place
 from lightning_bilevel.modules.attributes import Attributes, Snapshot
 from lightning_bilevel.modules.functional import FunctionalModule
+from lightning_bilevel.modules.metrics import Later
+from lightning_bilevel.modules.outputs import beside_loss
 from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.modules.returned import scalar
 from lightning_bilevel.problem import Batch
-from lightning_bilevel.stacking import copied, tensors_in
+from lightning_bilevel.stacking import copied, leaves_in, tensors_in
 
 Level = Literal["inner", "outer"]
 
@@ -144,7 +147,10 @@ class Watchman:
         hook = f"{level}_loss"
 
         def loss(batch: Batch) -> Tensor:  # with the module's own parameters: guards do not look at values
-            return scalar(module, hook, module.inner_loss(batch) if level == "inner" else module.outer_loss(batch))
+            if level == "inner":
+                return scalar(module, hook, module.inner_loss(batch))
+            result = module.outer_loss(batch)
+            return looked_at(scalar(module, hook, result), beside_loss(result))
 
         def update(theta: Any, converted: Any, number: int) -> Tensor:
             optimizer: Any = module.configure_inner_optimizer() if converted is None else converted
@@ -179,11 +185,11 @@ class Watchman:
         Raises:
             NotCompiled: Dynamo cannot follow.
         """
-        around = _surroundings(self._module, functional)
+        around = _surroundings(self._module, functional), functional.recorder.metrics
 
         def look() -> Hashable:
             under = functional.in_place({}) if functional.autocast_dtype is not None else nullcontext()
-            with functional.recorder.apart(_looked_at), under, self._recurrent.followed():
+            with functional.recorder.apart(_looked_at, _measured), under, self._recurrent.followed():
                 return self.loss.look(copied(self._batch))  # a loss may take it apart
 
         return self._once("loss", functional, around, look), around
@@ -265,6 +271,21 @@ def _looked_at(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
     for each in (name, value, *args, *kwargs.values()):
         if isinstance(each, (str, int, float)) and each != each:  # noqa: PLR0124
             return
+
+
+_LATER = Later()
+
+
+def _told(*args: Any, **kwargs: Any) -> Later:
+    """Take what a metric is given, so that there are guards for it."""
+    for each in leaves_in([args, kwargs]):
+        if isinstance(each, (str, int, float)) and each != each:  # noqa: PLR0124
+            break
+    return _LATER
+
+
+def _measured(metric: Any, method: str) -> Callable[..., Later]:
+    return _told
 
 
 class Place:

@@ -56,17 +56,15 @@ def ended(
         phi: outer parameters.
         results: of the graph.
     """
-    recorder = functional.recorder
-    part.log(results, recorder.log)
+    part.tell(results, functional)
     names, buffers, m = layout.names, layout.buffers, layout.outputs - 1
     flat = dict(zip(names, results, strict=False))
     after = layout.state(
         flat, dict(zip(buffers, results[len(names) : m], strict=True)), state.steps + len(layout.order)
     )
     value, *rest = results[part.outputs :]
-    recorder.before_outer_loss(writes=False)
-    part.log_judged(rest[len(buffers) :], recorder.log)
-    recorder.after_outer_loss(dict(zip(buffers, rest, strict=False)), value)
+    n = len(buffers) + part.left.size
+    part.left.leave(functional, dict(zip(buffers, rest, strict=False)), value, rest[len(buffers) : n], rest[n:])
     observed = None if problem.observer is None else problem.observer.observe()
     own = layout.own
     gradients = iter(rest[len(rest) - len(own) - sum(part.live) :])

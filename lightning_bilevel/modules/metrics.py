@@ -17,12 +17,18 @@ from lightning_bilevel.modules.parts import parts
 State = dict[int, dict[str, Any]]
 """What metrics hold besides their settings, by their place among the metrics of a module."""
 
+Instead = Callable[[Any, str], Callable[..., Any]]
+"""Of a metric, or a collection, and the name of a method: what is called in its place."""
+
 _CALLS = ("forward", "update", "compute", "reset")
 _OF_MODULES = set(vars(nn.Module()))
 _SETTINGS = {*_OF_MODULES, *_CALLS, "_update_signature", "_persistent", "_reductions", "_device", "_dtype"}
 
 _HOLDERS = (nn.Module, list, tuple, dict)
 """What a metric may be in."""
+
+_STAYS = {*_SETTINGS, "_defaults"}
+"""What can be read of a metric without what it counts; the last is in its hash."""
 
 _WIDTH = 1_000
 """A longer list holds data, not metrics."""
@@ -41,14 +47,19 @@ class RecordedMetrics:
 
     Attributes:
         latest: the state that the last evaluations left.
+        which: tells these metrics from others.
+        evaluation_number: of the evaluation that runs; ``None`` where that runs a part of a loss again.
     """
 
     def __init__(self, module: nn.Module) -> None:
         found = list(_modules_of(module))
         self._metrics = [each for each in found if isinstance(each, Metric)]
         self._collections = [each for each in found if isinstance(each, MetricCollection)]
+        self.which = tuple(map(id, (*self._metrics, *self._collections)))
         self._start = self._counted = self.latest = self._plain(range(len(self._metrics)))
         self._evaluating = self._inside = False
+        self._evaluations = 0
+        self.evaluation_number: int | None = 0
         self._touched: set[int] = set()
         self._wrapped: State = {}
         self._failed: dict[int, Exception] = {}
@@ -103,6 +114,8 @@ class RecordedMetrics:
         kept = self._state(self._touched)  # where part of a loss is run again within the loss
         self._put({place: self._counted[place] for place in self._touched})
         self._evaluating, self._touched, self._wrapped, self._failed = True, set(), {}, {}
+        self._evaluations += counts
+        before, self.evaluation_number = self.evaluation_number, self._evaluations if counts else None
         try:
             yield
             if self._touched and counts:
@@ -110,7 +123,21 @@ class RecordedMetrics:
         finally:
             self._put({place: self._counted[place] for place in self._touched})
             self._evaluating, self._touched, self._wrapped, self._failed = outside
+            self.evaluation_number = before
             self._set(kept)
+
+    @contextmanager
+    def replaced(self, instead: Instead) -> Iterator[None]:
+        """Have other functions called in the places of metrics' methods; what they have counted cannot be read then."""
+        with ExitStack() as stack:
+            for each in (*self._metrics, *self._collections):
+                values: dict[str, Any] = {name: instead(each, name) for name in _CALLS}
+                if isinstance(each, Metric):
+                    values.update((name, Later()) for name in vars(each) if name not in _STAYS)
+                else:
+                    values["_state_is_copy"] = False  # which a loop over a collection changes
+                stack.enter_context(_changed(each, values))
+            yield
 
     def _shadow(self, metric: Metric, name: str, family: list[int]) -> Callable[..., Any]:
         original = getattr(metric, name)
@@ -236,6 +263,27 @@ def usable(value: Any) -> Any:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
+
+
+class Later:
+    """What a metric says where it is called later, and what it has counted: it can be logged, and no more.
+
+    Args:
+        number: of the call.
+
+    >>> bool(Later(0))
+    Traceback (most recent call last):
+    TypeError: a 'Later' cannot be used
+    """
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+
+    def _unknown(self, *args: Any) -> Any:
+        raise TypeError("a 'Later' cannot be used")
+
+    __bool__ = __eq__ = __ne__ = __str__ = __format__ = _unknown
+    __hash__ = object.__hash__
 
 
 def _modules_of(module: nn.Module) -> Iterator[nn.Module]:

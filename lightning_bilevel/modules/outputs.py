@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_bilevel.host import apply_to_collection
 from lightning_bilevel.modules.attributes import plain
+
+
+class Stacked(NamedTuple):
+    """A tensor of several episodes, its first dimension, out of function transforms."""
+
+    tensor: Tensor
 
 
 def beside_loss(result: Any) -> dict[str, Any]:
@@ -25,14 +31,13 @@ def by_episode(outputs: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Return the outputs of each of ``count`` episodes, out of function transforms and off their graphs.
 
     Args:
-        outputs: of one episode, or of several that were vectorized; tensors may be anywhere in containers.
+        outputs: of one episode, or of several that were vectorized; tensors, :class:`Stacked` or within the
+            transforms, may be anywhere in containers.
         count: episodes.
     """
-    if count == 1:
-        return [{key: apply_to_collection(value, Tensor, plain) for key, value in outputs.items()}]
+    takes = [_all] if count == 1 else [partial(_one, number) for number in range(count)]
     return [
-        {key: apply_to_collection(value, Tensor, partial(_one, number)) for key, value in outputs.items()}
-        for number in range(count)
+        {key: apply_to_collection(value, (Tensor, Stacked), take) for key, value in outputs.items()} for take in takes
     ]
 
 
@@ -48,6 +53,13 @@ def together(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: [outputs.get(key) for outputs in episodes] for key in keys}
 
 
-def _one(number: int, tensor: Tensor) -> Tensor:
-    value: Tensor = plain(tensor)
+def _all(tensor: Tensor | Stacked) -> Tensor:
+    value: Tensor = plain(tensor.tensor if isinstance(tensor, Stacked) else tensor)
+    return value
+
+
+def _one(number: int, tensor: Tensor | Stacked) -> Tensor:
+    value = _all(tensor)
+    if isinstance(tensor, Stacked):
+        return value[number]
     return value[number] if value.ndim > tensor.ndim else value  # the same for all, where it was not vectorized

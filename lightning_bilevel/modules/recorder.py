@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bilevel.host import LightningModule, rank_zero_info, rank_zero_warn
 from lightning_bilevel.modules.attributes import Attributes, Snapshot, once, plain, written_in_place
-from lightning_bilevel.modules.metrics import RecordedMetrics, State, unwrapped, usable
+from lightning_bilevel.modules.metrics import Instead, Later, RecordedMetrics, State, unwrapped, usable
 from lightning_bilevel.modules.outputs import beside_loss, by_episode
 from lightning_bilevel.modules.parts import parts
 from lightning_bilevel.tree import Params
@@ -98,25 +98,54 @@ class LogRecorder:
         return self._metrics.evaluation(counts) if self._metrics else nullcontext()
 
     @contextmanager
-    def apart(self, log: Callable[..., None]) -> Iterator[None]:
-        """Evaluate losses inside that leave nothing: their logs go to another function, their metrics do not count."""
+    def apart(self, log: Callable[..., None], instead: Instead | None = None) -> Iterator[None]:
+        """Evaluate losses inside that leave nothing: their logs go to another function, their metrics do not count.
+
+        Args:
+            log: the function.
+            instead: of a metric and the name of a method, what is called in its place; ``None``: the metrics are.
+        """
         before = self._before, self._buffers, self._beside, self._in_outer_loss, self.outer_losses
         latest = None if self._metrics is None else self._metrics.latest
 
-        def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-            for name, value in dictionary.items():
-                log(name, value, *args, **kwargs)
+        def log_dict(dictionary: Mapping[str, Any] | Later, *args: Any, **kwargs: Any) -> None:
+            if isinstance(dictionary, Later):
+                log(dictionary, dictionary, *args, **kwargs)
+            else:
+                for name, value in dictionary.items():
+                    log(name, value, *args, **kwargs)
 
         for child in self._loggers:
             child.__dict__.update(log=log, log_dict=log_dict)
         try:
-            yield
+            with self._metrics.replaced(instead) if self._metrics and instead is not None else nullcontext():
+                yield
         finally:
             for child in self._loggers:
                 child.__dict__.update(log=self.log, log_dict=self.log_dict)
             self._before, self._buffers, self._beside, self._in_outer_loss, self.outer_losses = before
             if self._metrics is not None and latest is not None:
                 self._metrics.latest = latest
+
+    @property
+    def metrics(self) -> tuple[int, ...]:
+        """Which metrics the losses have."""
+        return self._metrics.which if self._metrics else ()
+
+    @property
+    def counted(self) -> State:
+        """What the metrics have counted in this run so far."""
+        return self._metrics.latest if self._metrics else {}
+
+    @property
+    def evaluation_number(self) -> int | None:
+        """The number of the evaluation of a loss that runs; ``None`` where that runs a part of it again."""
+        return self._metrics.evaluation_number if self._metrics else 0
+
+    @property
+    def in_outer_loss(self) -> bool:
+        """Whether an outer loss is evaluated."""
+        return self._in_outer_loss
 
     def before_outer_loss(self, writes: bool = True) -> None:
         """Note the attributes that an outer loss starts from.

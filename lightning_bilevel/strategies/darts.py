@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.inner import inner_value_and_grads
@@ -14,8 +12,7 @@ from lightning_bilevel.calculus.outer import outer_value_and_grads
 from lightning_bilevel.calculus.runs import last_loss, vector_jacobian
 from lightning_bilevel.calculus.step import inner_step
 from lightning_bilevel.errors import number
-from lightning_bilevel.kernels.inner_gradient import inner_gradient
-from lightning_bilevel.problem import Batch, BilevelProblem, Carry, Episode, Hypergradient, InnerState
+from lightning_bilevel.problem import BilevelProblem, Carry, Episode, Hypergradient
 from lightning_bilevel.randomness import Call, RngState
 from lightning_bilevel.strategies.base import HypergradientStrategy
 from lightning_bilevel.tree import Params
@@ -63,9 +60,10 @@ class DARTS(HypergradientStrategy):
         *batches, batch = problem.batches(episode)
         outer = tree.leaves(phi)
         start = problem.start(carry.inner, outer)
-        before, losses = inner_step(problem).run(start.detach(), phi, batches)
+        step = inner_step(problem)
+        before, losses = step.run(start.detach(), phi, batches)
         masks = RngState(tree.device(phi))
-        after, loss, pull = _last_step(problem, before, phi, batch)
+        after, loss, pull = step.rule(before, phi, batch)
         metrics = last_loss(problem, [*losses, loss])
         value, d, c, observed = outer_value_and_grads(problem, after, phi, episode)
         u, by_theta, by_phi = pull(d)
@@ -86,28 +84,3 @@ class DARTS(HypergradientStrategy):
         if moving:
             grads = tree.add(grads, vector_jacobian(moving, outer, tree.add(by_theta, hessian)))
         return Hypergradient(value, grads, after, metrics, observed=observed)
-
-
-def _last_step(
-    problem: BilevelProblem, before: InnerState, phi: Params, batch: Batch
-) -> tuple[InnerState, Tensor, Callable[[Params], tuple[Params, Params, Params]]]:
-    """Take a step; return it, the loss before it, and d ↦ (d ∂U/∂(∇g), d ∂U/∂θ, d ∂U/∂φ) of the rule alone."""
-    theta, outer = tree.leaves(before.params), tree.leaves(phi)
-    with torch.enable_grad():
-        loss, buffers = problem.inner_loss(theta, phi, batch, before.buffers)
-        with inner_gradient():
-            gradient = tree.leaves(tree.grad(loss, theta))
-        begin = tree.leaves(before.params)
-        params, opt_state = problem.update(begin, gradient, before.opt_state, outer, before.steps + 1)
-    after = InnerState(params, buffers, opt_state, before.steps + 1).detach()
-
-    def pull(d: Params) -> tuple[Params, Params, Params]:
-        pairs = [(value, d[name]) for name, value in params.items() if value.requires_grad]
-        trees = (gradient, begin, outer)
-        leaves = [leaf for each in trees for leaf in each.values()]
-        ends, vectors = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ends, leaves, vectors, allow_unused=True))
-        first, second, third = (tree.like(each, [next(found) for _ in each]) for each in trees)
-        return first, second, third
-
-    return after, loss.detach(), pull

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,24 @@ def test_tangents_are_pushed_step_after_step() -> None:
 
 def test_no_step_is_one_graph_with_the_outer_loss_of_itself() -> None:
     assert Linear().whole(STATE, PHI, LOSSES, None) is None
+
+
+def test_the_rule_alone_takes_the_inner_gradient_as_given() -> None:
+    def update(params: Params, grads: Params, opt_state: Any, phi: Params, number: int) -> tuple[Params, Any]:
+        assert number == 1
+        return {"w": A @ params["w"] - phi["p"][0] * grads["w"]}, {}
+
+    step, v = Linear(), draw(3, seed=9)
+    step.problem = replace(step.problem, update=update)
+    w, gradient, rate = STATE.params["w"], CURVATURE @ STATE.params["w"] - B @ PHI["p"], PHI["p"][0]
+    ruled = step.rule(STATE, PHI, None)
+    assert ruled.state.steps == 1
+    assert_close(ruled.state.params, {"w": A @ w - rate * gradient})
+    assert_close({"g": ruled.loss}, {"g": quadratic(STATE.params, PHI, None, {})[0]})
+    by_gradient, by_theta, by_phi = ruled.pull({"w": v})
+    assert_close(by_gradient, {"w": -rate * v})
+    assert_close(by_theta, {"w": v @ A})
+    assert_close(by_phi, {"p": torch.stack([-(v @ gradient), torch.zeros_like(rate)])})
 
 
 def test_the_condition_of_the_inner_loss() -> None:

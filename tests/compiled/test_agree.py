@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def wrong(change: Callable[[list[Tensor]], None]) -> Callable[..., Callable[[lis
     """Return a compiler that makes something of what comes out."""
 
     def broken(
-        graph: torch.fx.GraphModule, examples: list[Tensor], backend: Backend
+        graph: torch.fx.GraphModule, examples: list[Tensor], backend: Backend, *forks: Any
     ) -> Callable[[list[Tensor]], list[Tensor]]:
         right = compiled(graph, examples, backend)
 
@@ -61,14 +62,14 @@ def test_a_wrong_graph_is_found(
             0,
             torch.float32,
         )
-        monkeypatch.setattr(program, "compiled", wrong(change))
+        monkeypatch.setattr(program, "compiled_forks", wrong(change))
         part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
         with pytest.raises(NotCompiled, match=f"compiled, it is not what it is: {message}"):
             agree(at.functions, "take", part, at.args, 0, torch.float32)
 
 
 def test_what_is_wrong_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "compiled", wrong(first_twice))
+    monkeypatch.setattr(program, "compiled_forks", wrong(first_twice))
     with pytest.warns(UserWarning, match="The inner steps are not compiled: compiled, it is not what it is"):
         assert apart(*both(weighted())) == 0
 

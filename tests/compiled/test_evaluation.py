@@ -80,17 +80,35 @@ def test_what_is_logged_comes_out_of_the_graph() -> None:
     at, seen = At(term=logged), []
     with at.functional.session():
         part = at.made("inner_slopes")
-        part.log(part(at.args), lambda *args, **kwargs: seen.append((args, kwargs)))
+        at.functional.recorder.log = lambda *args, **kwargs: seen.append((args, kwargs))  # type: ignore[method-assign]
+        part.tell(part(at.args), at.functional)
         (value, *_) = inner_value_and_grads(at.problem, at.state, at.phi, [at.batch])
     (twice, options), (number, _) = seen
-    assert part.logs == 1
+    assert part.told.total == 1
     assert options == {"prog_bar": True}
     torch.testing.assert_close(twice[1], 2 * value)
     assert number == ("number", 3)
 
 
-def test_what_is_returned_beside_the_value_cannot_be_compiled() -> None:
+def returns_beside(at: At, more: Any) -> None:
+    at.module.outer_loss = lambda batch: {"loss": at.module.net.weight.sum(), "more": more(at.module)}  # type: ignore[method-assign]
+
+
+def test_what_is_returned_beside_the_value_comes_out_of_the_graph() -> None:
     at = At()
-    at.module.outer_loss = lambda batch: {"loss": at.module.net.weight.sum(), "more": 1}  # type: ignore[method-assign]
-    with at.functional.session(), pytest.raises(NotCompiled, match="it returns something beside its value"):
+    returns_beside(at, lambda module: [2 * module.net.weight, 3])
+    with at.functional.session():
+        part = at.made("outer_slopes")
+        _, weight, *slopes = part(at.args)
+    assert part.left.beside.size == 1
+    assert len(slopes) == len(at.state.params) + len(at.phi)
+    (twice, three) = part.left.beside.filled([weight])["more"]
+    torch.testing.assert_close(twice, 2 * at.module.net.weight.detach())
+    assert three == 3
+
+
+def test_an_object_that_is_returned_beside_the_value_cannot_be_compiled() -> None:
+    at = At()
+    returns_beside(at, lambda module: module)
+    with at.functional.session(), pytest.raises(NotCompiled, match="it returns beside its value"):
         at.made("outer")

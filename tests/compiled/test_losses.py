@@ -107,16 +107,16 @@ CASES = {
     "Python's random": Case(lambda m, loss: loss * random.random(), because="."),
     "a branch on data": Case(lambda m, loss: 2 * loss if loss > 0.5 else loss, because="Data-dependent"),
     "a counter": Case(lambda m, loss: (up("number")(m), loss)[1], because="it writes to an attribute"),
-    "a metric": Case(lambda m, loss: (m.metric.update(loss.detach()), loss)[1], because="."),
-    "what is returned beside": Case(
-        lambda m, loss: {"loss": loss, "twice": 2 * loss}, because="it returns something beside its value"
-    ),
+    "a metric": Case(lambda m, loss: (m.metric.update(loss.detach()), loss)[1]),
+    "what a metric says": Case(lambda m, loss: loss * m.metric(loss.detach()), because="it computes with"),
+    "what is returned beside": Case(lambda m, loss: {"loss": loss, "twice": 2 * loss}),
+    "an object beside": Case(lambda m, loss: {"loss": loss, "net": m.net}, because="it returns beside"),
 }
 
 
 FAST = {
     "nothing", "a float", "a tensor, in place", "the mode", "a random mask", "a number in a tensor", "a counter",
-    "what is returned beside",
+    "what is returned beside", "an object beside",
 }  # fmt: skip
 """One of each kind; the others are slow together."""
 
@@ -205,19 +205,12 @@ NET = {
 
 @pytest.mark.parametrize("net", some(NET, {"dropout"}))
 @pytest.mark.parametrize("strategy", some(STRATEGIES, {"products", "slopes"}))
-@pytest.mark.filterwarnings("ignore:The inner steps are not compiled. compiled, it draws other random numbers")
 def test_masks_and_buffers(net: str, strategy: str, evaluated: list[int]) -> None:
     module = weighted(net=NET[net], optimizer=lambda module: SGD(lr=0.1))
     module.log_lr.requires_grad_(False)
     for turn in range(2):
         assert apart(*both(module, STRATEGIES[strategy](), episode(turn))) < 2e-6
     assert evaluated
-
-
-def test_an_outer_loss_that_draws_in_steps_leaves_its_draws_behind(calls: list[int]) -> None:
-    module = weighted(net=NET["dropout"])
-    with pytest.warns(UserWarning, match="compiled, it draws other random numbers than it does"):
-        assert apart(*both(module, PenaltyGradient(2.0))) < 2e-6
 
 
 @pytest.mark.parametrize("strategy", [ReverseUnroll, STRATEGIES["products"], STRATEGIES["a loss of its own"]])

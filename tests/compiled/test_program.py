@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_bilevel import tree
+from lightning_bilevel import SGD, tree
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.program import Form, Functions, Layout, made
 from lightning_bilevel.problem import InnerState
@@ -62,6 +62,21 @@ def test_the_way_back_is_that_of_autograd() -> None:
         torch.testing.assert_close(value, expected)
 
 
+def test_the_way_back_through_the_rule_alone() -> None:
+    at = At(optimizer=lambda module: SGD(lr=module.log_lr.exp(), momentum=0.9, weight_decay=0.1))
+    with at.functional.session():
+        after, _ = at.step(at.state, at.phi, at.batch)  # whose momentum is more than zeros
+        args = [*after.flat().values(), *at.args[len(at.state.flat()) :]]
+        expected, d = at.step.rule(after, at.phi, at.batch), tree.map(torch.randn_like, after.params)
+        part = made(at.functions, "rule", [*args, *d.values()], 1, "flat", lambda traced: [])
+        results = list(part(1, args))
+        found = part.backward(1, args, results[part.outputs :], list(d.values()))
+    same = zip(results, [*expected.state.flat().values(), expected.loss[None]], strict=False)
+    back = zip(found, (value for each in expected.pull(d) for value in each.values()), strict=True)
+    for value, other in (*same, *back):
+        torch.testing.assert_close(value, other)
+
+
 def test_tangents_are_those_of_the_step() -> None:
     at = At()
     tangents, v = (tree.map(lambda value: torch.randn(2, *value.shape), each) for each in (at.state.flat(), at.phi))
@@ -78,8 +93,9 @@ def test_what_is_logged_comes_out_of_the_graph() -> None:
     at, seen = At(term=logged), []
     with at.functional.session():
         part = made(at.functions, "take", at.args, 0, "flat", lambda traced: [])
+        at.functional.recorder.log = lambda *args, **kwargs: seen.append((args, kwargs))  # type: ignore[method-assign]
         results = part(0, at.args)
-        part.log(results, lambda *args, **kwargs: seen.append((args, kwargs)))
+        part.tell(results, at.functional)
     (twice, options), (number, _) = seen
     assert options == {"prog_bar": True}
     torch.testing.assert_close(twice[1], 2 * results[part.outputs - 2][0])

@@ -178,7 +178,7 @@ def test_a_graph_has_operations_for_a_few_directions_only(monkeypatch: pytest.Mo
     assert "70 directions at once are not pushed by graphs" in said[-1]
 
 
-@pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2)])
+@pytest.mark.parametrize("strategy", [lambda: ReverseUnroll(checkpoint=1), lambda: ForwardGradient(2), DARTS])
 def test_masks_are_those_of_the_eager_step(strategy: Callable[[], HypergradientStrategy], calls: list[int]) -> None:
     module = weighted(net=NETS["dropout"][0])
     assert apart(*both(module, strategy())) < 2e-6

@@ -53,7 +53,7 @@ PARTS = {
     "PenaltyGradient": STEP | OF_PHI | VALUE | OUTER,
     "PenaltyGradient-central": STEP | OF_PHI | VALUE | OUTER,
     "EvoGrad": STEP | OF_PHI | VALUE | OUTER,
-    "DARTS": STEP | OF_PHI | OUTER,
+    "DARTS": STEP | {"rule"} | OF_PHI | OUTER,
     "BOME": STEP | OF_PHI | VALUE | OUTER | {"inner_slopes"},
     "MEHA": STEP | OF_PHI | VALUE | OUTER,
     "SOBA": PRODUCTS | VALUE | OUTER,

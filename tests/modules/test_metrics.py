@@ -26,7 +26,7 @@ from lightning_bilevel import (
     hypergradient,
 )
 from lightning_bilevel.linear_solvers import Dense
-from lightning_bilevel.modules.metrics import Unusable, usable
+from lightning_bilevel.modules.metrics import Later, RecordedMetrics, Unusable, usable
 from tests.support.modules import listed, trainer
 
 generator = torch.Generator().manual_seed(0)
@@ -287,3 +287,40 @@ def test_an_unusable_value_can_be_logged_only():
     for use in (lambda: value + 1, lambda: 1 - value, lambda: value.ndim, lambda: bool(value), value.item):
         with pytest.raises(RuntimeError, match=r"^No\.$"):
             use()
+
+
+def test_what_is_called_in_the_place_of_a_metric():
+    module = Regression(mse, m=squared(), all=torchmetrics.MetricCollection({"a": squared()}), listed=[squared()])
+    metrics, seen = RecordedMetrics(module), []
+    assert metrics.which == tuple(map(id, (module.m, module.all["a"], module.listed[0], module.all)))
+    out = torch.ones(2, 1, dtype=torch.float64)
+    with metrics.recording():
+        metrics.begin()
+        with metrics.replaced(lambda metric, name: lambda *args: seen.append((metric, name, args))):
+            module.m(out, out)
+            module.all.update(out, 0 * out)
+            module.listed[0].compute()
+            assert list(module.all.items()) == [("a", module.all["a"])]
+            assert isinstance(module.m.total, Later)
+            assert isinstance(module.m._update_count, Later)
+            assert hash(module.m)
+            with pytest.raises(AttributeError, match="'Later' object has no attribute 'sum'"):
+                module.m.total.sum()
+        assert metrics.latest == metrics._start
+        assert module.m.total == 0
+        assert module.all._state_is_copy is False
+    assert [(metric, name) for metric, name, _ in seen] == [
+        (module.m, "forward"), (module.all, "update"), (module.listed[0], "compute")
+    ]  # fmt: skip
+
+
+def test_what_a_metric_will_say_cannot_be_used():
+    later = Later(3)
+    assert later.number == 3
+    assert {later: 1}[later] == 1
+    for use in (bool, str, lambda each: each == 1, lambda each: each != 1, "{}".format):
+        with pytest.raises(TypeError, match="a 'Later' cannot be used"):
+            use(later)
+    for use in (float, lambda each: each + 1, list, torch.as_tensor):
+        with pytest.raises((TypeError, RuntimeError)):
+            use(later)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchmetrics
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from lightning_bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
+from lightning_bilevel.modules.metrics import Later
 from lightning_bilevel.modules.recorder import LogRecorder
 from tests.support.modules import Cleaning, Maml, listed, loader, tasks, trainer
 from tests.support.seeds import seeded
@@ -129,6 +132,27 @@ def test_what_is_logged_apart_does_not_count():
         observed = recorder.observe()
     assert seen == [("apart", 2.0, {"prog_bar": True}), ("too", 3.0, {})]
     assert list(observed.calls) == ["kept"]
+
+
+def test_metrics_apart_are_called_in_another_way():
+    module, recorder, seen = Cleaning(), LogRecorder(), []
+    assert recorder.metrics == ()
+    assert recorder.counted == {}
+    module.mean = torchmetrics.MeanMetric()
+    later = Later(0)
+    with recorder.recording(module):
+        recorder.begin()
+        assert recorder.metrics == (id(module.mean),)
+        with recorder.apart(lambda *args: seen.append(args), lambda metric, name: lambda *args: later):
+            module.log_dict(module.mean(torch.ones(2)))
+        with recorder.apart(lambda *args: seen.append(args)), recorder.evaluation():
+            module.log("mean", module.mean(torch.ones(2)))
+        assert recorder.counted[0]["weight"] == 0
+        with recorder.evaluation():
+            module.mean(torch.ones(2))
+        assert recorder.counted[0]["weight"] == 2
+    assert seen[0][0] is seen[0][1] is later
+    assert seen[1] == ("mean", torch.tensor(1.0))
 
 
 # --- Names that are logged twice ---
