@@ -22,6 +22,7 @@ from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.passes import cut
 from lightning_bilevel.compiled.reasons import NotCompiled
+from lightning_bilevel.compiled.simplified import simplified
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.modules.recorder import LogRecorder, primal
 from lightning_bilevel.problem import Batch, InnerState
@@ -365,14 +366,15 @@ def made(
     function: Function = getattr(functions, name)
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
+    graph = simplified(traced.graph)
     first = [_number(0, args[0])] if numbered else []
     layout, outputs = functions.layout, functions.outputs
     live = tuple(traced.present[-len(layout.outer) :])
     if name != "pull":
-        call = compiled(traced.graph, [*first, *args, *traced.read], backend)
+        call = compiled(graph, [*first, *args, *traced.read], backend)
         return Part(outputs, functions.logged, call, where, numbered, live=live, judged=functions.judged)
     inputs = len(first) + layout.inputs
-    halves = cut(traced.graph, inputs, outputs, len(traced.read))
+    halves = cut(graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
     forward = compiled(halves.forward, [*own, *traced.read], backend)
     kept = list(forward([*own, *traced.read]))[outputs:]
