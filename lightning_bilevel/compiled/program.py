@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
+from lightning_bilevel.compiled.factored import factored
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.passes import cut
 from lightning_bilevel.compiled.reasons import NotCompiled
@@ -366,7 +367,7 @@ def made(
     function: Function = getattr(functions, name)
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
-    graph = simplified(traced.graph)
+    graph = factored(simplified(traced.graph))
     first = [_number(0, args[0])] if numbered else []
     layout, outputs = functions.layout, functions.outputs
     live = tuple(traced.present[-len(layout.outer) :])
