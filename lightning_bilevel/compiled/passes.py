@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from lightning_bilevel.compiled.terms import Matrix, Multiple, Sum, call, term
+
 _ATEN = torch.ops.aten
 HEAVY = {
     "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "native_batch_norm",
@@ -26,7 +28,7 @@ def without_alpha(graph: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         if node.target in (_ATEN.add.Tensor, _ATEN.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
             with graph.graph.inserting_before(node):
-                scaled = _call(graph, _ATEN.mul.Tensor, [node.args[1], node.kwargs["alpha"]])
+                scaled = call(graph, _ATEN.mul.Tensor, [node.args[1], node.kwargs["alpha"]])
             node.update_arg(1, scaled)
             node.kwargs = {}
     graph.recompile()
@@ -65,8 +67,8 @@ def by_rows(graph: fx.GraphModule) -> fx.GraphModule:
         if not count:
             continue
         with graph.graph.inserting_before(node):
-            rows = [_call(graph, node.target, [_row(graph, arg, node, i) for arg in node.args]) for i in range(count)]
-            stack = _call(graph, _ATEN.stack.default, [rows])
+            rows = [call(graph, node.target, [_row(graph, arg, node, i) for arg in node.args]) for i in range(count)]
+            stack = call(graph, _ATEN.stack.default, [rows])
         node.replace_all_uses_with(stack)
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
@@ -85,7 +87,7 @@ def apart(graph: fx.GraphModule) -> fx.GraphModule:
         for product, other in (node.args, node.args[::-1]):
             if _is_product(product):
                 with graph.graph.inserting_before(node):
-                    negative = _call(graph, _ATEN.neg.default, [product])
+                    negative = call(graph, _ATEN.neg.default, [product])
                 node.target, node.args = _ATEN.sub.Tensor, (other, negative)
                 break
     graph.recompile()
@@ -111,7 +113,7 @@ def _rows_of(node: fx.Node) -> int:
 def _row(graph: fx.GraphModule, arg: Any, of: fx.Node, number: int) -> Any:
     if not isinstance(arg, fx.Node) or arg.meta["val"].ndim < of.meta["val"].ndim:
         return arg
-    return arg.args[0][number] if _is_stack(arg) else _call(graph, _ATEN.select.int, [arg, 0, number])  # type: ignore[index]
+    return arg.args[0][number] if _is_stack(arg) else call(graph, _ATEN.select.int, [arg, 0, number])  # type: ignore[index]
 
 
 def _is_stack(node: fx.Node) -> bool:
@@ -130,13 +132,6 @@ def _is_product(node: Any) -> bool:
     return node.target is _ATEN.mm.default
 
 
-def _call(graph: fx.GraphModule, target: Any, args: list[Any]) -> fx.Node:
-    """Insert a call, with what it returns for shapes."""
-    node = graph.graph.call_function(target, tuple(args))
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
-    return node
-
-
 class Halves(NamedTuple):
     """A graph cut in two.
 
@@ -152,7 +147,9 @@ class Halves(NamedTuple):
 def cut(graph: fx.GraphModule, inputs: int, outputs: int, read: int) -> Halves:
     """Cut (inputs, cotangents, read) → (outputs, gradients) into a forward and a backward graph.
 
-    Kept is what is random or heavy in the first and needed by the second; the rest is computed again.
+    Kept is what is random or heavy in the first and needed by the second; the rest is computed again. Where a product
+    is added to something, as a step adds one to a weight, the sum is kept: it takes as much memory, and what is the sum
+    of many is not added up again each time.
 
     Args:
         graph: the whole.
@@ -163,7 +160,8 @@ def cut(graph: fx.GraphModule, inputs: int, outputs: int, read: int) -> Halves:
     nodes = list(graph.graph.nodes)
     places, results = [node for node in nodes if node.op == "placeholder"], nodes[-1].args[0]
     first = _ancestors(results[:outputs])
-    stop = {node for node in first if _kept(node) and not _is_taken_apart(node)}
+    sums = _sums_of_kept(nodes)
+    stop = {node for node in first if (_kept(node) or node in sums) and not _is_taken_apart(node)}
     needed = _ancestors(results[outputs:], stop)
     kept = [node for node in nodes if node in stop and node in needed]
     given, both = places[: len(places) - read], places[len(places) - read :]
@@ -195,6 +193,19 @@ def _kept(node: fx.Node) -> bool:
     packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return node.op == "call_function" and (packet in HEAVY or random)
+
+
+def _sums_of_kept(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the sums of matrices one of which is kept, or a multiple of such a one, or such a sum."""
+    made_of_kept, sums = set[fx.Node](), set[fx.Node]()
+    for node in nodes:
+        made_of = term(Matrix(node))
+        parts = [made_of.first, made_of.second] if isinstance(made_of, Sum) else []
+        parts += [made_of.matrix] if isinstance(made_of, Multiple) else []
+        if any(part.node in made_of_kept or _kept(part.node) for part in parts):
+            made_of_kept.add(node)
+            sums |= {node} if isinstance(made_of, Sum) else set()
+    return sums
 
 
 def _is_taken_apart(node: fx.Node) -> bool:

@@ -11,11 +11,13 @@ from torch import Tensor
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.agree import agree, precision
 from lightning_bilevel.compiled.counted import counted_alike
+from lightning_bilevel.compiled.factored import WORTH, factored, operations
 from lightning_bilevel.compiled.graphs import Traced, backend_for
 from lightning_bilevel.compiled.making import made_once
-from lightning_bilevel.compiled.program import IN_HALVES, Functions, Layout, Part, made, traced_at
+from lightning_bilevel.compiled.program import IN_HALVES, ONE, Functions, Layout, Part, made, traced_at
 from lightning_bilevel.compiled.reasons import NotCompiled, reason
 from lightning_bilevel.compiled.sight import Sight
+from lightning_bilevel.compiled.simplified import simplified
 from lightning_bilevel.compiled.watch import Place
 from lightning_bilevel.compiled.whole import Judged
 from lightning_bilevel.inner_optimizers import InnerOptimizer
@@ -36,6 +38,9 @@ MOST_NUMBERS_OF_A_STEP = 2**21
 """Numbers that a step may write for steps to share a graph: it takes a millisecond then, beside which starting a graph
 is nothing."""
 
+MOST_LARGE_STEPS = 3
+"""Larger steps that share a graph because they have products in common. Data cleaning with a net 784-256-10 on 100
+examples takes 45, 31 and 20 ms by graphs of 1, 2 and 5 of its 20 steps, and compiling them 36, 46 and 109 s."""
 
 FIRST = 2
 """The update that is watched where its number is an input of the graphs."""
@@ -57,7 +62,7 @@ class Graphs:
         updates: the number of an update, and what the watch said of it, to which of the different ones it is.
         codes: what the different updates do, numbered.
         firsts: the number of an update of each kind, which its graphs are made for.
-        most: how many steps one graph may hold, by function.
+        most: how many steps one graph may hold, by function, and by whether all are on one batch.
         whole: whether a run and its outer loss may be one graph.
     """
 
@@ -68,8 +73,12 @@ class Graphs:
         self.updates: dict[Hashable, int] = {}
         self.codes: dict[Hashable, int] = {}
         self.firsts: dict[int, int] = {}
-        self.most: dict[str, int] = {}
+        self.most: dict[tuple[str, bool], int] = {}
         self.whole = True
+
+    def part_steps(self, name: str) -> None:
+        """Let each graph of a function hold one step."""
+        self.most |= {(name, again): 1 for again in (False, True)}
 
 
 def takes_number(optimizer: InnerOptimizer) -> bool:
@@ -112,23 +121,36 @@ class Plan(NamedTuple):
         judged = judged._replace(key=(judged.key, tied, after))
         return self._replace(tensors=[*self.tensors, *judged.tensors], layout=layout, judged=judged)
 
-    def most(self, name: str, steps: int, args: list[Tensor]) -> int:
+    def most(self, name: str, steps: int, args: list[Tensor], again: bool) -> int:
         """Return how many steps one graph may hold.
 
         Args:
             name: see :meth:`part`.
             steps: likewise.
             args: all that a graph of this step alone takes.
+            again: whether all steps are on this batch.
         """
-        if name not in self.graphs.most:
-            function = getattr(Functions(self.step, self.layout, self.functional.recorder), name)
+        if (name, again) not in self.graphs.most:
             with self.functional.snapshot().fork():
                 try:
-                    sizes = _sizes(traced_at(function, args, steps))
+                    sizes = _sizes(self._traced(name, steps, args, ONE))
+                    most = MOST_NODES // len(sizes)
+                    if sum(sizes) > MOST_NUMBERS_OF_A_STEP:
+                        most = min(most, MOST_LARGE_STEPS) if again and self._shares(name, steps, args) else 1
                 except Exception:  # torch's, of many kinds, and the user's: said of the step alone
-                    sizes = [MOST_NUMBERS_OF_A_STEP + 1]
-            self.graphs.most[name] = max(1, MOST_NODES // len(sizes)) if sum(sizes) <= MOST_NUMBERS_OF_A_STEP else 1
-        return self.graphs.most[name]
+                    most = 1
+            self.graphs.most[name, again] = max(1, most)
+        return self.graphs.most[name, again]
+
+    def _shares(self, name: str, steps: int, args: list[Tensor]) -> bool:
+        """Return whether two steps on this batch have products in common, so that together they take less."""
+        graph = simplified(self._traced(name, steps, args, (0, 0)).graph)
+        alone = operations(graph)  # which is changed by what follows
+        return operations(factored(graph)) <= WORTH * alone
+
+    def _traced(self, name: str, steps: int, args: list[Tensor], order: tuple[int, ...]) -> Traced:
+        functions = Functions(self.step, self.layout.over(order), self.functional.recorder)
+        return traced_at(getattr(functions, name), args, steps)
 
     def part(self, name: str, steps: int, args: list[Tensor]) -> Part:
         """Return one of the functions of the stretch after ``steps`` other steps, made at the first call.

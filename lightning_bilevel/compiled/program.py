@@ -20,6 +20,7 @@ from lightning_bilevel import tree
 from lightning_bilevel.calculus.base import append_loss
 from lightning_bilevel.calculus.step import GradientStep
 from lightning_bilevel.compiled.beside import Beside, taken_apart
+from lightning_bilevel.compiled.factored import factored
 from lightning_bilevel.compiled.forked import compiled_forks
 from lightning_bilevel.compiled.graphs import Backend, Call, Traced, compiled, trace
 from lightning_bilevel.compiled.left import (
@@ -30,6 +31,7 @@ from lightning_bilevel.compiled.left import (
     tensors_of,
 )
 from lightning_bilevel.compiled.passes import cut
+from lightning_bilevel.compiled.simplified import simplified
 from lightning_bilevel.compiled.watch import Level, Place
 from lightning_bilevel.modules.functional import FunctionalModule
 from lightning_bilevel.modules.metrics import Later, State
@@ -396,14 +398,15 @@ def made(
     function: Function = getattr(functions, name)
     traced = traced_at(function, args, steps)
     where, numbered = places(traced), steps is None
+    graph = factored(simplified(traced.graph))
     first = [_number(0, args[0])] if numbered else []
     layout, outputs, told = functions.layout, functions.outputs, functions.left("inner")
     live = tuple(traced.present[-len(layout.outer) :])
     if name not in IN_HALVES:
-        call = compiled_forks(traced.graph, [*first, *args, *traced.read], backend, traced.forks)
+        call = compiled_forks(graph, [*first, *args, *traced.read], backend, traced.forks)
         return Part(outputs, told, call, where, numbered, live=live, left=functions.left("outer"))
     inputs = len(first) + layout.inputs
-    halves = cut(traced.graph, inputs, outputs, len(traced.read))
+    halves = cut(graph, inputs, outputs, len(traced.read))
     own, cotangents = [*first, *args[: layout.inputs]], args[layout.inputs :]
     forward = compiled_forks(halves.forward, [*own, *traced.read], backend, traced.forks)
     kept = list(forward([*own, *traced.read]))[outputs:]

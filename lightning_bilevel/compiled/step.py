@@ -159,7 +159,7 @@ class CompiledStep(InnerStep):
         if plans is None or not plans[0].graphs.whole:
             return None
         with torch.no_grad():
-            if self._most("pull", plans[0], state, phi) < len(batches):
+            if self._most("pull", plans, state, phi) < len(batches):
                 return None
             if (judged := self._planner.judged(self, outer)) is None:
                 return None
@@ -264,7 +264,7 @@ class CompiledStep(InnerStep):
                     self._planner.refuse(error)
                     self._plans = {number: (batch, None) for number, (batch, _) in self._plans.items()}
                     return None
-                plan.graphs.most[name] = 1
+                plan.graphs.part_steps(name)
                 self._planner.say(f"Inner steps are compiled one by one, for together they are not: {error}.")
                 return self._stretches(name, state, phi, batches, along)
             steps += len(plan.layout.order)
@@ -276,19 +276,22 @@ class CompiledStep(InnerStep):
         """Yield the plans of stretches."""
         for _, group in groupby(plans, key=lambda plan: id(plan.graphs)):
             same = list(group)
-            most = self._most(name, same[0], state, phi, besides) if len(same) > 1 else 1
+            most = self._most(name, same, state, phi, besides) if len(same) > 1 else 1
             for count in shared_out(len(same), most):
                 yield joined(same[:count])
                 del same[:count]
 
     @staticmethod
-    def _most(name: str, plan: Plan, state: InnerState, phi: Params, besides: Sequence[Tensor] | None = None) -> int:
-        if name in plan.graphs.most:
-            return plan.graphs.most[name]
+    def _most(
+        name: str, plans: list[Plan], state: InnerState, phi: Params, besides: Sequence[Tensor] | None = None
+    ) -> int:
+        first, again = plans[0], all(plan is plans[0] for plan in plans)
+        if (name, again) in first.graphs.most:
+            return first.graphs.most[name, again]
         flat = _flat(state, phi)
         if besides is None:
-            besides = flat[: len(plan.layout.names)]
-        return plan.most(name, state.steps, [*flat, *plan.tensors, *besides])
+            besides = flat[: len(first.layout.names)]
+        return first.most(name, state.steps, [*flat, *first.tensors, *besides], again)
 
 
 class _Tape:

@@ -35,6 +35,24 @@ def test_the_halves_are_the_whole() -> None:
     assert 0 < len(kept) <= 3
 
 
+def test_a_sum_is_kept_rather_than_the_product_in_it() -> None:
+    def steps(args: list[Tensor]) -> list[Tensor | None]:
+        w, x, cotangent = args[0].detach().requires_grad_(), args[1], args[2]
+        v = w
+        for _ in range(5):
+            v = v - 0.1 * (v.tanh() @ x)
+        (grad,) = torch.autograd.grad(v, w, cotangent)
+        return [v.detach(), grad]
+
+    args = [torch.randn(3, 3) for _ in range(3)]
+    halves = cut(trace(steps, args).graph, 2, 1, 0)
+    value, *kept = halves.forward(*args[:2])
+    expected = steps(args)
+    torch.testing.assert_close([value, *halves.backward(*args[:2], *kept, args[2])], expected)
+    assert len(kept) == 4  # what the steps but the last one lead to
+    assert "aten.sub.Tensor" not in targets(halves.backward)  # which does not take these steps again
+
+
 def test_a_factor_in_an_addition_is_written_out() -> None:
     args = [torch.randn(3), torch.randn(3)]
     for function in (torch.add, torch.sub):

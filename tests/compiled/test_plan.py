@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from lightning_bilevel import SGD, Adam, ReverseUnroll, hypergradient
+from lightning_bilevel import SGD, Adam, ReverseUnroll, TruncatedReverse, hypergradient
+from lightning_bilevel.compiled import plan
 from lightning_bilevel.compiled.plan import takes_number
 from lightning_bilevel.inner_optimizers import InnerOptimizer, PerStep, RAdam
-from tests.support.compiled import apart, both, episode, weighted
+from tests.support.compiled import apart, both, episode, logged, needs_inductor, weighted
 
 
 class Rule(InnerOptimizer):
@@ -90,3 +92,55 @@ def test_only_rules_that_are_known_are_given_a_tensor_for_a_number() -> None:
     assert not takes_number(Own(lr=0.1))
     assert not takes_number(SGD(lr=PerStep([0.1, 0.2])))
     assert not takes_number(Rule(float))
+
+
+def wide() -> nn.Module:
+    """Return a net of more features than there are examples."""
+    return nn.Sequential(nn.Linear(60, 30), nn.Tanh(), nn.Linear(30, 3))
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take all steps for large ones, whose products are worth a thought."""
+    monkeypatch.setattr(plan, "MOST_NUMBERS_OF_A_STEP", 0)
+    monkeypatch.setattr("lightning_bilevel.compiled.factored.LEAST_OPERATIONS", 0)
+
+
+def decay(module: Any, loss: Tensor) -> Tensor:
+    return loss + 0.1 * sum(p.square().sum() for p in module.net.parameters())
+
+
+SHARED: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], set[int]]] = {
+    "reverse": (ReverseUnroll(), lambda module, loss: loss, {0, 3}),
+    "decay": (ReverseUnroll(), decay, {0, 3}),
+    "logged": (ReverseUnroll(), logged, {0, 3}),
+    "checkpoints": (ReverseUnroll(checkpoint=3), decay, {0, 3}),
+    "truncated": (TruncatedReverse(4), decay, {0, 2, 4}),
+}
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("strategy", "term", "at"), SHARED.values(), ids=SHARED)
+def test_large_steps_on_one_batch_share_a_graph(strategy: Any, term: Any, at: set[int], calls: list[int]) -> None:
+    module = weighted(net=wide, term=term, inner_steps=6, optimizer=lambda module: SGD(lr=0.1))
+    assert apart(*both(module, strategy, episode(features=(60,), batches=1))) < 2e-6
+    assert set(calls) == at  # the steps before each graph
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("why", ["other batches", "more examples than features", "Adam"])
+def test_large_steps_that_share_no_products_have_a_graph_each(why: str, calls: list[int]) -> None:
+    batches, examples = (6, 6) if why == "other batches" else (1, 300 if why.startswith("more") else 6)
+    make = Adam if why == "Adam" else SGD
+    module = weighted(net=wide, inner_steps=6, optimizer=lambda module: make(lr=0.05))
+    assert apart(*both(module, episodes=episode(features=(60,), examples=examples, batches=batches))) < 2e-6
+    assert set(calls) == set(range(6))
+
+
+@pytest.mark.slow
+@needs_inductor
+@pytest.mark.usefixtures("large", "by_inductor")
+def test_large_steps_by_inductor(calls: list[int]) -> None:
+    module = weighted(net=wide, term=decay, inner_steps=4)
+    assert apart(*both(module, episodes=episode(features=(60,), batches=1))) < 2e-6
+    assert set(calls) == {0, 2}
