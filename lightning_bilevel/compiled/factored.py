@@ -23,10 +23,12 @@ from lightning_bilevel.compiled.terms import (
     Matrix,
     Multiple,
     Product,
+    Shares,
     Sum,
     Term,
     added,
     call,
+    cancels,
     is_matrix,
     matrix,
     multiplied,
@@ -97,11 +99,11 @@ class Way(NamedTuple):
     at_left: bool
 
 
-def _ways(left: Matrix, right: Matrix) -> Iterator[Way]:
+def _ways(left: Matrix, right: Matrix, shares: dict[fx.Node, Shares]) -> Iterator[Way]:
     """Yield the ways from what the factors are made of; in that of a product, the first of two is in the pairs."""
     for of, at_left in ((right, False), (left, True)):
         made_of = term(of)
-        if made_of is None:
+        if made_of is None or isinstance(made_of, Sum) and cancels(of, shares):
             continue
         if isinstance(made_of, Product):
             parts = [made_of.right if at_left else made_of.left]
@@ -121,6 +123,7 @@ class Products:
         self._graph = graph
         self._known: dict[tuple[Matrix, Matrix], fx.Node] = {}
         self._best: dict[tuple[Matrix, Matrix], tuple[float, Way | None]] = {}
+        self._shares: dict[fx.Node, Shares] = {}
 
     def visit(self, node: fx.Node) -> None:
         """Rewrite a node if it is a product and another way to it takes fewer operations."""
@@ -170,7 +173,7 @@ class Products:
             if len(self._best) > MOST_PAIRS:
                 return least
             self._best[left, right] = least
-            for way in _ways(left, right):
+            for way in _ways(left, right, self._shares):
                 cost = self._cost(left, right, way)
                 if cost < least[0] or (cost == least[0] and isinstance(way.term, Multiple)):
                     least = cost, way

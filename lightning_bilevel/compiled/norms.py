@@ -16,9 +16,11 @@ from lightning_bilevel.compiled.terms import (
     Matrix,
     Multiple,
     Product,
+    Shares,
     Sum,
     added,
     call,
+    cancels,
     is_matrix,
     matrix,
     multiplied,
@@ -60,11 +62,12 @@ class Norms:
         self._graph, self._products = graph, products
         self._known: dict[tuple[Any, Pair], fx.Node] = {}
         self._costs: dict[Pair, float] = {}
+        self._shares: dict[fx.Node, Shares] = {}
         self._places = {node: place for place, node in enumerate(graph.graph.nodes)}
 
     def visit(self, node: fx.Node) -> None:
         """Rewrite a node if it is a squared norm and other ones make it."""
-        if (of := _squared(node)) is None:
+        if (of := _squared(node)) is None or cancels(of, self._shares):
             return
         self._costs, how = {}, (node.target, *map(str, node.args[1:]))
         if self._cost(how, of, of) <= WORTH * _largest(of):

@@ -166,6 +166,51 @@ def _is_the_same(node: fx.Node) -> bool:
     return node.target in _SAME_IF_SO_SHAPED and _fits(node.args[0], node)
 
 
+Shares = dict[fx.Node, tuple[float, float]]
+"""How much of each matrix there is in a sum, and the sizes of all parts of that together."""
+
+
+def cancels(of: Matrix, known: dict[fx.Node, Shares]) -> bool:
+    """Return whether a sum takes away most of a matrix that it has put in, as W' − W does where W' is W and a step.
+
+    What is left of two products with such parts has the rounding of both.
+
+    Args:
+        of: the sum.
+        known: the shares in nodes of this graph so far, which others are added to.
+    """
+    waiting = [of.node]
+    while waiting:
+        node = waiting[-1]
+        parts = _parts(node)
+        missing = [part for part, _ in parts or () if part not in known]
+        if not missing:
+            known[node] = {node: (1.0, 1.0)} if parts is None else _together(parts, known)
+            waiting.pop()
+        waiting += missing
+    return any(abs(share) < size / 2 for share, size in known[of.node].values())
+
+
+def _parts(node: fx.Node) -> list[tuple[fx.Node, float]] | None:
+    """Return what is added up in a node; an unknown factor is taken for a small one, and products for nothing."""
+    made_of = term(Matrix(node))
+    if isinstance(made_of, Sum):
+        return [(made_of.first.node, 1.0), (made_of.second.node, made_of.factor)]
+    if isinstance(made_of, Multiple):
+        factor = 0.0 if isinstance(made_of.factor, fx.Node) else made_of.factor
+        return [(made_of.matrix.node, 1 / factor if made_of.over and factor else factor)]
+    return None if made_of is None else []
+
+
+def _together(parts: Sequence[tuple[fx.Node, float]], known: dict[fx.Node, Shares]) -> Shares:
+    shares: Shares = {}
+    for part, factor in parts:
+        for node, (share, size) in known[part].items():
+            before, sizes = shares.get(node, (0.0, 0.0))
+            shares[node] = before + factor * share, sizes + abs(factor) * size
+    return shares
+
+
 def turned(graph: fx.GraphModule, of: Matrix) -> fx.Node:
     """Return a matrix as a node, inserted where it is a transpose."""
     if not of.turned:

@@ -110,6 +110,33 @@ def test_what_is_no_norm_of_a_matrix_stays(other: Callable[[Tensor, Tensor], Ten
     rewritten(function, arguments(False))
 
 
+def test_what_is_left_of_a_difference_is_not_rounded_away() -> None:
+    def function(args: list[Tensor]) -> list[Tensor]:
+        w, x, delta, _ = args
+        step = w - 1e-4 * (delta.mT @ x)
+        return [
+            w.square().sum(),
+            x @ w.mT,
+            (x @ x.mT) @ delta,
+            x @ step.mT,
+            (step - w).square().sum(),
+            x @ (step - w).mT,
+        ]
+
+    exact = arguments(False)
+    args = [value.float() for value in exact]
+    graph = simplified(trace(function, args).graph)
+    products = Products(graph)
+    norms = Norms(graph, products)
+    for node in list(graph.graph.nodes):
+        products.visit(node)
+        norms.visit(node)
+    graph.recompile()
+    for found, plain, expected in zip(graph(*args), function(args), function(exact), strict=True):
+        error, plainly = (torch.dist(value.double(), expected) for value in (found, plain))
+        assert error < 4 * plainly + 1e-6 * expected.norm()
+
+
 def test_a_norm_that_would_take_more_stays() -> None:
     def function(args: list[Tensor]) -> list[Tensor]:
         w, x, delta, _ = args

@@ -15,6 +15,7 @@ from lightning_bilevel.compiled.terms import (
     Product,
     Sum,
     added,
+    cancels,
     is_matrix,
     matrix,
     multiplied,
@@ -110,3 +111,14 @@ def test_what_is_a_matrix() -> None:
         _, node = last(lambda a: a * 2, value)
         assert is_matrix(node) is there
     assert not is_matrix(2.0)
+
+
+def test_what_cancels() -> None:
+    def differences(args: list[Tensor]) -> list[Tensor]:
+        w, x, d = args
+        step = w - 0.1 * (x.t() @ d + 0.01 * w)
+        return [step, step - w, 3 * step - 2 * w, w - step / 8, (step + w) / 2, x.t() @ d - w]
+
+    args = [torch.randn(6, 5), torch.randn(4, 6), torch.randn(4, 5)]
+    outputs = list(trace(differences, args).graph.graph.nodes)[-1].args[0]
+    assert [cancels(Matrix(node), {}) for node in outputs] == [False, True, True, False, False, False]
