@@ -29,8 +29,8 @@ def arguments(stacked: bool) -> list[Tensor]:
     return [torch.randn(2, *s, generator=generator, dtype=torch.float64)[slice(None) if stacked else 0] for s in shapes]
 
 
-def rewritten(function: Callable[[list[Tensor]], list[Tensor]], args: list[Tensor]) -> fx.GraphModule:
-    """Return the graph of a function with other norms in it, and check that it computes the same."""
+def with_norms(function: Callable[[list[Tensor]], list[Tensor]], args: list[Tensor]) -> fx.GraphModule:
+    """Return the graph of a function with other products and norms in it."""
     graph = simplified(trace(function, args).graph)
     products = Products(graph)
     norms = Norms(graph, products)
@@ -39,6 +39,12 @@ def rewritten(function: Callable[[list[Tensor]], list[Tensor]], args: list[Tenso
         norms.visit(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    return graph
+
+
+def rewritten(function: Callable[[list[Tensor]], list[Tensor]], args: list[Tensor]) -> fx.GraphModule:
+    """Return that graph, and check that it computes the same."""
+    graph = with_norms(function, args)
     for found, expected in zip(graph(*args), function(args), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     return graph
@@ -125,13 +131,7 @@ def test_what_is_left_of_a_difference_is_not_rounded_away() -> None:
 
     exact = arguments(False)
     args = [value.float() for value in exact]
-    graph = simplified(trace(function, args).graph)
-    products = Products(graph)
-    norms = Norms(graph, products)
-    for node in list(graph.graph.nodes):
-        products.visit(node)
-        norms.visit(node)
-    graph.recompile()
+    graph = with_norms(function, args)
     for found, plain, expected in zip(graph(*args), function(args), function(exact), strict=True):
         error, plainly = (torch.dist(value.double(), expected) for value in (found, plain))
         assert error < 4 * plainly + 1e-6 * expected.norm()
