@@ -159,7 +159,6 @@ def by_hand(module: Drawn, episodes: list[Episode]) -> Params:
         memory: dict[str, Any] = {name: (0.0, 0.0) for name in inner}
         values = []
         for step in range(1, choice["steps"] + 1):
-
             data = episode.inner[(step - 1) % len(episode.inner)]
 
             def loss(theta: Params, data: Any = data) -> Tensor:
